@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_BASE_BUFFERS_H
+#define INTERLOCK_BASE_BUFFERS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+/*
+ * A view on scattered memory: an array of iovecs, starting `skip` bytes into the first. Passed by
+ * value, never owns anything; the iovec array and the memory must outlive the use. How many bytes
+ * of it are meant is always a separate argument.
+ */
+struct buffers {
+    const struct iovec *iov;
+    unsigned count; /* iovecs from iov on */
+    size_t skip;    /* bytes to skip in iov[0]; less than iov[0].iov_len unless count is 0 */
+};
+
+/* A view of one iovec that the caller keeps alive. */
+static inline struct buffers buffers_one(const struct iovec *iov)
+{
+    return (struct buffers){iov, 1, 0};
+}
+/* The view `bytes` further on; bytes must not be more than the view holds. */
+struct buffers buffers_advance(struct buffers from, size_t bytes);
+/* Bytes that the view holds. */
+size_t buffers_size(struct buffers of);
+/* Copies `bytes` out of / into the view, or fills it with `value`. */
+void buffers_copy_out(struct buffers from, void *to, size_t bytes);
+void buffers_copy_in(struct buffers to, const void *from, size_t bytes);
+void buffers_fill(struct buffers to, int value, size_t bytes);
+/* True when all `bytes` are zero. */
+_Bool buffers_is_zero(struct buffers of, size_t bytes);
+/* Writes iovecs that cover exactly `bytes` of the view to out[0..max); returns how many, or 0 if max is too few. */
+unsigned buffers_to_iov(struct buffers from, size_t bytes, struct iovec *out, unsigned max);
+/* Pointer to the view's start when its first `bytes` are contiguous, else NULL. */
+void *buffers_contiguous(struct buffers of, size_t bytes);
+/* True when `bytes` of memory are zero (fast). */
+_Bool memory_is_zero(const void *memory, size_t bytes);
+
+#endif

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_LOOP_CONNECTION_H
+#define INTERLOCK_LOOP_CONNECTION_H
+
+#include "base/buffers.h"
+#include "base/error.h"
+#include "loop/coroutine.h"
+#include "loop/loop.h"
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/*
+ * Stream sockets (and pipes, for stdio), through the loop's engine. A connection or listener belongs
+ * to one loop at a time. At most one coroutine receives and one sends at the same time.
+ */
+struct connection;
+struct listener;
+
+enum address_kind { ADDRESS_UNIX, ADDRESS_INET, ADDRESS_FD };
+struct address {
+    enum address_kind kind;
+    char *path; /* unix */
+    bool abstract;
+    char *host, *port; /* inet; port may be a service name */
+    int fd;            /* an inherited descriptor */
+};
+void address_clear(struct address *address);
+/* "unix:/path", "/path", "host:port", "[::1]:port" */
+int address_parse(const char *text, struct address *ret, struct error **err);
+char *address_format(const struct address *address); /* g_free() */
+
+/* Binds and listens. A stale unix socket file (nobody accepts on it) is replaced; a live one is an error. */
+int coroutine_fn listener_open(const struct address *address, struct listener **ret, struct error **err);
+/* Waits for a client. The connection belongs to the calling loop until connection_move(). -ECANCELED after
+ * listener_shutdown(). */
+int coroutine_fn listener_accept(struct listener *listener, struct connection **ret);
+void listener_shutdown(struct listener *listener);           /* wakes a waiting accept */
+void coroutine_fn listener_close(struct listener *listener); /* removes the unix socket file; accepts NULL */
+
+int coroutine_fn connection_open(const struct address *address, struct connection **ret, struct error **err);
+/* Takes over descriptors (the same one twice for a socket). */
+struct connection *connection_from_fds(int input, int output);
+/* Receives at least 1 and at most `bytes`; 0 at the end of the stream; negative errno. -ECANCELED after
+ * connection_shutdown(). */
+ssize_t coroutine_fn connection_receive(struct connection *connection, void *to, size_t bytes);
+/* Receives exactly `bytes`; 0 or negative errno (-ECONNRESET when the stream ends inside). */
+int coroutine_fn connection_receive_all(struct connection *connection, void *to, size_t bytes);
+/* Sends everything; 0 or negative errno. */
+int coroutine_fn connection_send(struct connection *connection, struct buffers from, size_t bytes);
+/* Any thread: both directions end; whoever waits is woken. The object stays. */
+void connection_shutdown(struct connection *connection);
+void coroutine_fn connection_close(struct connection *connection); /* accepts NULL; nobody may be waiting in it */
+/* Hands an idle connection (nothing in flight) over to another loop: call on the old one, use on the new one. */
+void connection_move(struct connection *connection, struct loop *to);
+int connection_fd(struct connection *connection);     /* for SO_PEERCRED and the like */
+char *connection_peer(struct connection *connection); /* printable, g_free() */
+
+#endif
