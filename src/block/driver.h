@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_BLOCK_DRIVER_H
+#define INTERLOCK_BLOCK_DRIVER_H
+
+#include "base/buffers.h"
+#include "base/error.h"
+#include "block/node.h"
+#include "block/request.h"
+#include "schema/types.h"
+
+/*
+ * For who implements a node. A driver is one const table. Requests arrive from several loops at the same time: shared
+ * state is protected by the driver's own locks. Open, close, set_writable, change_backing and truncate run on the
+ * control thread with the node drained. A driver does I/O on its children through edge_*() (request.h) only.
+ */
+enum driver_kind { DRIVER_PROTOCOL, DRIVER_FORMAT, DRIVER_FILTER };
+
+struct driver {
+    const char *name; /* as in blockdev-options' `driver` */
+    enum blockdev_driver id;
+    enum driver_kind kind;
+    size_t state_size;
+    bool backing;              /* may have a backing edge */
+    bool write_if_unallocated; /* honours REQUEST_IF_UNALLOCATED, atomically against other writes */
+    bool grows_on_write;       /* writes behind the end are legal and move it (edge needs `attributes`) */
+
+    /*
+     * Makes node->state usable; sets node->size, node->limits, node->filename (g_strdup), header_backing*. Children
+     * `file`/`filtered` given in the options are attached already (node->file); `backing` is opened and attached after
+     * this returns. node->writable says how to open. On error cleans up after itself (close is not called).
+     */
+    int coroutine_fn (*open)(struct node *node, const struct blockdev_options *options, struct error **err);
+    /* Flushes its caches and frees everything in state. Its children are still attached. */
+    void coroutine_fn (*close)(struct node *node);
+
+    /* Data. Ranges are inside the node (but for grows_on_write), aligned to limits.alignment, not longer than
+     * limits.max_transfer. Return 0 or negative errno. flags: enum request_flags. */
+    int coroutine_fn (*read)(struct node *node, uint64_t offset, uint64_t bytes, struct buffers to, unsigned flags);
+    int coroutine_fn (*write)(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from, unsigned flags);
+    /* NULL or -ENOTSUP: the request path writes zeroes (unless REQUEST_NO_FALLBACK). */
+    int coroutine_fn (*write_zeroes)(struct node *node, uint64_t offset, uint64_t bytes, unsigned flags);
+    /* A hint; NULL or -ENOTSUP: nothing happens. */
+    int coroutine_fn (*discard)(struct node *node, uint64_t offset, uint64_t bytes);
+    /* Data acknowledged before this call are on stable storage when it returns. The driver flushes its own
+     * metadata and then its file edge. NULL: the request path flushes the file/filtered child. */
+    int coroutine_fn (*flush)(struct node *node);
+    /* Describes [offset, offset + ret->bytes), 0 < ret->bytes <= bytes, of this layer alone. NULL: all data. */
+    int coroutine_fn (*block_status)(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret);
+
+    /* Control. NULL: not supported. */
+    int coroutine_fn (*truncate)(struct node *node, uint64_t size, struct error **err);
+    /* Opens for writing or stops writing (then everything is flushed). node->writable is changed by the caller after
+     * success. Children have been made writable before / are released after. */
+    int coroutine_fn (*set_writable)(struct node *node, bool writable, struct error **err);
+    /* Writes the backing string and format into the header (NULL: none), flushed before and after; one sector write
+     * makes the change, so a crash leaves the one or the other. */
+    int coroutine_fn (*change_backing)(struct node *node, const char *file, const char *format, struct error **err);
+    /* For query-named-block-nodes: "format-specific" etc; may be NULL. */
+    struct image_info_specific *(*specific_info)(struct node *node);
+    uint64_t coroutine_fn (*allocated_size)(struct node *node); /* bytes on disk; NULL: ask the file child */
+};
+
+/* Drivers are registered once at start by src/tool. */
+void driver_register(const struct driver *driver);
+const struct driver *driver_find(const char *name); /* NULL: unknown */
+
+#endif

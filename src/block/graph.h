@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_BLOCK_GRAPH_H
+#define INTERLOCK_BLOCK_GRAPH_H
+
+#include "base/error.h"
+#include "block/node.h"
+#include "schema/types.h"
+
+/*
+ * The graph as a whole: opening, closing, changing its shape. Control thread, in coroutines. Functions that change
+ * the shape take graph->lock themselves unless their comment says that the caller holds it (graph_lock()).
+ */
+struct graph {
+    struct list nodes; /* struct node by graph_link, in order of creation */
+    struct list backends;
+    struct list operations; /* struct operation by link */
+    struct access_ledger *ledger;
+    struct co_mutex lock; /* held while the shape changes, across its drains */
+};
+struct graph *graph_create(void);
+void graph_destroy(struct graph *graph); /* asserts: no nodes, backends, operations */
+void coroutine_fn graph_lock(struct graph *graph);
+void coroutine_fn graph_unlock(struct graph *graph);
+
+struct node *graph_find(struct graph *graph, const char *name); /* NULL: none */
+/* The same with a DeviceNotFound-like GenericError that names it ("Cannot find node 'x'"). */
+struct node *graph_find_or_error(struct graph *graph, const char *name, struct error **err);
+
+/* blockdev-add: opens the node and everything that its options or headers name; the monitor's reference. The top-level
+ * options must have a node-name. */
+int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *options, struct node **ret,
+                           struct error **err);
+/* blockdev-del: refused (-EBUSY) while used, naming by whom. */
+int coroutine_fn graph_delete(struct graph *graph, const char *name, struct error **err);
+/* Drops every monitor reference (shutdown: parents first). */
+void coroutine_fn graph_delete_all(struct graph *graph);
+
+struct node *node_ref(struct node *node);
+struct node *coroutine_fn node_unref(struct node *node); /* closes with the last; returns NULL */
+
+/* Counted: makes a node that was opened read-only (a backing file) writable while a job needs it, with its children. */
+int coroutine_fn node_writable_begin(struct node *node, struct error **err);
+void coroutine_fn node_writable_end(struct node *node);
+
+/* Chains. Backing edges, looking through filters. */
+struct node *node_backing(const struct node *node);                     /* next image below, or NULL */
+bool node_is_above(const struct node *above, const struct node *below); /* by backing edges, strictly */
+struct node *node_head(struct node *node);                              /* top of the job filters over it */
+struct node *node_beneath_filters(struct node *node); /* the named node that a stack of filters shows */
+unsigned node_backing_depth(const struct node *node);
+
+/* Drain: requests stop at the backends above any of `nodes`; those inside are waited for. Nests. graph->lock is held.
+ * Requests of `except` (may be NULL) go on: the drainer's own. */
+struct drain {
+    struct backend **backends;
+    unsigned count;
+};
+void coroutine_fn graph_drain_begin(struct graph *graph, struct node *const *nodes, unsigned count,
+                                    struct backend *except, struct drain *drain);
+void graph_drain_end(struct drain *drain);
+
+/*
+ * A transaction of shape changes: graph->lock is held and the touched nodes are drained. Steps are recorded, then
+ * graph_commit() derives every operation's and edge's claims in the new shape and applies shape and ledger together,
+ * or refuses and leaves both as they were.
+ */
+struct transaction;
+struct transaction *graph_begin(struct graph *graph, const char *subject);
+/* edge->child becomes `to`. */
+void transaction_move_edge(struct transaction *transaction, struct edge *edge, struct node *to);
+/* Moves every parent edge of `from` (but for edges of `except_parent`) to `to`: root edges and overlays. */
+void transaction_move_parents(struct transaction *transaction, struct node *from, struct node *to,
+                              struct node *except_parent);
+/* Takes the edge away. */
+void transaction_detach(struct transaction *transaction, struct edge *edge);
+/* Gives `parent` a new child edge; *ret (may be NULL) is valid after the commit. */
+void transaction_attach(struct transaction *transaction, struct node *parent, enum edge_role role, struct node *child,
+                        struct edge **ret);
+/* Rebinds a variable of an operation (claims follow). */
+void transaction_rebind(struct transaction *transaction, struct operation *operation, unsigned variable,
+                        struct node *to);
+/* Marks a node stale with a reason: its standing claims (as a parent) end. */
+void transaction_mark_stale(struct transaction *transaction, struct node *node, const char *reason);
+/* The operation's claims are dropped in the same step. */
+void transaction_end_operation(struct transaction *transaction, struct operation *operation);
+int graph_commit(struct transaction *transaction, struct error **err); /* frees it either way; drops references after */
+
+/* Inserts `filter` (opened, not attached anywhere) over node: all parents move to it. Takes the lock and drains. */
+int coroutine_fn graph_insert_filter(struct graph *graph, struct node *filter, struct node *over, struct error **err);
+int coroutine_fn graph_remove_filter(struct graph *graph, struct node *filter, struct error **err);
+/* Makes a node of a job's own (a filter): state and driver given, no options. One reference, the caller's. */
+int coroutine_fn graph_create_node(struct graph *graph, const struct driver *driver, const char *name,
+                                   const char *opened_for, struct node **ret, struct error **err);
+
+/* query-named-block-nodes, and the picture. */
+struct block_device_info_list;
+json_t *graph_describe_node(struct node *node);
+/* dot text of nodes, edges with claims, backends; g_free(). */
+char *graph_to_dot(struct graph *graph);
+
+#endif

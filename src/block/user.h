@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_BLOCK_USER_H
+#define INTERLOCK_BLOCK_USER_H
+
+#include "base/buffers.h"
+#include "base/error.h"
+#include "block/request.h"
+
+/*
+ * For who does I/O. A backend is a user's handle on the root of a graph; it may be empty (no medium). Requests may be
+ * submitted from any loop, in coroutines; they wait while the backend is drained.
+ */
+struct backend;
+struct graph;
+struct node;
+struct operation;
+
+/* Control thread, graph lock not held by the caller's other operations. Attaches at the head of `node` (over its job
+ * filters). What it may do is what `operation` holds on `node` (ACCESS_ bits `granted` at most). `owner` is a
+ * printable name ("export e0"). `node` NULL: empty. */
+struct backend *backend_create(struct graph *graph, const char *owner);
+int coroutine_fn backend_attach(struct backend *backend, struct node *node, unsigned granted, struct error **err);
+/* Under a drain of its own; empty afterwards. */
+void coroutine_fn backend_detach(struct backend *backend);
+/* Waits for its requests, detaches, frees. Accepts NULL. */
+void coroutine_fn backend_destroy(struct backend *backend);
+struct node *backend_node(const struct backend *backend); /* the root edge's child, or NULL */
+struct edge *backend_edge(struct backend *backend);
+/* Called on the control thread after the node's size or the attached node changed; may be NULL. */
+void backend_set_changed(struct backend *backend, void (*changed)(void *argument), void *argument);
+
+/* I/O. -ENOMEDIUM when empty, -EINVAL outside [0, backend_size()], -EPERM what was not granted, -EROFS. */
+uint64_t backend_size(const struct backend *backend); /* 0 when empty */
+int coroutine_fn backend_read(struct backend *backend, uint64_t offset, uint64_t bytes, struct buffers to,
+                              unsigned flags);
+int coroutine_fn backend_write(struct backend *backend, uint64_t offset, uint64_t bytes, struct buffers from,
+                               unsigned flags);
+int coroutine_fn backend_write_zeroes(struct backend *backend, uint64_t offset, uint64_t bytes, unsigned flags);
+int coroutine_fn backend_discard(struct backend *backend, uint64_t offset, uint64_t bytes);
+int coroutine_fn backend_flush(struct backend *backend);
+/* Of the whole chain below (base NULL), or down to, not including, `base`. */
+int coroutine_fn backend_block_status(struct backend *backend, struct node *base, uint64_t offset, uint64_t bytes,
+                                      struct extent *ret);
+/* Grows or shrinks the node. Control thread. */
+int coroutine_fn backend_truncate(struct backend *backend, uint64_t size, struct error **err);
+
+#endif
