@@ -33,8 +33,10 @@ struct driver {
     /* Flushes its caches and frees everything in state. Its children are still attached. */
     void coroutine_fn (*close)(struct node *node);
 
-    /* Data. Ranges are inside the node (but for grows_on_write), aligned to limits.alignment, not longer than
-     * limits.max_transfer. Return 0 or negative errno. flags: enum request_flags. */
+    /* Data. Ranges are inside the node (but for grows_on_write, and for a last block that the size cuts: then they go
+     * on to its end), aligned to limits.alignment, not longer than limits.max_transfer. Return 0 or negative errno.
+     * flags: enum request_flags. The request path moves node->size when a write grows it. A filter's NULL members
+     * mean: pass the request to node->filtered. */
     int coroutine_fn (*read)(struct node *node, uint64_t offset, uint64_t bytes, struct buffers to, unsigned flags);
     int coroutine_fn (*write)(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from, unsigned flags);
     /* NULL or -ENOTSUP: the request path writes zeroes (unless REQUEST_NO_FALLBACK). */

@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "block/node.h"
+#include "block/operation.h"
 #include "schema/types.h"
 
 /*
@@ -94,7 +95,8 @@ int coroutine_fn graph_create_node(struct graph *graph, const struct driver *dri
 
 /* query-named-block-nodes, and the picture. */
 struct block_device_info_list;
-json_t *graph_describe_node(struct node *node);
+json_t *coroutine_fn graph_describe_node(struct node *node);
+json_t *coroutine_fn graph_describe_node_flat(struct node *node); /* without the images below it */
 /* dot text of nodes, edges with claims, backends; g_free(). */
 char *graph_to_dot(struct graph *graph);
 

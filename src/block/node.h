@@ -42,7 +42,8 @@ struct edge {
     enum edge_role role;
     unsigned granted; /* ACCESS_ bits; the request path tests them */
     struct access_holder
-        *holder; /* its standing claims on the child; NULL for a root edge (its operation holds them) */
+        *holder;               /* its standing claims on the child; NULL for a root edge (its operation holds them) */
+    struct operation *adopter; /* whose claims those count as, or NULL */
 };
 
 /* What a request to a node must respect; bytes, powers of two unless said. */
@@ -76,10 +77,12 @@ struct node {
     bool discard;              /* discard=unmap */
     bool detect_zeroes, detect_zeroes_unmap;
     bool force_share;
-    bool direct, no_flush; /* cache.direct, cache.no-flush */
-    bool job_filter;       /* inserted by a job, over the node that it names */
-    char *filename;        /* what query-named-block-nodes shows, or NULL */
-    char *header_backing;  /* the image's own backing string and format, or NULL */
+    bool direct, no_flush;  /* cache.direct, cache.no-flush */
+    bool job_filter;        /* inserted by a job, over the node that it names */
+    uint64_t device, inode; /* a protocol node's file, or 0: two opens of one file agree */
+    char *stale;            /* why nobody may rely on its content any more, or NULL */
+    char *filename;         /* what query-named-block-nodes shows, or NULL */
+    char *header_backing;   /* the image's own backing string and format, or NULL */
     char *header_backing_format;
     char *opened_for;          /* who made it implicitly ("backing of top", "block-commit j1"), or NULL */
     struct range_lock overlap; /* used only when limits.alignment > 1, or by a driver that asked */
