@@ -54,11 +54,11 @@ void coroutine_fn co_rwlock_write_unlock(struct co_rwlock *lock);
 
 /*
  * A group of running coroutines or requests that somebody waits for. enter/leave: any thread.
- * wait: until the count is 0; any number of waiters.
+ * wait: until the count is 0; any number of waiters. Once a wait has returned and nobody enters any more,
+ * the group may be destroyed.
  */
 struct co_group {
-    atomic_uint count;
-    atomic_uint waiting;
+    atomic_uint count; /* the top bit: somebody waits */
     pthread_mutex_t guard;
     struct list waiters;
 };

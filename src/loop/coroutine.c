@@ -1,0 +1,266 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Stackful coroutines: their life, their pooled stacks, and what the sanitizers and valgrind are told.
+ * The switch of stacks itself is coroutine_switch.c. Invariants:
+ * 1. a coroutine runs on its loop's thread only, and is entered only when it is suspended;
+ * 2. `woken` is true from coroutine_wake() until it is entered: a second wake in between is an error of the caller;
+ * 3. a coroutine's stack never unwinds past coroutine_main(), which takes the next entry when the
+ *    coroutine is used again, so that a pooled one needs no preparation;
+ * 4. struct coroutine stands at the top of its own mapping: guard page, stack, struct.
+ * It does not decide who runs next (loop.c) and knows no lock (sync.c).
+ */
+#include "loop/coroutine.h"
+#include "base/size.h"
+#include "loop/coroutine_switch.h"
+#include "loop/loop_private.h"
+#include <glib.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define USE_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define USE_ASAN 1
+#endif
+#endif
+#if defined(__SANITIZE_THREAD__)
+#define USE_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define USE_TSAN 1
+#endif
+#endif
+
+#ifdef USE_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/lsan_interface.h>
+#endif
+#ifdef USE_TSAN
+#include <sanitizer/tsan_interface.h>
+#endif
+#if __has_include(<valgrind/valgrind.h>)
+#include <valgrind/valgrind.h>
+#define USE_VALGRIND 1
+#endif
+
+#if defined(USE_ASAN) || defined(USE_TSAN)
+#define STACK_BYTES (1024 * KiB)
+#else
+#define STACK_BYTES (256 * KiB)
+#endif
+/* Free coroutines that a thread keeps. */
+#define POOL_MAX 256
+/* Stack tops are spread over so many steps of so many bytes, so that they do not all fall on the same cache sets. */
+#define COLOUR_COUNT 16
+#define COLOUR_BYTES 192
+
+/* Leaves `from`, which goes on when somebody switches back to it. `last`: it never will. */
+static inline void context_switch(struct context *from, struct context *to, bool last)
+{
+#ifdef USE_ASAN
+    void *fake_stack = NULL;
+
+    __sanitizer_start_switch_fiber(last ? NULL : &fake_stack, to->stack_bottom, to->stack_size);
+#endif
+#ifdef USE_TSAN
+    __tsan_switch_to_fiber(to->tool_fiber, 0);
+#endif
+    stack_switch(&from->stack_pointer, to->stack_pointer);
+#ifdef USE_ASAN
+    __sanitizer_finish_switch_fiber(fake_stack, NULL, NULL);
+#endif
+}
+
+static struct context *coroutine_caller_context(struct coroutine *co)
+{
+    return co->caller ? &co->caller->context : &co->loop->root;
+}
+
+/* The first function on every coroutine's stack. */
+static void coroutine_main(void)
+{
+#ifdef USE_ASAN
+    __sanitizer_finish_switch_fiber(NULL, NULL, NULL);
+#endif
+    struct coroutine *co = loop_current->running;
+
+    while (co->entry) {
+        co->entry(co->argument);
+        co->ended = true;
+        context_switch(&co->context, coroutine_caller_context(co), false);
+    }
+    context_switch(&co->context, &co->loop->root, true);
+    g_assert_not_reached();
+}
+
+static void coroutine_run_ready(struct loop_task *task)
+{
+    coroutine_enter(container_of(task, struct coroutine, ready));
+}
+
+static struct coroutine *coroutine_map(struct loop *loop)
+{
+    static __thread unsigned colour;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    char *mapping =
+        mmap(NULL, page + STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (mapping == MAP_FAILED || mprotect(mapping, page, PROT_NONE) < 0) {
+        g_error("no memory for a coroutine's stack");
+    }
+    size_t above = align_up(sizeof(struct coroutine), 64) + colour++ % COLOUR_COUNT * COLOUR_BYTES;
+    struct coroutine *co = (struct coroutine *)(mapping + page + STACK_BYTES - above);
+
+    co->mapping = mapping;
+    co->loop = loop;
+    co->ready.run = coroutine_run_ready;
+    co->context.stack_bottom = mapping + page;
+    co->context.stack_size = STACK_BYTES - above;
+    co->context.stack_pointer = stack_prepare(mapping + page, STACK_BYTES - above, coroutine_main);
+#ifdef USE_ASAN
+    __lsan_register_root_region(mapping + page, STACK_BYTES);
+#endif
+#ifdef USE_TSAN
+    co->context.tool_fiber = __tsan_create_fiber(0);
+#endif
+#ifdef USE_VALGRIND
+    co->valgrind_id = VALGRIND_STACK_REGISTER(mapping + page, mapping + page + STACK_BYTES);
+#endif
+    return co;
+}
+
+/* `co` is fresh or waits in coroutine_main() for its next entry. */
+static void coroutine_unmap(struct coroutine *co)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    char *mapping = co->mapping;
+
+#ifdef USE_ASAN
+    /* A last visit, to have it give up its fake stack. */
+    if (co->ended) {
+        co->entry = NULL;
+        co->loop->running = co;
+        context_switch(&co->loop->root, &co->context, false);
+        co->loop->running = NULL;
+    }
+    __lsan_unregister_root_region(mapping + page, STACK_BYTES);
+    ASAN_UNPOISON_MEMORY_REGION(mapping + page, co->context.stack_size);
+#endif
+#ifdef USE_TSAN
+    __tsan_destroy_fiber(co->context.tool_fiber);
+#endif
+#ifdef USE_VALGRIND
+    VALGRIND_STACK_DEREGISTER(co->valgrind_id);
+#endif
+    stack_discard(co->context.stack_pointer);
+    munmap(mapping, page + STACK_BYTES);
+}
+
+struct coroutine *coroutine_create(void (*entry)(void *argument), void *argument)
+{
+    struct loop *loop = loop_current;
+    g_assert(loop);
+    struct coroutine *co = loop->free_coroutines;
+
+    if (co) {
+        loop->free_coroutines = co->next_free;
+        loop->free_count--;
+    } else {
+        co = coroutine_map(loop);
+    }
+    co->ended = false;
+    co->entry = entry;
+    co->argument = argument;
+    return co;
+}
+
+static void coroutine_recycle(struct loop *loop, struct coroutine *co)
+{
+    g_assert(!atomic_load_explicit(&co->woken, memory_order_relaxed));
+    /* From inside another coroutine the last visit of coroutine_unmap() would come back to the wrong stack. */
+    if (loop->free_count < POOL_MAX || loop->running) {
+        co->next_free = loop->free_coroutines;
+        loop->free_coroutines = co;
+        loop->free_count++;
+    } else {
+        coroutine_unmap(co);
+    }
+}
+
+void coroutine_enter(struct coroutine *co)
+{
+    struct loop *loop = loop_current;
+    struct coroutine *caller = loop->running;
+
+    g_assert(co->loop == loop && !co->entered && !co->ended);
+    atomic_store_explicit(&co->woken, false, memory_order_relaxed);
+    co->caller = caller;
+    co->entered = true;
+    loop->running = co;
+    context_switch(caller ? &caller->context : &loop->root, &co->context, false);
+    loop->running = caller;
+    co->entered = false;
+    if (co->ended) {
+        coroutine_recycle(loop, co);
+    }
+}
+
+void coroutine_fn coroutine_yield(void)
+{
+    struct coroutine *co = loop_current->running;
+
+    g_assert(co);
+    context_switch(&co->context, coroutine_caller_context(co), false);
+}
+
+struct coroutine *coroutine_self(void)
+{
+    struct loop *loop = loop_current;
+
+    return loop ? loop->running : NULL;
+}
+
+void coroutine_wake(struct coroutine *co)
+{
+    g_assert(!atomic_load_explicit(&co->woken, memory_order_relaxed));
+    atomic_store_explicit(&co->woken, true, memory_order_relaxed);
+    loop_post(co->loop, &co->ready);
+}
+
+void coroutine_fn coroutine_pause(void)
+{
+    coroutine_wake(loop_current->running);
+    coroutine_yield();
+}
+
+void coroutine_loop_init(struct loop *loop)
+{
+#ifdef USE_ASAN
+    pthread_attr_t attributes;
+    void *bottom;
+    size_t size;
+
+    g_assert(pthread_getattr_np(pthread_self(), &attributes) == 0);
+    g_assert(pthread_attr_getstack(&attributes, &bottom, &size) == 0);
+    pthread_attr_destroy(&attributes);
+    loop->root.stack_bottom = bottom;
+    loop->root.stack_size = size;
+#endif
+#ifdef USE_TSAN
+    loop->root.tool_fiber = __tsan_get_current_fiber();
+#endif
+}
+
+void coroutine_loop_finish(struct loop *loop)
+{
+    while (loop->free_coroutines) {
+        struct coroutine *co = loop->free_coroutines;
+
+        loop->free_coroutines = co->next_free;
+        loop->free_count--;
+        coroutine_unmap(co);
+    }
+}

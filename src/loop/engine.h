@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_LOOP_ENGINE_H
+#define INTERLOCK_LOOP_ENGINE_H
+
+#include "base/buffers.h"
+#include "base/error.h"
+#include "loop/connection.h"
+#include "loop/coroutine.h"
+#include "loop/file.h"
+#include "loop/loop.h"
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/socket.h>
+
+/*
+ * What an engine is: everything of the outer world that a loop uses. Internal to src/loop. The real
+ * engines (uring, epoll) share their files (file_native.c), sockets (stream_native.c), clock and
+ * threads (engine.c), and differ in how a loop waits; a virtual one replaces all of these tables.
+ * The loop's own logic (queues, timers, locks) is above this line and the same for every engine.
+ */
+struct engine;
+struct engine_thread;
+
+/* Files. `struct file` is what the implementation embeds first. Calls are made in a coroutine; a transfer may be short. */
+struct file_ops {
+    int (*open)(const char *path, unsigned flags, struct file **ret, struct error **err);
+    void (*close)(struct file *file);
+    int (*info)(struct file *file, struct file_info *ret);
+    /* Returns how many bytes were moved: 0 is the end of the file; negative errno. */
+    ssize_t (*read)(struct file *file, uint64_t offset, const struct iovec *iov, unsigned count);
+    ssize_t (*write)(struct file *file, uint64_t offset, const struct iovec *iov, unsigned count, bool fua);
+    int (*sync)(struct file *file);
+    int (*allocate)(struct file *file, enum file_allocate_mode mode, uint64_t offset, uint64_t bytes);
+    int (*truncate)(struct file *file, uint64_t size);
+    int (*extent)(struct file *file, uint64_t offset, bool *ret_data, uint64_t *ret_end);
+    int (*lock)(struct file *file, bool shared, uint64_t offset, uint64_t bytes);
+    int (*lock_test)(struct file *file, uint64_t offset, uint64_t bytes, uint64_t *ret_offset);
+    int (*unlink)(const char *path);
+    int (*slurp)(const char *path, size_t max, char **ret, size_t *ret_size);
+};
+struct file {
+    const struct file_ops *ops;
+};
+
+/* Stream sockets. `struct connection` and `struct listener` are what the implementation embeds first. */
+struct stream_ops {
+    int (*listen)(const struct address *address, struct listener **ret, struct error **err);
+    int (*accept)(struct listener *listener, struct connection **ret);
+    void (*listener_shutdown)(struct listener *listener); /* any thread */
+    void (*listener_close)(struct listener *listener);
+    int (*connect)(const struct address *address, struct connection **ret, struct error **err);
+    struct connection *(*adopt)(int input, int output);
+    /* Waits until `minimum` (at least 1) bytes came, or fewer at the end of the stream; may return fewer anyway. */
+    ssize_t (*receive)(struct connection *connection, void *to, size_t minimum, size_t maximum);
+    /* Sends at least one byte of the vector; returns how many. */
+    ssize_t (*send)(struct connection *connection, const struct iovec *iov, unsigned count);
+    void (*shutdown)(struct connection *connection); /* any thread */
+    void (*close)(struct connection *connection);
+    void (*move)(struct connection *connection, struct loop *to);
+    int (*fd)(struct connection *connection);
+    char *(*peer)(struct connection *connection);
+};
+struct connection {
+    const struct stream_ops *ops;
+};
+struct listener {
+    const struct stream_ops *ops;
+};
+
+/* A descriptor on which coroutines of one loop wait: one for input, one for output. Zero-initialise, then set fd. */
+struct native_stream {
+    int fd;
+    bool registered;            /* epoll knows it */
+    struct native_wait *input;  /* who waits, on his stack */
+    struct native_wait *output; /* who waits, on his stack */
+};
+struct native_wait {
+    struct coroutine *waiter; /* NULL: nobody to wake */
+    int result;
+};
+enum native_direction { NATIVE_INPUT, NATIVE_OUTPUT };
+
+/* How the real engines wait; the loop's thread, in a coroutine unless said. */
+struct native_ops {
+    /* One transfer at an offset, may be short; may wait as long as the device needs. */
+    ssize_t (*transfer)(struct engine *engine, int fd, bool write, const struct iovec *iov, unsigned count,
+                        uint64_t offset, int rw_flags);
+    int (*sync)(struct engine *engine, int fd);
+    /* Waits until the direction is ready. 0, or -ECANCELED by stream_cancel. May return too early. */
+    int (*stream_wait)(struct engine *engine, struct native_stream *stream, enum native_direction direction);
+    /* Sockets: called when a direct attempt found nothing. Returns bytes, 0 at the end, or negative errno. */
+    ssize_t (*stream_receive)(struct engine *engine, struct native_stream *stream, void *to, size_t bytes, bool all);
+    ssize_t (*stream_send)(struct engine *engine, struct native_stream *stream, struct msghdr *message);
+    /* Not in a coroutine: whoever waits on the stream gets -ECANCELED soon (or a last result). */
+    void (*stream_cancel)(struct engine *engine, struct native_stream *stream);
+    /* Not in a coroutine: the engine forgets the descriptor; nobody waits. */
+    void (*stream_detach)(struct engine *engine, struct native_stream *stream);
+};
+
+struct engine_ops {
+    const char *name;
+    /* On the thread that will run the loop. Negative errno where the kernel refuses. */
+    int (*create)(struct engine **ret);
+    void (*destroy)(struct engine *engine);
+    /* Submits what was prepared, waits at most timeout_ns (0: only looks, -1: for ever) for something to
+     * happen, and puts whoever was waiting for it on the ready queue. */
+    void (*turn)(struct engine *engine, int64_t timeout_ns);
+    /* Any thread, also a signal handler: ends a waiting turn. */
+    void (*interrupt)(struct engine *engine);
+
+    int64_t (*clock_ns)(void);
+    int64_t (*realtime_us)(void);
+    uint64_t (*random)(void);
+    int (*thread_start)(const char *name, void (*entry)(void *argument), void *argument, struct engine_thread **ret);
+    void (*thread_join)(struct engine_thread *thread);
+    /* In a coroutine: runs work somewhere where it may take its time. */
+    int (*work)(int (*work)(void *argument), void *argument);
+
+    const struct file_ops *files;
+    const struct stream_ops *streams;
+    const struct native_ops *native; /* NULL for an engine that has no descriptors */
+};
+struct engine {
+    const struct engine_ops *ops;
+};
+
+extern const struct engine_ops uring_engine_ops, epoll_engine_ops;
+extern const struct file_ops file_native_ops;
+extern const struct stream_ops stream_native_ops;
+
+/* The engine of the calling thread's loop; there must be one. */
+struct engine *engine_self(void);
+/* The same, or the real clock's table on a thread without a loop. */
+const struct engine_ops *engine_ops_self(void);
+/* Creates an engine of the kind for the calling thread. */
+int engine_create(enum engine_kind kind, struct engine **ret, struct error **err);
+
+/* What the real engines share. */
+int64_t native_clock_ns(void);
+int64_t native_realtime_us(void);
+uint64_t native_random(void);
+int native_thread_start(const char *name, void (*entry)(void *argument), void *argument, struct engine_thread **ret);
+void native_thread_join(struct engine_thread *thread);
+int coroutine_fn worker_pool_run(int (*work)(void *argument), void *argument);
+
+/* A coroutine that did something without waiting says so: after enough of it the others get their turn. */
+void coroutine_fn loop_spend(unsigned units);
+
+#endif

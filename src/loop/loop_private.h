@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_LOOP_LOOP_PRIVATE_H
+#define INTERLOCK_LOOP_LOOP_PRIVATE_H
+
+#include "loop/coroutine.h"
+#include "loop/engine.h"
+#include "loop/loop.h"
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* The inside of a loop and of a coroutine, for loop.c, coroutine.c, timer.c and signal.c only. */
+
+/* A thread's or coroutine's place to go on from, and what the tools want to know about its stack. */
+struct context {
+    void *stack_pointer;
+    const void *stack_bottom;
+    size_t stack_size;
+    void *tool_fiber; /* TSan's */
+};
+
+struct coroutine {
+    struct context context;
+    struct loop_task ready; /* on the loop's ready queue or in its inbox */
+    struct loop *loop;
+    struct coroutine *caller; /* who entered; NULL: the loop */
+    void (*entry)(void *argument);
+    void *argument;
+    atomic_bool woken; /* on its way through the ready queue */
+    bool entered;      /* running, or has entered another one */
+    bool ended;
+    struct coroutine *next_free;
+    void *mapping; /* guard page and stack */
+    unsigned valgrind_id;
+};
+
+struct task_queue {
+    struct loop_task *first, **last;
+};
+
+/* Inline work that a coroutine may do before it lets others run. */
+#define LOOP_BUDGET 64
+
+struct loop {
+    struct engine *engine;
+    struct coroutine *running; /* NULL: the loop itself */
+    struct context root;
+    struct task_queue ready;    /* this thread only */
+    struct task_queue turn_end; /* this thread only */
+    int64_t now_ns;
+    unsigned budget;
+    bool running_tasks; /* a turn is under way */
+    pid_t thread_id;
+
+    struct loop_timer **timers; /* binary heap from [1] on, the earliest first */
+    unsigned timer_count, timer_room;
+
+    struct coroutine *free_coroutines;
+    unsigned free_count;
+
+    struct engine_thread *thread; /* loop_thread_start() only */
+
+    /* Written by other threads. */
+    _Atomic(struct loop_task *) inbox __attribute__((aligned(64))); /* newest first */
+    atomic_uint visitors; /* other threads that are using this loop right now */
+    atomic_bool sleeping;
+    atomic_bool stop;
+};
+
+extern __thread struct loop *loop_current;
+
+static inline void task_queue_init(struct task_queue *queue)
+{
+    queue->first = NULL;
+    queue->last = &queue->first;
+}
+static inline void task_queue_append(struct task_queue *queue, struct loop_task *task)
+{
+    task->next = NULL;
+    *queue->last = task;
+    queue->last = &task->next;
+}
+
+/* coroutine.c */
+void coroutine_loop_init(struct loop *loop);   /* the calling thread's stack becomes the root */
+void coroutine_loop_finish(struct loop *loop); /* frees the pool */
+
+/* timer.c */
+void timer_run_due(struct loop *loop);
+int64_t timer_next_ns(struct loop *loop); /* INT64_MAX: none */
+void timer_loop_finish(struct loop *loop);
+
+/* signal.c */
+void signal_run_pending(struct loop *loop);
+bool signal_is_pending(void);
+void signal_loop_finish(struct loop *loop);
+
+#endif
