@@ -21,7 +21,8 @@
 struct engine;
 struct engine_thread;
 
-/* Files. `struct file` is what the implementation embeds first. Calls are made in a coroutine; a transfer may be short. */
+/* Files. `struct file` is what the implementation embeds first. Calls are made in a coroutine; a transfer may be short.
+ */
 struct file_ops {
     int (*open)(const char *path, unsigned flags, struct file **ret, struct error **err);
     void (*close)(struct file *file);

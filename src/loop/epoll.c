@@ -128,9 +128,8 @@ static int epoll_transfer_work(void *argument)
     struct epoll_job *job = argument;
 
     do {
-        job->result =
-            job->write ? pwritev2(job->fd, job->iov, (int)job->count, (off_t)job->offset, job->rw_flags)
-                       : preadv2(job->fd, job->iov, (int)job->count, (off_t)job->offset, job->rw_flags);
+        job->result = job->write ? pwritev2(job->fd, job->iov, (int)job->count, (off_t)job->offset, job->rw_flags)
+                                 : preadv2(job->fd, job->iov, (int)job->count, (off_t)job->offset, job->rw_flags);
     } while (job->result < 0 && errno == EINTR);
     if (job->result < 0) {
         job->result = -errno;

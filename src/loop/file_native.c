@@ -519,7 +519,8 @@ static int lock_work(void *argument)
 static struct lock_job lock_job_make(struct file *file, int command, short type, uint64_t offset, uint64_t bytes)
 {
     return (struct lock_job){
-        native(file), command,
+        native(file),
+        command,
         {.l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)offset, .l_len = (off_t)bytes},
     };
 }

@@ -148,7 +148,7 @@ static void loop_visit_engine(struct loop *loop)
 {
     int64_t timeout_ns = 0;
 
-    if (!loop->ready.first && !loop->turn_end.first) {
+    if (!loop->ready.first && !loop->turn_end.first && !loop->hurry) {
         atomic_store(&loop->sleeping, true);
         if (!atomic_load(&loop->inbox) && !atomic_load(&loop->stop) && !signal_is_pending()) {
             timeout_ns = loop_timeout_ns(loop);
@@ -205,6 +205,7 @@ static void loop_run_entry(void *argument)
 
     state->entry(state->argument);
     state->done = true;
+    loop_current->hurry = true;
 }
 
 void loop_run_coroutine(struct loop *loop, void (*entry)(void *argument), void *argument)
@@ -218,6 +219,7 @@ void loop_run_coroutine(struct loop *loop, void (*entry)(void *argument), void *
     while (!state.done) {
         loop_turn(loop);
     }
+    loop->hurry = false;
 }
 
 int loop_create(enum engine_kind kind, struct loop **ret, struct error **err)

@@ -51,6 +51,7 @@ struct loop {
     int64_t now_ns;
     unsigned budget;
     bool running_tasks; /* a turn is under way */
+    bool hurry;         /* loop_run_coroutine() is done: do not wait any more */
     pid_t thread_id;
 
     struct loop_timer **timers; /* binary heap from [1] on, the earliest first */

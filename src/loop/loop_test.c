@@ -2,8 +2,8 @@
 /*
  * Loops, coroutines, timers and workers: switching, nesting, reuse, wakes from everywhere, on both engines.
  */
-#include "loop/loop.h"
 #include "base/size.h"
+#include "loop/loop.h"
 #include "loop/sync.h"
 #include "loop/worker.h"
 #include <errno.h>
@@ -490,16 +490,9 @@ static void with_kind(gconstpointer data)
         const char *name;
         void (*test)(void);
     } tests[] = {
-        {"nesting", test_nesting},
-        {"pool", test_pool},
-        {"order", test_order},
-        {"stop", test_stop},
-        {"timers", test_timers},
-        {"sleep", test_sleep},
-        {"workers", test_workers},
-        {"storm", test_storm},
-        {"signal", test_signal},
-        {"idle", test_idle},
+        {"nesting", test_nesting}, {"pool", test_pool},   {"order", test_order},     {"stop", test_stop},
+        {"timers", test_timers},   {"sleep", test_sleep}, {"workers", test_workers}, {"storm", test_storm},
+        {"signal", test_signal},   {"idle", test_idle},
     };
 
     test_kind = (enum engine_kind)GPOINTER_TO_INT(data);
