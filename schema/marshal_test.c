@@ -160,7 +160,10 @@ static void test_lists(void)
     access_claim_info_list_append(&holder->claims, claim);
     access_holder_info_list_append(&info->holders, holder);
     for (unsigned i = 0; i < 5; i++) {
-        str_list_append(&info->stale, g_strdup("b"));
+        struct stale_node_info *stale = g_new0(struct stale_node_info, 1);
+        stale->node = g_strdup("b");
+        stale->reason = g_strdup("committed");
+        stale_node_info_list_append(&info->stale, stale);
     }
     json_t *json = access_info_to_json(info);
     access_info_free(info);
@@ -168,14 +171,13 @@ static void test_lists(void)
     struct access_info *again = NULL;
     g_assert_cmpint(access_info_from_json(json, NULL, &again, &error), ==, 0);
     g_assert_cmpuint(again->stale.count, ==, 5);
-    str_list_append(&again->stale, g_strdup("c"));
     g_assert_cmpuint(again->holders.items[0]->claims.items[0]->require.count, ==, NODE_ACTION_COUNT);
     g_assert_cmpstr(again->holders.items[0]->state, ==, "running \xef\xbf\xbd");
     access_info_free(again);
 
     json_array_append_new(json_object_get(json, "stale"), json_integer(1));
     g_assert_cmpint(access_info_from_json(json, NULL, &again, &error), <, 0);
-    g_assert_cmpstr(error->message, ==, "stale[5]: expected a string");
+    g_assert_cmpstr(error->message, ==, "stale[5]: expected an object");
     json_decref(json);
 }
 
