@@ -72,8 +72,9 @@ class Gone(Exception):
 class Qmp:
     """One QMP connection. Events are kept in order in `events` until a wait takes them."""
 
-    def __init__(self, path, negotiate=True, timeout=30 * SLOWNESS):
+    def __init__(self, path, negotiate=True, timeout=30 * SLOWNESS, may_greet_again=False):
         self.timeout = timeout
+        self.may_greet_again = may_greet_again  # the peer does, if one connects while it starts
         self.buffer = b""
         self.events = []
         self.log = []
@@ -111,9 +112,10 @@ class Qmp:
         """The next message that is no event; events on the way are kept."""
         while True:
             message = self.receive(timeout)
-            if "event" not in message:
+            if "event" in message:
+                self.events.append(message)
+            elif not (self.may_greet_again and "QMP" in message):
                 return message
-            self.events.append(message)
 
     def execute(self, command, arguments=None, timeout=None, **more):
         """Runs a command; keyword arguments have '_' for '-'. Returns what it returned or raises QmpError."""
@@ -200,6 +202,7 @@ class Daemon:
             line += ["--chardev", f"socket,id=monitor0,path={self.monitor_path},server=on,wait=off"]
             line += ["--monitor", "chardev=monitor0"]
         self.command_line = line
+        self.is_peer = os.path.basename(line[0]) == PEER
         environment = {**SANITIZER_OPTIONS, **os.environ}
         with open(self.stderr_path, "ab") as stderr:
             self.process = subprocess.Popen(
@@ -218,7 +221,7 @@ class Daemon:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return Qmp(self.monitor_path, negotiate)
+                return Qmp(self.monitor_path, negotiate, may_greet_again=self.is_peer)
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.process.poll() is not None:
                     self.ended = True
@@ -378,6 +381,7 @@ class TestCase(unittest.TestCase):
         base = os.environ.get("INTERLOCK_TEST_DIR") or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
         self.directory = tempfile.mkdtemp(prefix="il-", dir=base)
         self.daemons = []
+        self.daemon_count = 0
         self.seed = int(os.environ.get("INTERLOCK_SEED") or random.SystemRandom().randrange(1 << 32))
         self.random = random.Random(self.seed)
         limit = self.time_limit * SLOWNESS * (20 if FULL else 1)
@@ -422,7 +426,8 @@ class TestCase(unittest.TestCase):
         return result is not None and any(test is self for test, _ in [*result.errors, *result.failures])
 
     def daemon(self, *options, **more):
-        daemon = Daemon(self.directory, *options, **{"name": f"d{len(self.daemons)}", **more})
+        self.daemon_count += 1
+        daemon = Daemon(self.directory, *options, **{"name": f"d{self.daemon_count}", **more})
         self.daemons.append(daemon)
         return daemon
 
@@ -468,12 +473,17 @@ class TestCase(unittest.TestCase):
         return None
 
 
+@contextlib.contextmanager
 def nbd_handle(uri, **more):
-    """A libnbd handle connected to `uri`."""
+    """A libnbd handle connected to `uri` for the length of a `with`; `more` are its setters."""
     import nbd  # pylint: disable=import-outside-toplevel
 
     handle = nbd.NBD()
     for name, value in more.items():
         getattr(handle, name)(value)
     handle.connect_uri(uri)
-    return handle
+    try:
+        yield handle
+        handle.shutdown()
+    finally:
+        del handle
