@@ -26,17 +26,19 @@ struct address {
     int fd;            /* an inherited descriptor */
 };
 void address_clear(struct address *address);
-/* "unix:/path", "/path", "host:port", "[::1]:port" */
+/* "unix:/path", "/path", "unix:@abstract", "host:port", "[::1]:port" */
 int address_parse(const char *text, struct address *ret, struct error **err);
 char *address_format(const struct address *address); /* g_free() */
 
-/* Binds and listens. A stale unix socket file (nobody accepts on it) is replaced; a live one is an error. */
+/* Binds and listens. A stale unix socket file (nobody accepts on it) is replaced; a live one is an error. An empty
+ * host is every interface, port "0" one that the kernel chooses. */
 int coroutine_fn listener_open(const struct address *address, struct listener **ret, struct error **err);
 /* Waits for a client. The connection belongs to the calling loop until connection_move(). -ECANCELED after
  * listener_shutdown(). */
 int coroutine_fn listener_accept(struct listener *listener, struct connection **ret);
 void listener_shutdown(struct listener *listener);           /* wakes a waiting accept */
 void coroutine_fn listener_close(struct listener *listener); /* removes the unix socket file; accepts NULL */
+char *listener_address(struct listener *listener);           /* where it really listens, printable; g_free() */
 
 int coroutine_fn connection_open(const struct address *address, struct connection **ret, struct error **err);
 /* Takes over descriptors (the same one twice for a socket). */

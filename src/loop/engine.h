@@ -49,6 +49,7 @@ struct stream_ops {
     int (*accept)(struct listener *listener, struct connection **ret);
     void (*listener_shutdown)(struct listener *listener); /* any thread */
     void (*listener_close)(struct listener *listener);
+    char *(*listener_address)(struct listener *listener);
     int (*connect)(const struct address *address, struct connection **ret, struct error **err);
     struct connection *(*adopt)(int input, int output);
     /* Waits until `minimum` (at least 1) bytes came, or fewer at the end of the stream; may return fewer anyway. */

@@ -1,5 +1,349 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The sockets of the real engines; their functions arrive with the next change. */
-#include "loop/engine.h"
+/*
+ * Connections of the real engines. A transfer is first tried at once; only when the kernel has nothing
+ * to give (or no room) it waits through the loop's engine. Invariants:
+ * 1. sockets are in blocking mode and are asked with MSG_DONTWAIT; other descriptors (pipes, terminals) are
+ *    set non-blocking, and get their old mode back when they are closed, for others may share them;
+ * 2. at most one coroutine waits per direction, on the connection's loop (the engine asserts it);
+ * 3. after a shutdown every call returns -ECANCELED: the flag is set first, then whoever waits is woken from the
+ *    connection's loop, so that nobody can begin to wait in between;
+ * 4. a connection is freed when it was closed and its shutdown task, if any, has run.
+ */
+#include "loop/stream_native.h"
+#include "base/size.h"
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glib.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
 
-const struct stream_ops stream_native_ops;
+/* Budget that an inline transfer takes: one unit, and one for so many bytes. */
+#define BYTES_PER_UNIT (32 * KiB)
+
+struct native_connection {
+    struct native_end end; /* first */
+    struct connection connection;
+    bool socket;
+    struct native_stream input, output; /* the same descriptor: input serves both */
+    int input_flags, output_flags;      /* to be restored */
+};
+
+static struct native_connection *native(struct connection *connection)
+{
+    return container_of(connection, struct native_connection, connection);
+}
+
+static struct native_stream *native_output(struct native_connection *connection)
+{
+    return connection->output.fd >= 0 ? &connection->output : &connection->input;
+}
+
+/* ---- ends ---- */
+
+static void native_end_run(struct loop_task *task)
+{
+    struct native_end *end = container_of(task, struct native_end, task);
+    struct loop *loop = atomic_load(&end->loop);
+
+    if (loop != loop_self()) {
+        /* It moved while the task was on its way. */
+        loop_post(loop, &end->task);
+        return;
+    }
+    end->cancel(end);
+    native_end_unref(end);
+}
+
+void native_end_init(struct native_end *end, void (*cancel)(struct native_end *end))
+{
+    atomic_init(&end->loop, loop_self());
+    atomic_init(&end->references, 1);
+    atomic_init(&end->shut, false);
+    end->task.run = native_end_run;
+    end->cancel = cancel;
+}
+
+bool native_end_shutdown(struct native_end *end)
+{
+    if (atomic_exchange(&end->shut, true)) {
+        return false;
+    }
+    atomic_fetch_add(&end->references, 1);
+    loop_post(atomic_load(&end->loop), &end->task);
+    return true;
+}
+
+void native_end_unref(struct native_end *end)
+{
+    if (atomic_fetch_sub(&end->references, 1) == 1) {
+        g_free(end);
+    }
+}
+
+/* ---- life ---- */
+
+static void connection_cancel(struct native_end *end)
+{
+    struct native_connection *connection = container_of(end, struct native_connection, end);
+    struct engine *engine = engine_self();
+
+    engine->ops->native->stream_cancel(engine, &connection->input);
+    engine->ops->native->stream_cancel(engine, &connection->output);
+}
+
+static struct native_connection *connection_allocate(int input, int output)
+{
+    struct native_connection *connection = g_new0(struct native_connection, 1);
+
+    native_end_init(&connection->end, connection_cancel);
+    connection->connection.ops = &stream_native_ops;
+    connection->input.fd = input;
+    connection->output.fd = output == input ? -1 : output;
+    connection->input_flags = fcntl(input, F_GETFL);
+    connection->output_flags = fcntl(output, F_GETFL);
+    return connection;
+}
+
+static bool fd_is_stream_socket(int fd)
+{
+    int type;
+    socklen_t size = sizeof(type);
+
+    return getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) == 0 && type == SOCK_STREAM;
+}
+
+static void socket_set_nodelay(int fd)
+{
+    int on = 1;
+
+    /* Fails on a unix socket, which has no delay to begin with. */
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+}
+
+struct connection *native_connection_create(int fd)
+{
+    struct native_connection *connection = connection_allocate(fd, fd);
+
+    connection->socket = true;
+    socket_set_nodelay(fd);
+    return &connection->connection;
+}
+
+static struct connection *native_adopt(int input, int output)
+{
+    struct native_connection *connection;
+
+    if (input == output && fd_is_stream_socket(input)) {
+        fcntl(input, F_SETFL, fcntl(input, F_GETFL) & ~O_NONBLOCK);
+        return native_connection_create(input);
+    }
+    connection = connection_allocate(input, output);
+    fcntl(input, F_SETFL, connection->input_flags | O_NONBLOCK);
+    fcntl(output, F_SETFL, connection->output_flags | O_NONBLOCK);
+    return &connection->connection;
+}
+
+static void native_detach(struct native_connection *connection)
+{
+    struct engine *engine = engine_self();
+
+    g_assert(atomic_load(&connection->end.loop) == loop_self());
+    engine->ops->native->stream_detach(engine, &connection->input);
+    engine->ops->native->stream_detach(engine, &connection->output);
+}
+
+static void coroutine_fn native_close(struct connection *base)
+{
+    struct native_connection *connection = native(base);
+
+    native_detach(connection);
+    if (!connection->socket) {
+        fcntl(connection->input.fd, F_SETFL, connection->input_flags);
+        fcntl(native_output(connection)->fd, F_SETFL, connection->output_flags);
+    }
+    close(connection->input.fd);
+    if (connection->output.fd >= 0) {
+        close(connection->output.fd);
+    }
+    native_end_unref(&connection->end);
+}
+
+static void native_move(struct connection *base, struct loop *to)
+{
+    struct native_connection *connection = native(base);
+
+    native_detach(connection);
+    atomic_store(&connection->end.loop, to);
+}
+
+static void native_shutdown(struct connection *base)
+{
+    struct native_connection *connection = native(base);
+
+    if (connection->socket && !native_end_is_shut(&connection->end)) {
+        shutdown(connection->input.fd, SHUT_RDWR);
+    }
+    native_end_shutdown(&connection->end);
+}
+
+/* ---- transfers ---- */
+
+static ssize_t coroutine_fn inline_result(ssize_t bytes)
+{
+    loop_spend(1 + (unsigned)((uint64_t)bytes / BYTES_PER_UNIT));
+    return bytes;
+}
+
+static ssize_t coroutine_fn native_receive(struct connection *base, void *to, size_t minimum, size_t maximum)
+{
+    struct native_connection *connection = native(base);
+    struct native_stream *stream = &connection->input;
+    ssize_t r;
+
+    g_assert(atomic_load_explicit(&connection->end.loop, memory_order_relaxed) == loop_self());
+    for (;;) {
+        if (native_end_is_shut(&connection->end)) {
+            return -ECANCELED;
+        }
+        r = connection->socket ? recv(stream->fd, to, maximum, MSG_DONTWAIT) : read(stream->fd, to, maximum);
+        if (r > 0) {
+            return inline_result(r);
+        }
+        if (r < 0 && errno == EINTR) {
+            continue;
+        }
+        if (r == 0 || errno != EAGAIN) {
+            r = r < 0 ? -errno : 0;
+            break;
+        }
+        struct engine *engine = engine_self();
+        if (connection->socket) {
+            r = engine->ops->native->stream_receive(engine, stream, to, maximum, minimum == maximum);
+            if (r != -EINTR && r != -EAGAIN) {
+                break;
+            }
+        } else {
+            r = engine->ops->native->stream_wait(engine, stream, NATIVE_INPUT);
+            if (r < 0) {
+                break;
+            }
+        }
+    }
+    return r <= 0 && native_end_is_shut(&connection->end) ? -ECANCELED : r;
+}
+
+static ssize_t coroutine_fn native_send(struct connection *base, const struct iovec *iov, unsigned count)
+{
+    struct native_connection *connection = native(base);
+    struct native_stream *stream = native_output(connection);
+    struct msghdr message = {.msg_iov = (struct iovec *)iov, .msg_iovlen = count};
+    ssize_t r;
+
+    g_assert(atomic_load_explicit(&connection->end.loop, memory_order_relaxed) == loop_self());
+    for (;;) {
+        if (native_end_is_shut(&connection->end)) {
+            return -ECANCELED;
+        }
+        r = connection->socket ? sendmsg(stream->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+                               : writev(stream->fd, iov, (int)count);
+        if (r > 0) {
+            return inline_result(r);
+        }
+        if (r < 0 && errno == EINTR) {
+            continue;
+        }
+        if (r == 0 || errno != EAGAIN) {
+            r = r < 0 ? -errno : -EIO;
+            break;
+        }
+        struct engine *engine = engine_self();
+        if (connection->socket) {
+            r = engine->ops->native->stream_send(engine, stream, &message);
+            if (r != -EINTR && r != -EAGAIN) {
+                r = r == 0 ? -EPIPE : r;
+                break;
+            }
+        } else {
+            r = engine->ops->native->stream_wait(engine, stream, NATIVE_OUTPUT);
+            if (r < 0) {
+                break;
+            }
+        }
+    }
+    return r < 0 && native_end_is_shut(&connection->end) ? -ECANCELED : r;
+}
+
+/* ---- names ---- */
+
+static int native_fd(struct connection *connection)
+{
+    return native(connection)->input.fd;
+}
+
+char *native_address_format(const struct sockaddr_storage *storage, socklen_t size)
+{
+    char host[INET6_ADDRSTRLEN], port[8];
+
+    if (storage->ss_family == AF_UNIX) {
+        const struct sockaddr_un *name = (const struct sockaddr_un *)storage;
+        size_t length = size - offsetof(struct sockaddr_un, sun_path);
+
+        if (size <= offsetof(struct sockaddr_un, sun_path)) {
+            return g_strdup("unix");
+        }
+        if (!name->sun_path[0]) {
+            return g_strdup_printf("unix:@%.*s", (int)length - 1, name->sun_path + 1);
+        }
+        return g_strdup_printf("unix:%.*s", (int)length, name->sun_path);
+    }
+    if (getnameinfo((const struct sockaddr *)storage, size, host, sizeof(host), port, sizeof(port),
+                    NI_NUMERICHOST | NI_NUMERICSERV)) {
+        return g_strdup("unknown");
+    }
+    return g_strdup_printf(strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+}
+
+static char *native_peer(struct connection *base)
+{
+    struct native_connection *connection = native(base);
+    struct sockaddr_storage storage;
+    socklen_t size = sizeof(storage);
+    struct ucred who;
+    socklen_t who_size = sizeof(who);
+
+    if (!connection->socket) {
+        return g_strdup_printf("descriptor %d", connection->input.fd);
+    }
+    if (getpeername(connection->input.fd, (struct sockaddr *)&storage, &size) < 0) {
+        return g_strdup("disconnected");
+    }
+    if (storage.ss_family == AF_UNIX &&
+        getsockopt(connection->input.fd, SOL_SOCKET, SO_PEERCRED, &who, &who_size) == 0) {
+        return g_strdup_printf("unix (process %d, user %u)", (int)who.pid, (unsigned)who.uid);
+    }
+    return native_address_format(&storage, size);
+}
+
+const struct stream_ops stream_native_ops = {
+    .listen = native_listen,
+    .accept = native_accept,
+    .listener_shutdown = native_listener_shutdown,
+    .listener_close = native_listener_close,
+    .listener_address = native_listener_address,
+    .connect = native_connect,
+    .adopt = native_adopt,
+    .receive = native_receive,
+    .send = native_send,
+    .shutdown = native_shutdown,
+    .close = native_close,
+    .move = native_move,
+    .fd = native_fd,
+    .peer = native_peer,
+};
