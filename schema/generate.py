@@ -3,10 +3,13 @@
 """Generates code and documents from the schema files.
 
 generate.py --output DIRECTORY FILE...    C files into DIRECTORY
-generate.py --reference OUT FILE...       the reference manual
+generate.py --manual OUT FILE...          the reference manual
+
+Without FILE: every schema file beside this program.
 """
 
 import argparse
+import glob
 import os
 import sys
 
@@ -45,11 +48,12 @@ def outputs(schema):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', metavar='DIRECTORY')
-    parser.add_argument('--reference', metavar='OUT')
-    parser.add_argument('files', nargs='+', metavar='FILE')
+    parser.add_argument('--manual', metavar='OUT')
+    parser.add_argument('files', nargs='*', metavar='FILE')
     options = parser.parse_args()
     texts = []
-    for path in options.files:
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), '*.schema')
+    for path in options.files or sorted(glob.glob(beside)):
         with open(path, encoding='utf-8') as stream:
             texts.append((os.path.relpath(path), stream.read()))
     try:
@@ -60,8 +64,8 @@ def main():
     files = {}
     if options.output:
         files = {os.path.join(options.output, name): text for name, text in outputs(schema).items()}
-    if options.reference:
-        files[options.reference] = Reference(schema).text()
+    if options.manual:
+        files[options.manual] = Reference(schema).text()
     for path, text in files.items():
         with open(path, 'w', encoding='utf-8') as stream:
             stream.write(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The schema language: tokens, parser, model and checks. README.md beside this file has the language by example.
+"""The schema language: tokens, parser, model and checks. doc/schema.md has the language by example.
 
 A schema is a set of declarations (enum, struct, union, alternate, command, event). Parsing gives a `Schema`
 whose names are all resolved; anything that is wrong raises `SchemaError` with file and line. Nothing here knows
