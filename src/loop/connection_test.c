@@ -13,6 +13,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 static void test_address(void)
@@ -271,25 +272,25 @@ static void stale_socket(void *argument)
 
 static void inherited_listener(void *argument)
 {
-    struct server server;
     g_autofree char *path = test_path("inherited");
-    struct address address = {.kind = ADDRESS_UNIX, .path = path}, copy = {.kind = ADDRESS_FD};
-    struct listener *first, *second;
+    struct address address = {.kind = ADDRESS_UNIX, .path = path}, inherited = {.kind = ADDRESS_FD};
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    struct listener *listener;
     struct connection *client, *accepted;
-    int pair[2];
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
 
-    (void)server;
-    g_assert_cmpint(listener_open(&address, &first, NULL), ==, 0);
-    g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), ==, 0);
-    copy.fd = pair[0];
-    g_assert_cmpint(listener_open(&copy, &second, NULL), ==, -EINVAL);
-    close(pair[0]);
-    close(pair[1]);
+    g_strlcpy(name.sun_path, path, sizeof(name.sun_path));
+    inherited.fd = fd;
+    g_assert_cmpint(bind(fd, (struct sockaddr *)&name, sizeof(name)), ==, 0);
+    g_assert_cmpint(listener_open(&inherited, &listener, NULL), ==, -EINVAL);
+    g_assert_cmpint(listen(fd, 1), ==, 0);
+    g_assert_cmpint(listener_open(&inherited, &listener, NULL), ==, 0);
     g_assert_cmpint(connection_open(&address, &client, NULL), ==, 0);
-    g_assert_cmpint(listener_accept(first, &accepted), ==, 0);
+    g_assert_cmpint(listener_accept(listener, &accepted), ==, 0);
     connection_close(client);
     connection_close(accepted);
-    listener_close(first);
+    listener_close(listener);
+    g_assert_cmpint(unlink(path), ==, 0);
 }
 
 /* ---- shutdown ---- */

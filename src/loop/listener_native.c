@@ -53,6 +53,15 @@ static void listener_cancel(struct native_end *end)
     loop_sleep_wake(&listener->pause);
 }
 
+static void listener_release(struct native_end *end)
+{
+    struct native_listener *listener = container_of(end, struct native_listener, end);
+
+    close(listener->stream.fd);
+    g_free(listener->path);
+    g_free(listener);
+}
+
 /* ---- listening; on a worker ---- */
 
 struct listen_job {
@@ -247,7 +256,7 @@ int coroutine_fn native_listen(const struct address *address, struct listener **
     }
     struct native_listener *listener = g_new0(struct native_listener, 1);
 
-    native_end_init(&listener->end, listener_cancel);
+    native_end_init(&listener->end, listener_cancel, listener_release);
     listener->listener.ops = &stream_native_ops;
     listener->stream.fd = job.fd;
     listener->inherited = job.inherited;
@@ -314,10 +323,7 @@ void native_listener_shutdown(struct listener *base)
 {
     struct native_listener *listener = native(base);
 
-    if (!listener->inherited && !native_end_is_shut(&listener->end)) {
-        shutdown(listener->stream.fd, SHUT_RDWR);
-    }
-    native_end_shutdown(&listener->end);
+    native_end_shutdown(&listener->end, listener->inherited ? -1 : listener->stream.fd);
 }
 
 static int remove_socket_work(void *argument)
@@ -340,9 +346,7 @@ void coroutine_fn native_listener_close(struct listener *base)
     engine->ops->native->stream_detach(engine, &listener->stream);
     if (listener->path) {
         worker_run(remove_socket_work, listener);
-        g_free(listener->path);
     }
-    close(listener->stream.fd);
     native_end_unref(&listener->end);
 }
 

@@ -61,29 +61,34 @@ static void native_end_run(struct loop_task *task)
     native_end_unref(end);
 }
 
-void native_end_init(struct native_end *end, void (*cancel)(struct native_end *end))
+void native_end_init(struct native_end *end, void (*cancel)(struct native_end *end),
+                     void (*release)(struct native_end *end))
 {
     atomic_init(&end->loop, loop_self());
     atomic_init(&end->references, 1);
     atomic_init(&end->shut, false);
     end->task.run = native_end_run;
     end->cancel = cancel;
+    end->release = release;
 }
 
-bool native_end_shutdown(struct native_end *end)
+void native_end_shutdown(struct native_end *end, int socket_fd)
 {
-    if (atomic_exchange(&end->shut, true)) {
-        return false;
-    }
     atomic_fetch_add(&end->references, 1);
+    if (atomic_exchange(&end->shut, true)) {
+        native_end_unref(end);
+        return;
+    }
+    if (socket_fd >= 0) {
+        shutdown(socket_fd, SHUT_RDWR);
+    }
     loop_post(atomic_load(&end->loop), &end->task);
-    return true;
 }
 
 void native_end_unref(struct native_end *end)
 {
     if (atomic_fetch_sub(&end->references, 1) == 1) {
-        g_free(end);
+        end->release(end);
     }
 }
 
@@ -98,11 +103,22 @@ static void connection_cancel(struct native_end *end)
     engine->ops->native->stream_cancel(engine, &connection->output);
 }
 
+static void connection_release(struct native_end *end)
+{
+    struct native_connection *connection = container_of(end, struct native_connection, end);
+
+    close(connection->input.fd);
+    if (connection->output.fd >= 0) {
+        close(connection->output.fd);
+    }
+    g_free(connection);
+}
+
 static struct native_connection *connection_allocate(int input, int output)
 {
     struct native_connection *connection = g_new0(struct native_connection, 1);
 
-    native_end_init(&connection->end, connection_cancel);
+    native_end_init(&connection->end, connection_cancel, connection_release);
     connection->connection.ops = &stream_native_ops;
     connection->input.fd = input;
     connection->output.fd = output == input ? -1 : output;
@@ -168,10 +184,6 @@ static void coroutine_fn native_close(struct connection *base)
         fcntl(connection->input.fd, F_SETFL, connection->input_flags);
         fcntl(native_output(connection)->fd, F_SETFL, connection->output_flags);
     }
-    close(connection->input.fd);
-    if (connection->output.fd >= 0) {
-        close(connection->output.fd);
-    }
     native_end_unref(&connection->end);
 }
 
@@ -187,10 +199,7 @@ static void native_shutdown(struct connection *base)
 {
     struct native_connection *connection = native(base);
 
-    if (connection->socket && !native_end_is_shut(&connection->end)) {
-        shutdown(connection->input.fd, SHUT_RDWR);
-    }
-    native_end_shutdown(&connection->end);
+    native_end_shutdown(&connection->end, connection->socket ? connection->input.fd : -1);
 }
 
 /* ---- transfers ---- */

@@ -10,20 +10,22 @@
 /* Internal to stream_native.c (connections) and listener_native.c (listeners, connecting). */
 
 /*
- * What a connection and a listener share: a loop, and a way to end them from another thread. The task
- * that a shutdown posts holds a reference, so that a close need not wait for it.
+ * What a connection and a listener share: a loop, and a way to end them from another thread. A shutdown and the
+ * task that it posts hold a reference, so that neither finds memory or descriptors gone when the owner closes
+ * meanwhile.
  */
 struct native_end {
     _Atomic(struct loop *) loop;
     atomic_uint references;
     atomic_bool shut;
     struct loop_task task;
-    void (*cancel)(struct native_end *end); /* on the loop: wakes who waits */
+    void (*cancel)(struct native_end *end);  /* on the loop: wakes who waits */
+    void (*release)(struct native_end *end); /* any thread: closes descriptors, frees */
 };
-void native_end_init(struct native_end *end, void (*cancel)(struct native_end *end));
-/* Any thread. True for the first shutdown, which has then been posted. */
-bool native_end_shutdown(struct native_end *end);
-/* The object that embeds `end` first is freed with the last one. */
+void native_end_init(struct native_end *end, void (*cancel)(struct native_end *end),
+                     void (*release)(struct native_end *end));
+/* Any thread: sets the flag, shuts socket_fd down (-1: none), then has the loop wake who waits. Twice is once. */
+void native_end_shutdown(struct native_end *end, int socket_fd);
 void native_end_unref(struct native_end *end);
 static inline bool native_end_is_shut(struct native_end *end)
 {
