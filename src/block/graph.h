@@ -97,6 +97,7 @@ int coroutine_fn graph_create_node(struct graph *graph, const struct driver *dri
 struct block_device_info_list;
 json_t *coroutine_fn graph_describe_node(struct node *node);
 json_t *coroutine_fn graph_describe_node_flat(struct node *node); /* without the images below it */
+json_t *graph_describe(struct graph *graph);                      /* query-graph's answer */
 /* dot text of nodes, edges with claims, backends; g_free(). */
 char *graph_to_dot(struct graph *graph);
 

@@ -69,11 +69,13 @@ struct node {
     struct limits limits;
     atomic_uint_fast64_t size; /* bytes */
     unsigned references;       /* monitor's, edges', operations' */
+    bool open;                 /* driver->open succeeded: there is something to close */
     bool monitor_owned;        /* made by blockdev-add or --blockdev */
     bool writable;             /* now */
     bool wants_writable;       /* opened for writing by its options */
     bool never_writable;       /* read-only by explicit option or by its nature */
     unsigned writers;          /* node_writable_begin() */
+    bool made_file_writable;   /* counts among the writers of its file child */
     bool discard;              /* discard=unmap */
     bool detect_zeroes, detect_zeroes_unmap;
     bool force_share;

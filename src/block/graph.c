@@ -1,0 +1,198 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The graph as a whole: its lists, its lock, finding nodes by name, adding and deleting them for the monitor, and
+ * putting job filters in and out. Opening is open.c's, changes of shape are transaction.c's.
+ *
+ * 1. `nodes` holds the nodes that are open whole; a name occurs once.
+ * 2. graph->lock is held by whoever changes the shape, from before its drains until after them.
+ * 3. A node that the monitor added holds one reference of the monitor's (monitor_owned), which only graph_delete() and
+ *    graph_delete_all() drop. Nothing is ever closed under a user's feet: a node in use is not deleted.
+ */
+#include "block/private.h"
+#include <errno.h>
+
+struct graph *graph_create(void)
+{
+    struct graph *graph = g_new0(struct graph, 1);
+    list_init(&graph->nodes);
+    list_init(&graph->backends);
+    list_init(&graph->operations);
+    graph->ledger = access_ledger_create();
+    co_mutex_init(&graph->lock);
+    return graph;
+}
+
+void graph_destroy(struct graph *graph)
+{
+    if (!graph) {
+        return;
+    }
+    g_assert(list_is_empty(&graph->nodes) && list_is_empty(&graph->backends) && list_is_empty(&graph->operations));
+    access_ledger_destroy(graph->ledger);
+    co_mutex_destroy(&graph->lock);
+    g_free(graph);
+}
+
+void coroutine_fn graph_lock(struct graph *graph)
+{
+    co_mutex_lock(&graph->lock);
+}
+
+void coroutine_fn graph_unlock(struct graph *graph)
+{
+    co_mutex_unlock(&graph->lock);
+}
+
+struct node *graph_find(struct graph *graph, const char *name)
+{
+    list_for_each (link, &graph->nodes) {
+        struct node *node = container_of(link, struct node, graph_link);
+        if (g_str_equal(node->name, name)) {
+            return node;
+        }
+    }
+    return NULL;
+}
+
+struct node *graph_find_or_error(struct graph *graph, const char *name, struct error **err)
+{
+    struct node *node = graph_find(graph, name);
+    if (!node) {
+        error_set(err, -ENOENT, "Cannot find node '%s'", name);
+    }
+    return node;
+}
+
+/* --- the monitor's nodes --- */
+
+int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *options, struct node **ret,
+                           struct error **err)
+{
+    struct node *node;
+    graph_lock(graph);
+    int r = open_node(graph, options, &node, err);
+    if (r == 0) {
+        node->monitor_owned = true;
+        if (ret) {
+            *ret = node;
+        }
+    }
+    graph_unlock(graph);
+    return r;
+}
+
+/* graph->lock is held. */
+static int graph_may_delete(struct graph *graph, const char *name, struct node **ret, struct error **err)
+{
+    struct node *node = graph_find_or_error(graph, name, err);
+    if (!node) {
+        return -ENOENT;
+    }
+    if (!node->monitor_owned) {
+        return error_set(err, -EPERM, "Node '%s' is not owned by the monitor: it is the %s, and closes with it", name,
+                         node->opened_for ? node->opened_for : "node of a job");
+    }
+    g_autofree char *users = node_users(node);
+    if (*users) {
+        return error_set(err, -EBUSY, "Node '%s' is in use by %s", name, users);
+    }
+    if (node->references > 1) {
+        return error_set(err, -EBUSY, "Node '%s' is in use by an operation", name);
+    }
+    *ret = node;
+    return 0;
+}
+
+int coroutine_fn graph_delete(struct graph *graph, const char *name, struct error **err)
+{
+    struct node *node = NULL;
+    graph_lock(graph);
+    int r = graph_may_delete(graph, name, &node, err);
+    if (r == 0) {
+        node->monitor_owned = false;
+        node_unref(node);
+    }
+    graph_unlock(graph);
+    return r;
+}
+
+void coroutine_fn graph_delete_all(struct graph *graph)
+{
+    graph_lock(graph);
+    for (bool found = true; found;) {
+        found = false;
+        /* Parents first, so that each is closed while all that it stands on is open. */
+        for (struct list *link = graph->nodes.prev; link != &graph->nodes && !found; link = link->prev) {
+            struct node *node = container_of(link, struct node, graph_link);
+            if (node->monitor_owned && list_is_empty(&node->parents)) {
+                node->monitor_owned = false;
+                node_unref(node);
+                found = true;
+            }
+        }
+    }
+    /* What is left is used by backends or operations, and closes with them. */
+    list_for_each_safe (link, &graph->nodes) {
+        struct node *node = container_of(link, struct node, graph_link);
+        if (node->monitor_owned) {
+            g_autofree char *users = node_users(node);
+            g_warning("Node '%s' is still in use by %s", node->name, users);
+        }
+    }
+    graph_unlock(graph);
+}
+
+/* --- nodes of jobs --- */
+
+int coroutine_fn graph_create_node(struct graph *graph, const struct driver *driver, const char *name,
+                                   const char *opened_for, struct node **ret, struct error **err)
+{
+    g_autofree char *wanted = g_strdup_printf("#%s", opened_for ? opened_for : driver->name);
+    g_autofree char *unused = name ? g_strdup(name) : node_name_unused(graph, wanted);
+    if (graph_find(graph, unused)) {
+        return error_set(err, -EEXIST, "Duplicate nodes with node-name='%s'", unused);
+    }
+    struct node *node = node_create(graph, driver, unused);
+    node->opened_for = g_strdup(opened_for);
+    node->job_filter = driver->kind == DRIVER_FILTER;
+    node->discard = true; /* the image beneath decides */
+    node->writable = node->wants_writable = true;
+    node->open = true;
+    node_publish(node);
+    *ret = node;
+    return 0;
+}
+
+int coroutine_fn graph_insert_filter(struct graph *graph, struct node *filter, struct node *over, struct error **err)
+{
+    struct node *const touched[] = {over, filter};
+    g_autofree char *subject = g_strdup_printf("inserting '%s' over node '%s'", filter->name, over->name);
+    struct drain drain;
+    graph_lock(graph);
+    g_assert(!filter->filtered && list_is_empty(&filter->parents));
+    graph_drain_begin(graph, touched, G_N_ELEMENTS(touched), NULL, &drain);
+    struct transaction *transaction = graph_begin(graph, subject);
+    transaction_move_parents(transaction, over, filter, NULL);
+    transaction_attach(transaction, filter, EDGE_FILTERED, over, NULL);
+    int r = graph_commit(transaction, err);
+    graph_drain_end(&drain);
+    graph_unlock(graph);
+    return r;
+}
+
+int coroutine_fn graph_remove_filter(struct graph *graph, struct node *filter, struct error **err)
+{
+    g_autofree char *subject = g_strdup_printf("removing '%s'", filter->name);
+    struct drain drain;
+    graph_lock(graph);
+    struct node *over = filter->filtered->child;
+    struct node *const touched[] = {over, filter};
+    graph_drain_begin(graph, touched, G_N_ELEMENTS(touched), NULL, &drain);
+    struct transaction *transaction = graph_begin(graph, subject);
+    transaction_move_parents(transaction, filter, over, NULL);
+    transaction_detach(transaction, filter->filtered);
+    int r = graph_commit(transaction, err);
+    graph_drain_end(&drain);
+    graph_unlock(graph);
+    return r;
+}

@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Nodes: life, writability, size. Owns references and what happens when the last one goes, and the count of who needs a
+ * node writable that was opened read-only.
+ *
+ * 1. A node lives as long as `references` > 0: the monitor's, one per parent edge or backend, and the caller's.
+ * 2. A node whose last reference went has no parents, so no request is inside: it leaves the graph's list at once, its
+ *    driver closes it with its children still attached, and then its own references on them go.
+ * 3. writable == (wants_writable || writers > 0), but for a node whose driver failed to stop writing: that stays
+ *    writable, which loses nothing.
+ * 4. Whoever makes a node writable has made its file child writable first, and the file edge claims accordingly.
+ *
+ * Names, opening and deletion by the monitor are graph.c's and open.c's.
+ */
+#include "block/private.h"
+#include <errno.h>
+
+struct node *node_create(struct graph *graph, const struct driver *driver, const char *name)
+{
+    struct node *node = g_new0(struct node, 1);
+    node->graph = graph;
+    node->driver = driver;
+    node->name = g_strdup(name);
+    node->state = g_malloc0(driver->state_size);
+    node->references = 1;
+    node->limits.alignment = 1;
+    node->limits.memory_alignment = 1;
+    list_init(&node->children);
+    list_init(&node->parents);
+    range_lock_init(&node->overlap);
+    list_init(&node->graph_link);
+    return node;
+}
+
+void node_publish(struct node *node)
+{
+    list_append(&node->graph->nodes, &node->graph_link);
+}
+
+static void node_drop(struct node *node, struct list *dying)
+{
+    g_assert(node->references > 0);
+    if (--node->references == 0) {
+        g_assert(list_is_empty(&node->parents));
+        list_remove(&node->graph_link);
+        list_append(dying, &node->graph_link);
+    }
+}
+
+static void coroutine_fn node_close(struct node *node, struct list *dying)
+{
+    if (node->open && node->driver->close) {
+        node->driver->close(node);
+    }
+    while (!list_is_empty(&node->children)) {
+        struct edge *edge = container_of(node->children.next, struct edge, parent_link);
+        bool made_writable = edge->role == EDGE_FILE && node->made_file_writable;
+        struct node *child = edge_detach(edge);
+        if (made_writable) {
+            node_writable_end_locked(child);
+        }
+        node_drop(child, dying);
+    }
+    access_clear_stale(node->graph->ledger, node->name);
+    range_lock_destroy(&node->overlap);
+    g_free(node->state);
+    g_free(node->stale);
+    g_free(node->filename);
+    g_free(node->header_backing);
+    g_free(node->header_backing_format);
+    g_free(node->opened_for);
+    g_free(node->name);
+    g_free(node);
+}
+
+struct node *node_ref(struct node *node)
+{
+    g_assert(node->references > 0);
+    node->references++;
+    return node;
+}
+
+/* Chains may be long: closing is a loop, not a recursion. */
+struct node *coroutine_fn node_unref(struct node *node)
+{
+    struct list dying = LIST_INIT(dying);
+    if (node) {
+        node_drop(node, &dying);
+    }
+    while (!list_is_empty(&dying)) {
+        struct node *next = container_of(dying.next, struct node, graph_link);
+        list_remove(&next->graph_link);
+        node_close(next, &dying);
+    }
+    return NULL;
+}
+
+/* --- size --- */
+
+void node_follow_child(struct node *filter)
+{
+    const struct node *child = filter->filtered->child;
+    filter->limits = child->limits;
+    atomic_store(&filter->size, atomic_load(&child->size));
+}
+
+void node_size_changed(struct node *node)
+{
+    list_for_each (link, &node->parents) {
+        struct edge *edge = container_of(link, struct edge, child_link);
+        if (edge->role == EDGE_ROOT) {
+            backend_tell_changed(edge->backend);
+        } else if (edge->role == EDGE_FILTERED) {
+            node_follow_child(edge->parent);
+            node_size_changed(edge->parent);
+        }
+    }
+}
+
+/* --- writing to a node that was opened read-only --- */
+
+static int coroutine_fn node_start_writing(struct node *node, struct error **err)
+{
+    g_autofree char *subject = g_strdup_printf("opening node '%s' for writing", node->name);
+    int r = 0;
+    if (node->never_writable) {
+        r = error_set(err, -EROFS, "Node '%s' is read-only", node->name);
+        error_hint(err, "It was opened with read-only=on, or its storage is read-only; open it with read-only=off");
+        return r;
+    }
+    if (node->file) {
+        r = node_writable_begin_locked(node->file->child, err);
+        if (r < 0) {
+            return r;
+        }
+        node->made_file_writable = true;
+    }
+    node->writable = true;
+    if (node->file) {
+        r = edge_claim_again(node->file, subject, err);
+    }
+    if (r == 0 && node->driver->set_writable) {
+        r = node->driver->set_writable(node, true, err);
+    }
+    if (r < 0) {
+        node->writable = false;
+        if (node->file) {
+            edge_claim_again(node->file, subject, NULL);
+            node->made_file_writable = false;
+            node_writable_end_locked(node->file->child);
+        }
+    }
+    return r;
+}
+
+static void coroutine_fn node_stop_writing(struct node *node)
+{
+    struct error *error = NULL;
+    if (node->driver->set_writable && node->driver->set_writable(node, false, &error) < 0) {
+        g_warning("Node '%s' stays open for writing: %s", node->name, error ? error->message : "unknown error");
+        error_free(error);
+        node->wants_writable = true;
+        return;
+    }
+    node->writable = false;
+    if (node->file) {
+        edge_claim_again(node->file, node->name, NULL); /* fewer claims: cannot be refused */
+    }
+    if (node->made_file_writable) {
+        node->made_file_writable = false;
+        node_writable_end_locked(node->file->child);
+    }
+}
+
+int coroutine_fn node_writable_begin_locked(struct node *node, struct error **err)
+{
+    int r = node->writable ? 0 : node_start_writing(node, err);
+    if (r == 0) {
+        node->writers++;
+    }
+    return r;
+}
+
+void coroutine_fn node_writable_end_locked(struct node *node)
+{
+    g_assert(node->writers > 0);
+    if (--node->writers == 0 && !node->wants_writable) {
+        node_stop_writing(node);
+    }
+}
+
+int coroutine_fn node_writable_begin(struct node *node, struct error **err)
+{
+    struct graph *graph = node->graph;
+    struct drain drain;
+    int r;
+    graph_lock(graph);
+    node = node_beneath_filters(node);
+    if (node->writable) {
+        r = node_writable_begin_locked(node, err);
+    } else {
+        graph_drain_begin(graph, &node, 1, NULL, &drain);
+        r = node_writable_begin_locked(node, err);
+        graph_drain_end(&drain);
+    }
+    graph_unlock(graph);
+    return r;
+}
+
+void coroutine_fn node_writable_end(struct node *node)
+{
+    struct graph *graph = node->graph;
+    struct drain drain;
+    graph_lock(graph);
+    node = node_beneath_filters(node);
+    if (node->writers > 1 || node->wants_writable) {
+        node_writable_end_locked(node);
+    } else {
+        graph_drain_begin(graph, &node, 1, NULL, &drain);
+        node_writable_end_locked(node);
+        graph_drain_end(&drain);
+    }
+    graph_unlock(graph);
+}
+
+/* --- who uses it --- */
+
+char *node_users(struct node *node)
+{
+    GString *text = g_string_new(NULL);
+    list_for_each (link, &node->parents) {
+        const struct edge *edge = container_of(link, struct edge, child_link);
+        g_string_append(text, text->len ? ", " : "");
+        if (edge->role == EDGE_ROOT) {
+            g_string_append(text, edge->backend->owner);
+        } else {
+            g_string_append_printf(text, "node '%s' (%s)", edge->parent->name, edge_role_name(edge->role));
+        }
+    }
+    list_for_each (link, &node->graph->operations) {
+        const struct operation *operation = container_of(link, struct operation, link);
+        for (unsigned i = 0; i < CLAIM_VARIABLE_COUNT; i++) {
+            if (operation->bound[i] == node) {
+                g_string_append_printf(text, "%s%s %s", text->len ? ", " : "", operation->table->operation,
+                                       access_holder_id(operation->holder));
+                break;
+            }
+        }
+    }
+    return g_string_free(text, FALSE);
+}

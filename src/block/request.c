@@ -1,0 +1,435 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The request path: what happens to every request between an edge and the driver of its child. Owns the checks
+ * (grant, read-only, range), the split at max_transfer and the fall-backs; padded.c owns what limits.alignment and
+ * limits.memory_alignment ask for.
+ *
+ * 1. The common case (granted, in range, no alignment) allocates nothing, takes no lock and copies nothing.
+ * 2. A request whose action was not granted to the edge never reaches a driver.
+ * 3. Options of a node (discard, detect-zeroes, cache.no-flush) are applied where a request enters that node, so they
+ *    hold for parents and backends alike.
+ * 4. Only this file moves node->size because of a write or a truncation.
+ *
+ * Called on any loop, inside a request that a backend counts (backend.c) or while the graph is held still: it does not
+ * look at drains, and does not count.
+ */
+#include "block/request.h"
+#include "base/size.h"
+#include "block/padded.h"
+#include "block/private.h"
+#include <errno.h>
+
+/* Who may move data up into a node may read what it moves. */
+#define NEED_READ (ACCESS_READ_DATA | ACCESS_WRITE_METADATA)
+#define NEED_STATUS (ACCESS_READ_DATA | ACCESS_READ_METADATA | ACCESS_WRITE_DATA | ACCESS_WRITE_METADATA)
+#define ZERO_BLOCK (64 * KiB)
+#define ZERO_VECTORS 16
+
+/* Aligned for direct I/O; all zero, in .bss. */
+static char zero_block[ZERO_BLOCK] __attribute__((aligned(4096)));
+
+static int __attribute__((cold)) request_refuse(const struct edge *edge, const char *what, unsigned need)
+{
+    g_autofree char *actions = access_actions_format(need);
+    const char *user = edge->parent ? edge->parent->name : edge->backend->owner;
+#ifdef INTERLOCK_DEBUG
+    g_error("%s by '%s' on node '%s' without a claim: none of %s was granted", what, user, edge->child->name, actions);
+#else
+    g_critical("%s by '%s' on node '%s' refused: none of %s was granted", what, user, edge->child->name, actions);
+#endif
+    return -EPERM;
+}
+
+static inline uint64_t node_size(const struct node *node)
+{
+    return atomic_load_explicit(&node->size, memory_order_acquire);
+}
+
+static void node_grow(struct node *node, uint64_t size)
+{
+    uint64_t old = node_size(node);
+    while (old < size && !atomic_compare_exchange_weak(&node->size, &old, size)) {
+    }
+}
+
+/* No padding, no bouncing, no splitting needed? */
+static inline bool limits_are_plain(const struct limits *limits, uint64_t bytes)
+{
+    return (limits->alignment | limits->memory_alignment) <= 1 &&
+           (!limits->max_transfer || bytes <= limits->max_transfer);
+}
+
+/* The length of the next piece of a long request. */
+static inline uint64_t piece_of(const struct limits *limits, uint64_t bytes)
+{
+    if (!limits->max_transfer) {
+        return bytes;
+    }
+    return min_u64(bytes, max_u64(align_down(limits->max_transfer, max_u64(limits->alignment, 1)), 1));
+}
+
+static bool passes_through(const struct node *node)
+{
+    return node->driver->kind == DRIVER_FILTER && node->filtered;
+}
+
+/* --- reading --- */
+
+static int coroutine_fn node_read(struct node *node, uint64_t offset, uint64_t bytes, struct buffers to, unsigned flags)
+{
+    if (!bytes) {
+        return 0;
+    }
+    if (G_UNLIKELY(!node->driver->read)) {
+        return passes_through(node) ? edge_read(node->filtered, offset, bytes, to, flags) : -ENOTSUP;
+    }
+    if (G_LIKELY(limits_are_plain(&node->limits, bytes))) {
+        return node->driver->read(node, offset, bytes, to, flags);
+    }
+    if (padded_is_needed(node, offset, bytes, to)) {
+        return padded_read(node, offset, bytes, to, flags);
+    }
+    while (bytes) {
+        uint64_t piece = piece_of(&node->limits, bytes);
+        int r = node->driver->read(node, offset, piece, to, flags);
+        if (r < 0) {
+            return r;
+        }
+        offset += piece;
+        bytes -= piece;
+        to = buffers_advance(to, piece);
+    }
+    return 0;
+}
+
+/* What lies behind the end is zero. */
+static int coroutine_fn read_past_end(struct node *node, uint64_t offset, uint64_t bytes, struct buffers to,
+                                      unsigned flags, uint64_t size)
+{
+    uint64_t inside = offset < size ? size - offset : 0;
+    if (inside) {
+        int r = node_read(node, offset, inside, to, flags);
+        if (r < 0) {
+            return r;
+        }
+    }
+    buffers_fill(buffers_advance(to, inside), 0, bytes - inside);
+    return 0;
+}
+
+int coroutine_fn edge_read(struct edge *edge, uint64_t offset, uint64_t bytes, struct buffers to, unsigned flags)
+{
+    struct node *node = edge->child;
+    if (G_UNLIKELY(!(edge->granted & NEED_READ))) {
+        return request_refuse(edge, "read", NEED_READ);
+    }
+    uint64_t size = node_size(node);
+    if (G_UNLIKELY(offset > size || bytes > size - offset)) {
+        return read_past_end(node, offset, bytes, to, flags, size);
+    }
+    return node_read(node, offset, bytes, to, flags);
+}
+
+/* --- writing --- */
+
+/* Writes that change nothing visible need less than others. */
+static inline unsigned write_needs(unsigned flags)
+{
+    return flags & REQUEST_IF_UNALLOCATED ? ACCESS_WRITE_METADATA : ACCESS_WRITE_DATA;
+}
+
+/* What write and write-zeroes have in common: 0, or why not. */
+static inline int write_check(struct edge *edge, const char *what, uint64_t offset, uint64_t bytes, unsigned need)
+{
+    struct node *node = edge->child;
+    if (G_UNLIKELY(!(edge->granted & need))) {
+        return request_refuse(edge, what, need);
+    }
+    if (G_UNLIKELY(!node->writable)) {
+        return -EROFS;
+    }
+    uint64_t size = node_size(node);
+    if (G_UNLIKELY(offset > size || bytes > size - offset)) {
+        if (offset > INT64_MAX || bytes > INT64_MAX - offset) {
+            return -EFBIG;
+        }
+        if (!node->driver->grows_on_write || !(edge->granted & ACCESS_ATTRIBUTES)) {
+            return -ENOSPC;
+        }
+    }
+    return 0;
+}
+
+static int coroutine_fn node_write_pieces(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from,
+                                          unsigned flags)
+{
+    while (bytes) {
+        uint64_t piece = piece_of(&node->limits, bytes);
+        int r = node->driver->write(node, offset, piece, from, flags);
+        if (r < 0) {
+            return r;
+        }
+        offset += piece;
+        bytes -= piece;
+        from = buffers_advance(from, piece);
+    }
+    return 0;
+}
+
+static int coroutine_fn node_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from,
+                                   unsigned flags)
+{
+    int r;
+    if (!bytes) {
+        return 0;
+    }
+    if (G_UNLIKELY(!node->driver->write)) {
+        return passes_through(node) ? edge_write(node->filtered, offset, bytes, from, flags) : -ENOTSUP;
+    }
+    if (node->no_flush && node->driver->kind == DRIVER_PROTOCOL) {
+        flags &= ~REQUEST_FUA;
+    }
+    if (G_LIKELY(limits_are_plain(&node->limits, bytes))) {
+        r = node->driver->write(node, offset, bytes, from, flags);
+    } else if (padded_is_needed(node, offset, bytes, from)) {
+        r = padded_write(node, offset, bytes, from, flags);
+    } else if (node->limits.alignment > 1) {
+        struct range_hold hold;
+        range_lock_acquire(&node->overlap, &hold, offset, bytes, true);
+        r = node_write_pieces(node, offset, bytes, from, flags);
+        range_lock_release(&node->overlap, &hold);
+    } else {
+        r = node_write_pieces(node, offset, bytes, from, flags);
+    }
+    if (r == 0 && G_UNLIKELY(offset + bytes > node_size(node))) {
+        node_grow(node, offset + bytes);
+    }
+    return r;
+}
+
+int coroutine_fn edge_write(struct edge *edge, uint64_t offset, uint64_t bytes, struct buffers from, unsigned flags)
+{
+    struct node *node = edge->child;
+    int r = write_check(edge, "write", offset, bytes, write_needs(flags));
+    if (G_UNLIKELY(r < 0)) {
+        return r;
+    }
+    if (G_UNLIKELY(node->detect_zeroes) && bytes && buffers_is_zero(from, bytes)) {
+        unsigned unmap = node->detect_zeroes_unmap ? REQUEST_MAY_UNMAP : 0;
+        return edge_write_zeroes(edge, offset, bytes, flags | unmap);
+    }
+    return node_write(node, offset, bytes, from, flags);
+}
+
+/* --- zeroes --- */
+
+static int coroutine_fn write_zero_data(struct node *node, uint64_t offset, uint64_t bytes, unsigned flags)
+{
+    struct iovec iov[ZERO_VECTORS];
+    for (unsigned i = 0; i < ZERO_VECTORS; i++) {
+        iov[i] = (struct iovec){zero_block, ZERO_BLOCK};
+    }
+    while (bytes) {
+        uint64_t piece = min_u64(bytes, ZERO_BLOCK * ZERO_VECTORS);
+        int r = node_write(node, offset, piece, (struct buffers){iov, ZERO_VECTORS, 0}, flags);
+        if (r < 0) {
+            return r;
+        }
+        offset += piece;
+        bytes -= piece;
+    }
+    return 0;
+}
+
+/* An aligned range; shared with other aligned ones, excluding padded writes. */
+static int coroutine_fn node_zero_aligned(struct node *node, uint64_t offset, uint64_t bytes, unsigned flags)
+{
+    uint64_t end = offset + bytes;
+    struct range_hold hold;
+    bool guarded = node->limits.alignment > 1;
+    int r = -ENOTSUP;
+    if (guarded) {
+        range_lock_acquire(&node->overlap, &hold, offset, bytes, true);
+    }
+    while (node->driver->write_zeroes && offset < end) {
+        uint64_t piece = piece_of(&node->limits, end - offset);
+        r = node->driver->write_zeroes(node, offset, piece, flags);
+        if (r < 0) {
+            break;
+        }
+        offset += piece;
+    }
+    if (guarded) {
+        range_lock_release(&node->overlap, &hold);
+    }
+    if (r == -ENOTSUP && !(flags & REQUEST_NO_FALLBACK)) {
+        r = write_zero_data(node, offset, end - offset, flags & ~REQUEST_MAY_UNMAP);
+    }
+    if (r == 0 && end > node_size(node)) {
+        node_grow(node, end);
+    }
+    return r;
+}
+
+static int coroutine_fn node_write_zeroes(struct node *node, uint64_t offset, uint64_t bytes, unsigned flags)
+{
+    uint64_t alignment = max_u64(node->limits.alignment, 1), end = offset + bytes;
+    if (!bytes) {
+        return 0;
+    }
+    if (!node->driver->write_zeroes && !node->driver->write) {
+        return passes_through(node) ? edge_write_zeroes(node->filtered, offset, bytes, flags) : -ENOTSUP;
+    }
+    if (node->no_flush && node->driver->kind == DRIVER_PROTOCOL) {
+        flags &= ~REQUEST_FUA;
+    }
+    if (is_aligned(offset | bytes, alignment)) {
+        return node_zero_aligned(node, offset, bytes, flags);
+    }
+    uint64_t first = align_up(offset, alignment), last = align_down(end, alignment);
+    if (first >= last) {
+        return write_zero_data(node, offset, bytes, flags & ~(REQUEST_MAY_UNMAP | REQUEST_NO_FALLBACK));
+    }
+    int r = node_zero_aligned(node, first, last - first, flags);
+    if (r == 0) {
+        r = write_zero_data(node, offset, first - offset, flags & REQUEST_FUA);
+    }
+    return r < 0 ? r : write_zero_data(node, last, end - last, flags & REQUEST_FUA);
+}
+
+int coroutine_fn edge_write_zeroes(struct edge *edge, uint64_t offset, uint64_t bytes, unsigned flags)
+{
+    struct node *node = edge->child;
+    int r = write_check(edge, "write-zeroes", offset, bytes, write_needs(flags));
+    if (G_UNLIKELY(r < 0)) {
+        return r;
+    }
+    if (!node->discard) {
+        flags &= ~REQUEST_MAY_UNMAP;
+    }
+    return node_write_zeroes(node, offset, bytes, flags);
+}
+
+int coroutine_fn edge_discard(struct edge *edge, uint64_t offset, uint64_t bytes)
+{
+    struct node *node = edge->child;
+    int r = write_check(edge, "discard", offset, bytes, ACCESS_WRITE_DATA);
+    if (G_UNLIKELY(r < 0)) {
+        return r;
+    }
+    if (!node->discard || !bytes) {
+        return 0;
+    }
+    if (!node->driver->discard) {
+        return passes_through(node) ? edge_discard(node->filtered, offset, bytes) : 0;
+    }
+    uint64_t alignment = max_u64(node->limits.alignment, 1);
+    uint64_t first = align_up(offset, alignment), last = align_down(offset + bytes, alignment);
+    struct range_hold hold;
+    if (first >= last) {
+        return 0;
+    }
+    if (alignment > 1) {
+        range_lock_acquire(&node->overlap, &hold, first, last - first, true);
+    }
+    while (first < last && r == 0) {
+        uint64_t piece = piece_of(&node->limits, last - first);
+        r = node->driver->discard(node, first, piece);
+        first += piece;
+    }
+    if (alignment > 1) {
+        range_lock_release(&node->overlap, &hold);
+    }
+    return r == -ENOTSUP ? 0 : r;
+}
+
+/* --- the rest --- */
+
+int coroutine_fn edge_flush(struct edge *edge)
+{
+    struct node *node = edge->child;
+    if (node->driver->kind == DRIVER_PROTOCOL && node->no_flush) {
+        return 0;
+    }
+    if (node->driver->flush) {
+        return node->driver->flush(node);
+    }
+    struct edge *below = node->filtered ? node->filtered : node->file;
+    return below ? edge_flush(below) : 0;
+}
+
+int coroutine_fn node_block_status(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret)
+{
+    uint64_t size = node_size(node);
+    if (offset >= size || !bytes) {
+        return -EINVAL;
+    }
+    bytes = min_u64(bytes, size - offset);
+    *ret = (struct extent){.bytes = bytes, .flags = EXTENT_DATA | EXTENT_ALLOCATED};
+    if (node->driver->block_status) {
+        int r = node->driver->block_status(node, offset, bytes, ret);
+        if (r < 0) {
+            return r;
+        }
+        g_assert(ret->bytes > 0 && ret->bytes <= bytes);
+    } else if (passes_through(node)) {
+        return node_block_status(node->filtered->child, offset, bytes, ret);
+    }
+    if (offset + ret->bytes == size) {
+        ret->flags |= EXTENT_END;
+    } else {
+        ret->flags &= ~EXTENT_END;
+    }
+    return 0;
+}
+
+int edge_block_status_check(struct edge *edge)
+{
+    return G_UNLIKELY(!(edge->granted & NEED_STATUS)) ? request_refuse(edge, "block status", NEED_STATUS) : 0;
+}
+
+int coroutine_fn edge_block_status(struct edge *edge, uint64_t offset, uint64_t bytes, struct extent *ret)
+{
+    int r = edge_block_status_check(edge);
+    return r < 0 ? r : node_block_status(edge->child, offset, bytes, ret);
+}
+
+int coroutine_fn edge_truncate(struct edge *edge, uint64_t size)
+{
+    struct node *node = edge->child;
+    unsigned need = ACCESS_ATTRIBUTES | (size < node_size(node) ? ACCESS_WRITE_BENEATH : 0);
+    if ((edge->granted & need) != need) {
+        return request_refuse(edge, "truncate", need);
+    }
+    if (!node->writable) {
+        return -EROFS;
+    }
+    if (size > INT64_MAX) {
+        return -EFBIG;
+    }
+    if (!node->driver->truncate) {
+        return passes_through(node) ? edge_truncate(node->filtered, size) : -ENOTSUP;
+    }
+    int r = node->driver->truncate(node, size, NULL);
+    if (r == 0) {
+        atomic_store(&node->size, size);
+    }
+    return r;
+}
+
+uint64_t edge_size(const struct edge *edge)
+{
+    return node_size(edge->child);
+}
+
+int coroutine_fn edge_read_memory(struct edge *edge, uint64_t offset, void *to, uint64_t bytes)
+{
+    struct iovec iov = {to, bytes};
+    return edge_read(edge, offset, bytes, buffers_one(&iov), 0);
+}
+
+int coroutine_fn edge_write_memory(struct edge *edge, uint64_t offset, const void *from, uint64_t bytes, unsigned flags)
+{
+    struct iovec iov = {(void *)from, bytes};
+    return edge_write(edge, offset, bytes, buffers_one(&iov), flags);
+}

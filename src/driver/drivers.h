@@ -1,0 +1,11 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_DRIVER_DRIVERS_H
+#define INTERLOCK_DRIVER_DRIVERS_H
+
+/* The tables of drivers that need no other face; src/tool registers them (driver_register()). */
+struct driver;
+extern const struct driver driver_file;
+extern const struct driver driver_null_co;
+extern const struct driver driver_raw;
+
+#endif
