@@ -64,7 +64,7 @@ static void coroutine_fn run_monitor(void *argument)
     while (monitor->listener && !monitor->closing) {
         struct connection *connection = NULL;
         int result = listener_accept(monitor->listener, &connection);
-        if (result == -ECANCELED) {
+        if (result == -ECANCELED || (result < 0 && monitor->closing)) {
             break;
         }
         if (result < 0) {
