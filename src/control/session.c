@@ -315,7 +315,7 @@ static int coroutine_fn request_run(struct session *session, const struct reques
 
 static void coroutine_fn message_execute(struct session *session, struct message *message)
 {
-    struct request request;
+    struct request request = {NULL, NULL, false};
     json_t *value = NULL;
     struct error *error = g_steal_pointer(&message->error);
     if (!error && request_parse(session, message->json, &request, &error) == 0) {
