@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_COPY_COPY_H
+#define INTERLOCK_COPY_COPY_H
+
+#include "copy/speed.h"
+#include "loop/coroutine.h"
+#include "loop/loop.h"
+#include <stdbool.h>
+#include <stdint.h>
+
+/*
+ * The one copy engine. A copy moves pieces from a source backend to a target backend (which may be the same one),
+ * keeping many in flight; what is to be copied, and what a failure means, are its owner's callbacks. Everything here
+ * runs on one loop, in coroutines. Offsets and lengths in bytes; 0 or a negative errno.
+ */
+struct backend;
+struct copy;
+struct dirty;
+
+/* How a running copy is told to stop, to rest and to go slower. Zero-initialise but for `rest`. */
+struct copy_control {
+    bool cancelled;           /* the copy ends with -ECANCELED as soon as nothing is in flight */
+    unsigned pauses;          /* more than 0: the copy rests as soon as nothing is in flight */
+    struct speed_limit speed; /* change with speed_set(), then copy_control_wake() */
+    struct loop_sleep sleep;  /* the one place where a copy sleeps for itself */
+    /* Called while `pauses` is more than 0 with nothing in flight; returns when that, or cancelled, has changed. */
+    void coroutine_fn (*rest)(struct copy_control *control);
+};
+/* After any change of the fields above, on the copy's loop: whatever it waits for, it looks again. */
+void copy_control_wake(struct copy_control *control);
+
+enum copy_kind {
+    COPY_SKIP, /* nothing to do there */
+    COPY_DATA,
+    COPY_ZERO, /* reads as zeroes: written without being read */
+};
+struct copy_extent {
+    uint64_t bytes; /* more than 0, at most what was asked for */
+    enum copy_kind kind;
+};
+/* What a failed piece means. */
+enum copy_verdict {
+    COPY_FAIL,  /* the copy ends with this error */
+    COPY_RETRY, /* again, after a moment */
+    COPY_LEAVE, /* count it as done and go on */
+    COPY_PAUSE, /* again, once the owner's pause is over: it has raised control->pauses */
+};
+
+struct copy_config {
+    struct copy_control *control;
+    struct backend *source, *target;
+    uint64_t alignment;      /* of pieces, rounded outward: the target's unit where it matters, else 1 */
+    uint64_t zero_alignment; /* smallest aligned run of zeroes inside data that is written as zeroes; at least 512 */
+    unsigned write_flags;    /* enum request_flags of every write */
+    unsigned workers;        /* pieces in flight; 0: COPY_WORKERS */
+    uint64_t piece;          /* longest piece; 0: COPY_PIECE. Never less than `alignment`. */
+    uint64_t memory;         /* for pieces in flight, at least one piece; 0: COPY_MEMORY */
+    /* What lies at `offset`. May be asked about one place more than once. */
+    int coroutine_fn (*extent)(void *argument, uint64_t offset, uint64_t bytes, struct copy_extent *ret);
+    /* A piece could not be read (or asked about), or written. */
+    enum copy_verdict (*failed)(void *argument, bool reading, int error);
+    void *argument;
+};
+#define COPY_WORKERS 16
+#define COPY_PIECE ((uint64_t)1 << 20)
+#define COPY_MEMORY ((uint64_t)16 << 20)
+
+struct copy *copy_create(const struct copy_config *config);
+void copy_destroy(struct copy *copy); /* nothing is in flight; accepts NULL */
+
+/* Copies [offset, offset + bytes) in order of offset, completing in any order. Returns with nothing in flight:
+ * 0, -ECANCELED, or the error that `failed` let through. */
+int coroutine_fn copy_range(struct copy *copy, uint64_t offset, uint64_t bytes);
+/*
+ * Copies dirty regions until none is left and nothing is in flight, at the end of one look. urgent: without rest and
+ * speed limit (somebody is held up meanwhile). On failure what was taken and not copied is dirty again.
+ */
+int coroutine_fn copy_dirty(struct copy *copy, struct dirty *dirty, bool urgent);
+
+/* Bytes copied or skipped since the start. Only grows. */
+uint64_t copy_done(const struct copy *copy);
+/* Bytes taken out of a dirty bitmap and not yet done. */
+uint64_t copy_in_flight(const struct copy *copy);
+
+#endif

@@ -1,0 +1,603 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Commit: the policy over the copy engine that moves what lies between top (T) and base (B) down into base.
+ *
+ * While it runs, B holds a mixture, and nobody but us looks at it alone: T and everything above show the same data as
+ * before, because what was copied into B is still masked by the images that it was copied from. So a cancel, a failure
+ * or a crash at any moment before the end leaves all that T shows as it was.
+ *
+ * The end, in this order:
+ *   - B is flushed. On disk: B is whole, seen as T's content; no header has changed.
+ *   - Under a drain of everything above T: (active: what is still dirty is copied, B flushed again;) each overlay's
+ *     header gets B's name, flushed. After a crash between two overlays, some lean on T and some on B. Both show the
+ *     same, since T leads to B and masks nothing that B has not got.
+ *   - One graph transaction: overlays, exports and all other users of T move to B; T and the images between are stale.
+ *     In memory only: a crash here finds the same disk as the line before. If it is refused the old names are written
+ *     back.
+ *
+ * 1. The set of overlays is a role: it is derived again under the lock at the end, and each is writable by then.
+ * 2. B has T's size at least before anything is copied, and behind T's end reads as zeroes, as its overlays expect.
+ * 3. In an active commit the tracking filter is the head of T from before the first look at T until after the pivot.
+ * 4. commit_clean() undoes in reverse what commit_prepare_graph() did, from whatever point; it is the only undoing.
+ *
+ * The life cycle is job.c's; claims and adoption come from the schema's table.
+ */
+#include "job/commit.h"
+#include "base/size.h"
+#include "block/graph.h"
+#include "block/operation.h"
+#include "block/user.h"
+#include "copy/dirty.h"
+#include "driver/filter/track.h"
+#include "job/policy.h"
+#include "job/relink.h"
+#include "schema/claims.h"
+#include <errno.h>
+#include <glib.h>
+
+#define DIRTY_GRANULARITY_MIN (64 * KiB)
+#define READY_LOOK_NS ((int64_t)100 * 1000 * 1000) /* how often a job that is ready looks for new dirt */
+#define CONVERGED (16 * MiB)                       /* little enough to be copied while users wait */
+#define CONVERGE_ROUNDS 8
+#define TAIL_PIECE (64 * MiB)
+#define SCAN_PER_TURN 64
+
+struct commit {
+    struct job *job;
+    struct graph *graph;
+    struct node *top, *base; /* references */
+    bool active;
+    char *backing_file; /* given by the user, or NULL */
+    bool mask_protocol;
+    struct operation *operation;
+    bool base_writable;  /* a node_writable_begin() of ours */
+    GPtrArray *overlays; /* struct node, references, writable by us */
+    struct backend *source, *target;
+    struct node *filter; /* active; a reference */
+    bool filter_inserted;
+    struct dirty *dirty;
+    struct copy *copy;
+    bool pivoted;
+    uint64_t size; /* T's */
+    uint64_t scanned;
+};
+
+/* --- what lies where --- */
+
+/* Middle commit: what the images above B decide. */
+static int coroutine_fn commit_extent(void *argument, uint64_t offset, uint64_t bytes, struct copy_extent *ret)
+{
+    struct commit *commit = ((struct job *)argument)->state;
+    struct extent extent;
+    int result = backend_block_status(commit->source, commit->base, offset, bytes, &extent);
+    if (result < 0) {
+        return result;
+    }
+    ret->bytes = extent.bytes;
+    ret->kind = !(extent.flags & EXTENT_ALLOCATED) ? COPY_SKIP : extent.flags & EXTENT_ZERO ? COPY_ZERO : COPY_DATA;
+    return 0;
+}
+
+/* Active commit: everything that is dirty has to go; is it zero? */
+static int coroutine_fn commit_dirty_extent(void *argument, uint64_t offset, uint64_t bytes, struct copy_extent *ret)
+{
+    struct commit *commit = ((struct job *)argument)->state;
+    struct extent extent;
+    int result = backend_block_status(commit->source, NULL, offset, bytes, &extent);
+    if (result < 0) {
+        return result;
+    }
+    ret->bytes = extent.bytes;
+    ret->kind = extent.flags & EXTENT_ZERO ? COPY_ZERO : COPY_DATA;
+    return 0;
+}
+
+static void commit_progress(struct job *job, uint64_t *ret_done, uint64_t *ret_total)
+{
+    const struct commit *commit = job->state;
+    *ret_done = copy_done(commit->copy);
+    *ret_total = commit->size;
+    if (commit->active) {
+        *ret_total = *ret_done + copy_in_flight(commit->copy) + dirty_bytes(commit->dirty);
+    }
+}
+
+/* --- running --- */
+
+/* What B has behind T's end would show through overlays that are longer than T, where they show zeroes now. */
+static int coroutine_fn commit_zero_tail(struct commit *commit)
+{
+    struct job *job = commit->job;
+    uint64_t end = backend_size(commit->target);
+    for (uint64_t at = commit->size; at < end;) {
+        if (job->control.cancelled) {
+            return -ECANCELED;
+        }
+        uint64_t bytes = min_u64(end - at, TAIL_PIECE);
+        int result = backend_write_zeroes(commit->target, at, bytes, REQUEST_MAY_UNMAP);
+        if (result < 0) {
+            return result;
+        }
+        at += bytes;
+    }
+    return 0;
+}
+
+static int coroutine_fn commit_run_middle(struct commit *commit)
+{
+    int result = copy_range(commit->copy, 0, commit->size);
+    return result < 0 ? result : commit_zero_tail(commit);
+}
+
+/* Marks what the images above B decide. New writes mark for themselves. */
+static int coroutine_fn commit_scan(struct commit *commit)
+{
+    struct job *job = commit->job;
+    struct copy_control *control = &job->control;
+    for (unsigned looks = 0; commit->scanned < commit->size; looks++) {
+        if (control->cancelled) {
+            return -ECANCELED;
+        }
+        if (control->pauses) {
+            control->rest(control);
+            continue;
+        }
+        if (looks % SCAN_PER_TURN == SCAN_PER_TURN - 1) {
+            coroutine_pause();
+        }
+        struct extent extent;
+        int result = backend_block_status(commit->source, commit->base, commit->scanned, commit->size - commit->scanned,
+                                          &extent);
+        if (result < 0) {
+            if (job_failed(job, true, result) == COPY_FAIL) {
+                return result;
+            }
+            job_idle(job, READY_LOOK_NS);
+            continue;
+        }
+        if (extent.flags & EXTENT_ALLOCATED) {
+            dirty_mark(commit->dirty, commit->scanned, extent.bytes);
+        }
+        commit->scanned += extent.bytes;
+    }
+    return 0;
+}
+
+static int coroutine_fn commit_run_active(struct commit *commit)
+{
+    struct job *job = commit->job;
+    int result = commit_scan(commit);
+    if (result == 0) {
+        result = commit_zero_tail(commit);
+    }
+    for (bool ready = false; result == 0;) {
+        result = copy_dirty(commit->copy, commit->dirty, false);
+        if (result < 0) {
+            break;
+        }
+        if (!ready) {
+            ready = true;
+            job_ready(job);
+        }
+        if (job->complete_asked || job->end_asked) {
+            if (job->control.pauses == 0 || job->end_asked) {
+                break;
+            }
+        }
+        job_idle(job, READY_LOOK_NS);
+    }
+    return result;
+}
+
+static int coroutine_fn commit_run(struct job *job, struct error **err)
+{
+    struct commit *commit = job->state;
+    return commit->active ? commit_run_active(commit) : commit_run_middle(commit);
+}
+
+/* --- the end --- */
+
+static struct node *commit_fresh_overlay(const struct commit *commit)
+{
+    list_for_each (link, &node_head(commit->top)->parents) {
+        const struct edge *edge = container_of(link, struct edge, child_link);
+        if (edge->role == EDGE_BACKING && !g_ptr_array_find(commit->overlays, edge->parent, NULL)) {
+            return edge->parent;
+        }
+    }
+    return NULL;
+}
+
+static int commit_check_overlay(const struct commit *commit, const struct node *overlay, struct error **err)
+{
+    if (!overlay->driver->change_backing) {
+        return error_set(err, -ENOTSUP, "Driver '%s' of node '%s', which leans on '%s', cannot change its backing file",
+                         overlay->driver->name, overlay->name, commit->top->name);
+    }
+    struct backing_name name;
+    int result = relink_name(overlay, commit->base, commit->backing_file, commit->mask_protocol, &name, err);
+    if (result == 0) {
+        backing_name_clear(&name);
+    }
+    return result;
+}
+
+/* Takes the graph's lock, with every overlay of T known and writable. On failure it is not locked. */
+static int coroutine_fn commit_lock(struct commit *commit, struct error **err)
+{
+    while (true) {
+        graph_lock(commit->graph);
+        struct node *fresh = commit_fresh_overlay(commit);
+        if (!fresh) {
+            return 0;
+        }
+        int result = commit_check_overlay(commit, fresh, err);
+        node_ref(fresh);
+        graph_unlock(commit->graph);
+        if (result == 0) {
+            result = node_writable_begin(fresh, err);
+        }
+        if (result < 0) {
+            node_unref(fresh);
+            return result;
+        }
+        g_ptr_array_add(commit->overlays, fresh);
+    }
+}
+
+/* The headers of all overlays, on disk. */
+static int coroutine_fn commit_write_headers(struct commit *commit, struct relink *relink, struct error **err)
+{
+    list_for_each (link, &node_head(commit->top)->parents) {
+        struct edge *edge = container_of(link, struct edge, child_link);
+        if (edge->role != EDGE_BACKING) {
+            continue;
+        }
+        struct backing_name name;
+        int result = relink_name(edge->parent, commit->base, commit->backing_file, commit->mask_protocol, &name, err);
+        if (result == 0) {
+            result = relink_write(relink, edge->parent, &name, err);
+            backing_name_clear(&name);
+        }
+        if (result < 0) {
+            return result;
+        }
+    }
+    return 0;
+}
+
+/* The graph: T's users to B, T and what is between are stale, the claims end; one step. */
+static int commit_move_users(struct commit *commit, struct error **err)
+{
+    struct graph *graph = commit->graph;
+    g_autofree char *subject = g_strdup_printf("block-commit %s", commit->job->id);
+    g_autofree char *reason = g_strdup_printf("%s moved its data into node '%s'", subject, commit->base->name);
+    struct transaction *transaction = graph_begin(graph, subject);
+    struct node *head = node_head(commit->top);
+    transaction_move_parents(transaction, head, node_head(commit->base), NULL);
+    for (struct node *node = commit->top; node && node != commit->base; node = node_backing(node)) {
+        transaction_mark_stale(transaction, node, reason);
+    }
+    if (commit->filter) {
+        transaction_mark_stale(transaction, commit->filter, reason);
+    }
+    relink_rebind_bottoms(transaction, graph, commit->operation, commit->top, commit->base, NULL);
+    transaction_end_operation(transaction, commit->operation);
+    int result = graph_commit(transaction, err);
+    if (result == 0) {
+        commit->operation = NULL;
+        commit->pivoted = true;
+        /* B is from now on what T was to its users: as writable as T. */
+        commit->base->wants_writable |= commit->top->wants_writable;
+    }
+    return result;
+}
+
+static int coroutine_fn commit_relink(struct commit *commit, struct error **err)
+{
+    struct relink relink = {0};
+    int result = commit_write_headers(commit, &relink, err);
+    if (result == 0) {
+        result = commit_move_users(commit, err);
+    }
+    if (result < 0) {
+        relink_undo(&relink);
+    }
+    relink_clear(&relink);
+    return result;
+}
+
+static int coroutine_fn commit_flush(struct commit *commit, struct error **err)
+{
+    int result = backend_flush(commit->target);
+    if (result < 0) {
+        error_set_errno(err, result, "Cannot flush node '%s'", commit->base->name);
+    }
+    return result;
+}
+
+/* Active: what is dirty becomes little while the users go on. */
+static int coroutine_fn commit_converge(struct commit *commit)
+{
+    for (unsigned round = 0; round < CONVERGE_ROUNDS && dirty_bytes(commit->dirty) > CONVERGED; round++) {
+        int result = copy_dirty(commit->copy, commit->dirty, true);
+        if (result < 0) {
+            return result;
+        }
+    }
+    return 0;
+}
+
+/* Users are held up from here on. */
+static int coroutine_fn commit_finish_drained(struct commit *commit, struct error **err)
+{
+    struct job *job = commit->job;
+    int result = 0;
+    if (commit->active) {
+        result = copy_dirty(commit->copy, commit->dirty, true);
+        if (result == 0) {
+            result = commit_flush(commit, err);
+        }
+    }
+    if (result == 0 && job->control.cancelled) {
+        result = -ECANCELED;
+    }
+    if (result == 0 && !job->end_asked) {
+        result = commit_relink(commit, err);
+    }
+    return result;
+}
+
+static int coroutine_fn commit_prepare(struct job *job, struct error **err)
+{
+    struct commit *commit = job->state;
+    int result = commit->active ? commit_converge(commit) : 0;
+    if (result == 0) {
+        result = commit_flush(commit, err);
+    }
+    if (result == 0) {
+        result = commit_lock(commit, err);
+    }
+    if (result < 0) {
+        return result;
+    }
+    struct drain drain;
+    graph_drain_begin(commit->graph, &commit->top, 1, commit->source, &drain);
+    result = commit_finish_drained(commit, err);
+    graph_drain_end(&drain);
+    graph_unlock(commit->graph);
+    return result;
+}
+
+/* --- beginning and cleaning up --- */
+
+static void coroutine_fn commit_destroy(struct commit *commit)
+{
+    copy_destroy(commit->copy);
+    if (commit->filter_inserted && !commit->pivoted) {
+        auto_error error = NULL;
+        if (graph_remove_filter(commit->graph, commit->filter, &error) < 0) {
+            g_critical("The filter of a commit of node '%s' stays: %s", commit->top->name,
+                       error ? error->message : "unknown error");
+            g_assert_not_reached();
+        }
+    }
+    backend_destroy(commit->source);
+    backend_destroy(commit->target);
+    node_unref(commit->filter);
+    dirty_destroy(commit->dirty);
+    for (guint i = 0; i < commit->overlays->len; i++) {
+        node_writable_end(commit->overlays->pdata[i]);
+        node_unref(commit->overlays->pdata[i]);
+    }
+    g_ptr_array_free(commit->overlays, TRUE);
+    operation_end(commit->operation);
+    if (commit->base_writable) {
+        node_writable_end(commit->base);
+    }
+    node_unref(commit->top);
+    node_unref(commit->base);
+    g_free(commit->backing_file);
+    g_free(commit);
+}
+
+static void coroutine_fn commit_clean(struct job *job)
+{
+    struct commit *commit = job->state;
+    job->state = NULL;
+    commit_destroy(commit);
+}
+
+static const struct job_policy commit_policy = {
+    .type = JOB_TYPE_COMMIT,
+    .run = commit_run,
+    .prepare = commit_prepare,
+    .clean = commit_clean,
+    .progress = commit_progress,
+};
+
+/* Finds top and base as the arguments name them. */
+static int commit_resolve(struct commit *commit, const struct block_commit_args *args, struct error **err)
+{
+    struct node *device = graph_find(commit->graph, args->device), *top, *base;
+    if (!device) {
+        return error_set_class(err, ERROR_DEVICE_NOT_FOUND, -ENODEV, "Device '%s' not found", args->device);
+    }
+    if ((args->top && args->top_node) || (args->base && args->base_node)) {
+        const char *name = args->top && args->top_node ? "top" : "base";
+        return error_set(err, -EINVAL, "'%s' and '%s-node' cannot be specified at the same time", name, name);
+    }
+    device = top = node_beneath_filters(device);
+    if (args->top_node && !(top = relink_find_node(commit->graph, args->top_node, err))) {
+        return -ENODEV;
+    }
+    if (args->top && !(top = relink_find_file(device, args->top))) {
+        return error_set(err, -ENOENT, "Top image file %s not found below node '%s'", args->top, args->device);
+    }
+    if (top != device && !node_is_above(device, top)) {
+        return error_set(err, -EINVAL, "Node '%s' is not in the backing chain of '%s'", top->name, args->device);
+    }
+    for (base = top; node_backing(base);) {
+        base = node_backing(base);
+    }
+    if (args->base_node && !(base = relink_find_node(commit->graph, args->base_node, err))) {
+        return -ENODEV;
+    }
+    if (args->base && !(base = relink_find_file(top, args->base))) {
+        return error_set(err, -ENOENT, "Base image file %s not found below node '%s'", args->base, top->name);
+    }
+    if (base == top) {
+        return error_set(err, -EINVAL, "Cannot commit node '%s' into itself%s", top->name,
+                         node_backing(top) ? "" : ": there is nothing below it");
+    }
+    if (!node_is_above(top, base)) {
+        return error_set(err, -EINVAL, "Node '%s' is not in the backing chain of '%s'", base->name, top->name);
+    }
+    commit->top = node_ref(top);
+    commit->base = node_ref(base);
+    return 0;
+}
+
+static int commit_check(const struct commit *commit, const struct block_commit_args *args, struct error **err)
+{
+    if (args->has_speed && args->speed < 0) {
+        return error_set(err, -EINVAL, "Parameter 'speed' expects a non-negative value");
+    }
+    if (commit->active && args->backing_file) {
+        return error_set(err, -EINVAL, "'backing-file' is for the headers of overlays, but '%s' has none",
+                         commit->top->name);
+    }
+    if (args->filter_node_name && graph_find(commit->graph, args->filter_node_name)) {
+        return error_set(err, -EEXIST, "Duplicate nodes with node-name='%s'", args->filter_node_name);
+    }
+    return 0;
+}
+
+static int coroutine_fn commit_begin_backends(struct commit *commit, const char *id, struct error **err)
+{
+    g_autofree char *owner = g_strdup_printf("block-commit %s", id);
+    commit->source = backend_create(commit->graph, owner);
+    commit->target = backend_create(commit->graph, owner);
+    int result = backend_attach(commit->source, commit->top, ACCESS_READ_DATA, err);
+    if (result == 0) {
+        result = backend_attach(commit->target, commit->base, operation_granted(commit->operation, commit->base), err);
+    }
+    if (result < 0) {
+        return result;
+    }
+    commit->size = backend_size(commit->source);
+    if (backend_size(commit->target) < commit->size) {
+        result = backend_truncate(commit->target, commit->size, err);
+    }
+    return result;
+}
+
+/* The tracking filter, over T. Marks come from here on; the first look at T comes later. */
+static int coroutine_fn commit_begin_tracking(struct commit *commit, const char *id, const char *name,
+                                              struct error **err)
+{
+    g_autofree char *made_name = name ? NULL : g_strdup_printf("#commit-%s", id);
+    g_autofree char *opened_for = g_strdup_printf("block-commit %s", id);
+    uint64_t granularity = max_u64(DIRTY_GRANULARITY_MIN, commit->base->limits.cluster_size);
+    int result = dirty_create(atomic_load(&commit->top->size), granularity, &commit->dirty);
+    if (result < 0) {
+        return error_set_errno(err, result, "Cannot track the writes to node '%s'", commit->top->name);
+    }
+    result = graph_create_node(commit->graph, &driver_track, name ? name : made_name, opened_for, &commit->filter, err);
+    if (result < 0) {
+        return result;
+    }
+    track_set_dirty(commit->filter, commit->dirty);
+    result = graph_insert_filter(commit->graph, commit->filter, commit->top, err);
+    commit->filter_inserted = result == 0;
+    return result;
+}
+
+static int coroutine_fn commit_prepare_graph(struct commit *commit, const struct block_commit_args *args,
+                                             struct error **err)
+{
+    struct operation_config config = {
+        .kind = "job",
+        .id = args->job_id,
+        .table = &block_commit_claims,
+        .bound = {[CLAIM_TOP] = commit->top, [CLAIM_BASE] = commit->base},
+        .conditions = commit->active ? CLAIM_IF_ACTIVE : 0,
+        .progress = job_percent,
+        .argument = &commit->job,
+    };
+    int result = operation_begin(commit->graph, &config, &commit->operation, err);
+    if (result == 0) {
+        result = node_writable_begin(commit->base, err);
+        commit->base_writable = result == 0;
+    }
+    if (result == 0) {
+        result = commit_lock(commit, err);
+        if (result == 0) {
+            graph_unlock(commit->graph);
+        }
+    }
+    if (result == 0 && commit->active) {
+        result = commit_begin_tracking(commit, args->job_id, args->filter_node_name, err);
+    }
+    if (result == 0) {
+        result = commit_begin_backends(commit, args->job_id, err);
+    }
+    return result;
+}
+
+static void commit_launch(struct commit *commit, struct jobs *jobs, const struct block_commit_args *args)
+{
+    struct job_config config = {
+        .id = args->job_id,
+        .speed = args->has_speed ? args->speed : 0,
+        .on_error = args->has_on_error ? args->on_error : BLOCKDEV_ON_ERROR_REPORT,
+        .auto_finalize = !args->has_auto_finalize || args->auto_finalize,
+        .auto_dismiss = !args->has_auto_dismiss || args->auto_dismiss,
+    };
+    struct job *job = job_create(jobs, &commit_policy, &config);
+    struct copy_config copy_config = {
+        .control = &job->control,
+        .source = commit->source,
+        .target = commit->target,
+        .alignment = 1,
+        .zero_alignment = max_u64(64 * KiB, commit->base->limits.cluster_size),
+        .extent = commit->active ? commit_dirty_extent : commit_extent,
+        .failed = job_failed,
+        .argument = job,
+    };
+    commit->copy = copy_create(&copy_config);
+    commit->job = job;
+    job->state = commit;
+    job_start(job);
+}
+
+int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args *args, struct error **err)
+{
+    struct commit *commit = g_new0(struct commit, 1);
+    commit->graph = jobs_graph(jobs);
+    commit->overlays = g_ptr_array_new();
+    commit->backing_file = g_strdup(args->backing_file);
+    commit->mask_protocol = args->has_backing_mask_protocol && args->backing_mask_protocol;
+    struct block_commit_args named = *args;
+    named.job_id = args->job_id ? args->job_id : "";
+    int result = commit_resolve(commit, args, err);
+    if (result == 0) {
+        commit->active = !commit_fresh_overlay(commit);
+        result = commit_check(commit, args, err);
+    }
+    if (result == 0) {
+        result = job_check_id(jobs, named.job_id, err);
+    }
+    if (result == 0) {
+        result = commit_prepare_graph(commit, &named, err);
+    }
+    if (result == 0) {
+        result = job_check_id(jobs, named.job_id, err); /* the graph took its time */
+    }
+    if (result < 0) {
+        commit_destroy(commit);
+        return result;
+    }
+    commit_launch(commit, jobs, &named);
+    return 0;
+}

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_JOB_RELINK_H
+#define INTERLOCK_JOB_RELINK_H
+
+#include "base/error.h"
+#include "loop/coroutine.h"
+#include <glib.h>
+#include <stdbool.h>
+
+/*
+ * What jobs share that change what an image leans on: finding nodes in a chain, backing strings on disk, and the roles
+ * of other operations. Control thread; functions that touch a disk or the shape are called with graph->lock held.
+ */
+struct graph;
+struct node;
+struct operation;
+struct transaction;
+
+/* The node at or below `from` whose file is `name`: as it was opened, or as its overlay's header calls it. NULL: none.
+ */
+struct node *relink_find_file(struct node *from, const char *name);
+/* The node by name; an error that names it. */
+struct node *relink_find_node(struct graph *graph, const char *name, struct error **err);
+
+/* What stands in an overlay's header for its backing image. */
+struct backing_name {
+    char *file, *format; /* NULL: none */
+};
+void backing_name_clear(struct backing_name *name);
+/* How `overlay` is to call `base` (NULL: nothing): `given` if not NULL, else base's file name such that it is found
+ * from where the overlay is. mask_protocol: a mere protocol is called raw. -EINVAL when base has no file name. */
+int relink_name(const struct node *overlay, const struct node *base, const char *given, bool mask_protocol,
+                struct backing_name *ret, struct error **err);
+
+/* Strings that were changed, to be put back if a later step fails. Zero-initialise. */
+struct relink {
+    GArray *changed;
+};
+/* Rewrites one overlay's header (the node is drained and writable). */
+int coroutine_fn relink_write(struct relink *relink, struct node *overlay, const struct backing_name *name,
+                              struct error **err);
+/* Writes the old strings again. What cannot be written is logged: either string leads to the same data then. */
+void coroutine_fn relink_undo(struct relink *relink);
+void relink_clear(struct relink *relink); /* forgets; accepts a zeroed one */
+
+/*
+ * A transaction takes the nodes from `first` down to, not including, `stop` (NULL: the end) out of the chains of its
+ * overlays (only `overlay`, if not NULL). Operations but `self` whose bottom is among them get the overlay whose edge
+ * changes as their bottom.
+ */
+void relink_rebind_bottoms(struct transaction *transaction, struct graph *graph, const struct operation *self,
+                           struct node *first, struct node *stop, struct node *overlay);
+
+#endif

@@ -1,0 +1,357 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Stream: the policy over the copy engine that copies into a node (X) what it shows of the images below it down to its
+ * base (Y), so that afterwards X leans on Y, or on nothing.
+ *
+ * Data are read through X itself, where X has nothing of its own, and written back to X with REQUEST_IF_UNALLOCATED:
+ * the driver writes only where there is still nothing. A user's write that comes between wins, whatever the order.
+ * Nothing that X shows ever changes, so a cancel, a failure or a crash at any moment leaves a valid image that leans on
+ * what it leaned on before.
+ *
+ * The end, under a drain of everything above X: X is flushed (on disk: everything that X shows of the range is in X,
+ * its header is the old one: valid), the header gets Y's name in one write (valid with either), and one graph
+ * transaction moves X's edge to Y. If that is refused the old name is written back.
+ *
+ * 1. The range's lower end is the role `bottom`, held in the operation: other jobs' transactions move it when they take
+ *    it out of the chain. Y is never remembered: it is what the bottom's backing edge leads to.
+ * 2. What an image of the range does not decide stays where it is; so Y may be written into meanwhile by a commit.
+ * 3. Pieces are whole clusters of X.
+ *
+ * The life cycle is job.c's; claims come from the schema's table.
+ */
+#include "job/stream.h"
+#include "base/size.h"
+#include "block/driver.h"
+#include "block/graph.h"
+#include "block/operation.h"
+#include "block/user.h"
+#include "job/policy.h"
+#include "job/relink.h"
+#include "schema/claims.h"
+#include <errno.h>
+#include <glib.h>
+
+struct stream {
+    struct job *job;
+    struct graph *graph;
+    struct node *node;   /* X; a reference */
+    struct node *bottom; /* only until the operation has it */
+    char *base_name;     /* of Y as it was at the start, or NULL */
+    char *backing_file;  /* given by the user for that Y, or NULL */
+    bool mask_protocol;
+    struct operation *operation;
+    bool writable; /* a node_writable_begin() of ours */
+    struct backend *backend;
+    struct copy *copy;
+    uint64_t size; /* bytes to look at; 0 when there is nothing below X */
+};
+
+/* Y: what the bottom leans on now. */
+static struct node *stream_base(const struct stream *stream)
+{
+    return node_backing(stream->operation->bound[CLAIM_BOTTOM]);
+}
+
+static int coroutine_fn stream_extent(void *argument, uint64_t offset, uint64_t bytes, struct copy_extent *ret)
+{
+    struct stream *stream = ((struct job *)argument)->state;
+    struct extent extent;
+    struct node *base;
+    do {
+        /* While the request waits for the end of a drain, another job may change what the range is. */
+        base = stream_base(stream);
+        int result = backend_block_status(stream->backend, base, offset, bytes, &extent);
+        if (result < 0) {
+            return result;
+        }
+    } while (base != stream_base(stream));
+    ret->bytes = extent.bytes;
+    if (!(extent.flags & EXTENT_ALLOCATED) || extent.depth == 0) {
+        ret->kind = COPY_SKIP;
+    } else if (extent.flags & EXTENT_ZERO) {
+        ret->kind = base ? COPY_ZERO : COPY_SKIP; /* with nothing below, what X has not is zero anyway */
+    } else {
+        ret->kind = COPY_DATA;
+    }
+    return 0;
+}
+
+static void stream_progress(struct job *job, uint64_t *ret_done, uint64_t *ret_total)
+{
+    const struct stream *stream = job->state;
+    *ret_done = copy_done(stream->copy);
+    *ret_total = stream->size;
+}
+
+static int coroutine_fn stream_run(struct job *job, struct error **err)
+{
+    struct stream *stream = job->state;
+    return copy_range(stream->copy, 0, stream->size);
+}
+
+/* --- the end --- */
+
+static int stream_move_edge(struct stream *stream, struct node *base, struct error **err)
+{
+    g_autofree char *subject = g_strdup_printf("block-stream %s", stream->job->id);
+    struct node *node = stream->node;
+    struct transaction *transaction = graph_begin(stream->graph, subject);
+    if (node->backing) {
+        relink_rebind_bottoms(transaction, stream->graph, stream->operation, node_backing(node), base, node);
+        if (base) {
+            transaction_move_edge(transaction, node->backing, node_head(base));
+        } else {
+            transaction_detach(transaction, node->backing);
+        }
+    }
+    transaction_end_operation(transaction, stream->operation);
+    int result = graph_commit(transaction, err);
+    if (result == 0) {
+        stream->operation = NULL;
+    }
+    return result;
+}
+
+static int coroutine_fn stream_relink(struct stream *stream, struct error **err)
+{
+    struct relink relink = {0};
+    struct backing_name name;
+    struct node *base = stream_base(stream);
+    const char *given = base && g_strcmp0(base->name, stream->base_name) == 0 ? stream->backing_file : NULL;
+    int result = relink_name(stream->node, base, given, stream->mask_protocol, &name, err);
+    if (result < 0) {
+        return result;
+    }
+    result = relink_write(&relink, stream->node, &name, err);
+    backing_name_clear(&name);
+    if (result == 0) {
+        result = stream_move_edge(stream, base, err);
+    }
+    if (result < 0) {
+        relink_undo(&relink);
+    }
+    relink_clear(&relink);
+    return result;
+}
+
+static int coroutine_fn stream_prepare(struct job *job, struct error **err)
+{
+    struct stream *stream = job->state;
+    struct drain drain;
+    if (!stream->node->backing) {
+        return 0;
+    }
+    int result = backend_flush(stream->backend);
+    if (result < 0) {
+        return error_set_errno(err, result, "Cannot flush node '%s'", stream->node->name);
+    }
+    graph_lock(stream->graph);
+    graph_drain_begin(stream->graph, &stream->node, 1, NULL, &drain);
+    result = job->control.cancelled ? -ECANCELED : stream_relink(stream, err);
+    graph_drain_end(&drain);
+    graph_unlock(stream->graph);
+    return result;
+}
+
+/* --- beginning and cleaning up --- */
+
+static void coroutine_fn stream_destroy(struct stream *stream)
+{
+    copy_destroy(stream->copy);
+    backend_destroy(stream->backend);
+    operation_end(stream->operation);
+    if (stream->writable) {
+        node_writable_end(stream->node);
+    }
+    node_unref(stream->node);
+    g_free(stream->base_name);
+    g_free(stream->backing_file);
+    g_free(stream);
+}
+
+static void coroutine_fn stream_clean(struct job *job)
+{
+    struct stream *stream = job->state;
+    job->state = NULL;
+    stream_destroy(stream);
+}
+
+static const struct job_policy stream_policy = {
+    .type = JOB_TYPE_STREAM,
+    .ignore_leaves = true,
+    .run = stream_run,
+    .prepare = stream_prepare,
+    .clean = stream_clean,
+    .progress = stream_progress,
+};
+
+static int stream_check_args(const struct block_stream_args *args, struct error **err)
+{
+    const char *names[3];
+    unsigned count = 0;
+    if (args->base) {
+        names[count++] = "base";
+    }
+    if (args->bottom) {
+        names[count++] = "bottom";
+    }
+    if (args->base_node) {
+        names[count++] = "base-node";
+    }
+    if (count > 1) {
+        return error_set(err, -EINVAL, "'%s' and '%s' cannot be specified at the same time", names[0], names[1]);
+    }
+    if (args->backing_file && count == 0) {
+        return error_set(err, -EINVAL, "'backing-file' was given, but the whole chain is to be streamed");
+    }
+    if (args->has_speed && args->speed < 0) {
+        return error_set(err, -EINVAL, "Parameter 'speed' expects a non-negative value");
+    }
+    return 0;
+}
+
+/* The last image above `base` (NULL: the last of all) in X's chain. */
+static struct node *stream_find_bottom(struct node *node, const struct node *base)
+{
+    while (node && node_backing(node) != base) {
+        node = node_backing(node);
+    }
+    return node;
+}
+
+/* Finds X, the bottom and Y as the arguments name them. */
+static int stream_resolve(struct stream *stream, const struct block_stream_args *args, struct error **err)
+{
+    struct graph *graph = stream->graph;
+    struct node *node = graph_find(graph, args->device), *base = NULL, *bottom;
+    if (!node) {
+        return error_set(err, -ENODEV, "Cannot find device='%s' nor node-name='%s'", args->device, args->device);
+    }
+    node = node_beneath_filters(node);
+    if (args->bottom) {
+        if (!(bottom = relink_find_node(graph, args->bottom, err))) {
+            return -ENODEV;
+        }
+        if (bottom == node || !node_is_above(node, bottom)) {
+            return error_set(err, -EINVAL, "Node '%s' is not in a chain starting from '%s'", bottom->name, node->name);
+        }
+        base = node_backing(bottom);
+    } else {
+        if (args->base_node && !(base = relink_find_node(graph, args->base_node, err))) {
+            return -ENODEV;
+        }
+        if (args->base && (!(base = relink_find_file(node, args->base)) || base == node)) {
+            return error_set(err, -ENOENT, "Can't find '%s' in the backing chain of '%s'", args->base, node->name);
+        }
+        if (base && (base == node || !node_is_above(node, base))) {
+            return error_set(err, -EINVAL, "Node '%s' is not a backing image of '%s'", base->name, node->name);
+        }
+        bottom = stream_find_bottom(node, base);
+    }
+    stream->node = node_ref(node);
+    stream->base_name = base ? g_strdup(base->name) : NULL;
+    stream->bottom = bottom;
+    stream->size = node_backing(node) ? atomic_load(&node->size) : 0;
+    return 0;
+}
+
+static int stream_check_node(const struct stream *stream, const struct block_stream_args *args, struct error **err)
+{
+    const struct node *node = stream->node;
+    if (!node->driver->change_backing || !node->driver->write_if_unallocated || !node->limits.cluster_size) {
+        return error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot be streamed into", node->driver->name,
+                         node->name);
+    }
+    if (args->filter_node_name && graph_find(stream->graph, args->filter_node_name)) {
+        return error_set(err, -EEXIST, "Duplicate nodes with node-name='%s'", args->filter_node_name);
+    }
+    struct backing_name name;
+    int result =
+        relink_name(node, node_backing(stream->bottom), stream->backing_file, stream->mask_protocol, &name, err);
+    if (result == 0) {
+        backing_name_clear(&name);
+    }
+    return result;
+}
+
+static int coroutine_fn stream_prepare_graph(struct stream *stream, const char *id, struct error **err)
+{
+    struct operation_config config = {
+        .kind = "job",
+        .id = id,
+        .table = &block_stream_claims,
+        .bound = {[CLAIM_TOP] = stream->node, [CLAIM_BOTTOM] = stream->bottom},
+        .progress = job_percent,
+        .argument = &stream->job,
+    };
+    int result = operation_begin(stream->graph, &config, &stream->operation, err);
+    if (result == 0) {
+        result = node_writable_begin(stream->node, err);
+        stream->writable = result == 0;
+    }
+    if (result == 0) {
+        g_autofree char *owner = g_strdup_printf("block-stream %s", id);
+        stream->backend = backend_create(stream->graph, owner);
+        result = backend_attach(stream->backend, stream->node, operation_granted(stream->operation, stream->node), err);
+    }
+    return result;
+}
+
+static void stream_launch(struct stream *stream, struct jobs *jobs, const char *id,
+                          const struct block_stream_args *args)
+{
+    struct job_config config = {
+        .id = id,
+        .speed = args->has_speed ? args->speed : 0,
+        .on_error = args->has_on_error ? args->on_error : BLOCKDEV_ON_ERROR_REPORT,
+        .auto_finalize = !args->has_auto_finalize || args->auto_finalize,
+        .auto_dismiss = !args->has_auto_dismiss || args->auto_dismiss,
+    };
+    struct job *job = job_create(jobs, &stream_policy, &config);
+    struct copy_config copy_config = {
+        .control = &job->control,
+        .source = stream->backend,
+        .target = stream->backend,
+        .alignment = stream->node->limits.cluster_size,
+        .zero_alignment = max_u64(64 * KiB, stream->node->limits.cluster_size),
+        .write_flags = REQUEST_IF_UNALLOCATED,
+        .extent = stream_extent,
+        .failed = job_failed,
+        .argument = job,
+    };
+    stream->copy = copy_create(&copy_config);
+    stream->job = job;
+    job->state = stream;
+    job_start(job);
+}
+
+int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args *args, struct error **err)
+{
+    struct stream *stream = g_new0(struct stream, 1);
+    const char *id = args->job_id ? args->job_id : "";
+    stream->graph = jobs_graph(jobs);
+    stream->backing_file = g_strdup(args->backing_file);
+    stream->mask_protocol = args->has_backing_mask_protocol && args->backing_mask_protocol;
+    int result = stream_check_args(args, err);
+    if (result == 0) {
+        result = stream_resolve(stream, args, err);
+    }
+    if (result == 0) {
+        result = job_check_id(jobs, id, err);
+    }
+    if (result == 0) {
+        result = stream_check_node(stream, args, err);
+    }
+    if (result == 0) {
+        result = stream_prepare_graph(stream, id, err);
+    }
+    if (result == 0) {
+        result = job_check_id(jobs, id, err); /* the graph took its time */
+    }
+    if (result < 0) {
+        stream_destroy(stream);
+        return result;
+    }
+    stream_launch(stream, jobs, id, args);
+    return 0;
+}
