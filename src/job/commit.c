@@ -281,11 +281,9 @@ static int commit_move_users(struct commit *commit, struct error **err)
     if (commit->filter) {
         transaction_mark_stale(transaction, commit->filter, reason);
     }
-    relink_rebind_bottoms(transaction, graph, commit->operation, commit->top, commit->base, NULL);
     transaction_end_operation(transaction, commit->operation);
     int result = graph_commit(transaction, err);
     if (result == 0) {
-        commit->operation = NULL;
         commit->pivoted = true;
         /* B is from now on what T was to its users: as writable as T. */
         commit->base->wants_writable |= commit->top->wants_writable;

@@ -6,15 +6,12 @@
  * 1. A string is written only when the image that it names holds everything that the overlay needs, flushed. A crash
  *    between two overlays leaves one with the new string and one with the old, and both read the same data.
  * 2. node->header_backing and header_backing_format agree with the disk.
- * 3. Roles of other operations move in the same transaction as the edges: a stream whose bottom leaves the chain goes
- *    on with the overlay whose edge changed.
  *
  * It takes no locks and drains nothing: its callers hold the graph still.
  */
 #include "job/relink.h"
 #include "block/driver.h"
 #include "block/graph.h"
-#include "block/operation.h"
 #include <errno.h>
 #include <string.h>
 
@@ -161,43 +158,4 @@ void relink_clear(struct relink *relink)
         backing_name_clear(&g_array_index(relink->changed, struct relink_change, i).old);
     }
     g_clear_pointer(&relink->changed, g_array_unref);
-}
-
-/* --- roles --- */
-
-/* The image of `top`'s chain that leans on `below`, or NULL when none does. */
-static struct node *overlay_in_chain(struct node *top, const struct node *below)
-{
-    for (struct node *node = node_beneath_filters(top); node; node = node_backing(node)) {
-        if (node_backing(node) == below) {
-            return node;
-        }
-    }
-    return NULL;
-}
-
-static bool chain_holds(struct node *first, const struct node *stop, const struct node *wanted)
-{
-    for (struct node *node = first; node && node != stop; node = node_backing(node)) {
-        if (node == wanted) {
-            return true;
-        }
-    }
-    return false;
-}
-
-void relink_rebind_bottoms(struct transaction *transaction, struct graph *graph, const struct operation *self,
-                           struct node *first, struct node *stop, struct node *overlay)
-{
-    list_for_each (link, &graph->operations) {
-        struct operation *other = container_of(link, struct operation, link);
-        struct node *bottom = other->bound[CLAIM_BOTTOM], *top = other->bound[CLAIM_TOP];
-        if (other == self || !bottom || !top || !chain_holds(first, stop, bottom)) {
-            continue;
-        }
-        struct node *changed = overlay_in_chain(top, first);
-        if (changed && (!overlay || changed == overlay)) {
-            transaction_rebind(transaction, other, CLAIM_BOTTOM, changed);
-        }
-    }
 }

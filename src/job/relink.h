@@ -8,13 +8,10 @@
 #include <stdbool.h>
 
 /*
- * What jobs share that change what an image leans on: finding nodes in a chain, backing strings on disk, and the roles
- * of other operations. Control thread; functions that touch a disk or the shape are called with graph->lock held.
+ * What jobs share that change what an image leans on: finding nodes in a chain, and backing strings on disk. Control thread; functions that touch a disk or the shape are called with graph->lock held.
  */
 struct graph;
 struct node;
-struct operation;
-struct transaction;
 
 /* The node at or below `from` whose file is `name`: as it was opened, or as its overlay's header calls it. NULL: none.
  */
@@ -42,13 +39,5 @@ int coroutine_fn relink_write(struct relink *relink, struct node *overlay, const
 /* Writes the old strings again. What cannot be written is logged: either string leads to the same data then. */
 void coroutine_fn relink_undo(struct relink *relink);
 void relink_clear(struct relink *relink); /* forgets; accepts a zeroed one */
-
-/*
- * A transaction takes the nodes from `first` down to, not including, `stop` (NULL: the end) out of the chains of its
- * overlays (only `overlay`, if not NULL). Operations but `self` whose bottom is among them get the overlay whose edge
- * changes as their bottom.
- */
-void relink_rebind_bottoms(struct transaction *transaction, struct graph *graph, const struct operation *self,
-                           struct node *first, struct node *stop, struct node *overlay);
 
 #endif

@@ -97,7 +97,6 @@ static int stream_move_edge(struct stream *stream, struct node *base, struct err
     struct node *node = stream->node;
     struct transaction *transaction = graph_begin(stream->graph, subject);
     if (node->backing) {
-        relink_rebind_bottoms(transaction, stream->graph, stream->operation, node_backing(node), base, node);
         if (base) {
             transaction_move_edge(transaction, node->backing, node_head(base));
         } else {
@@ -105,11 +104,7 @@ static int stream_move_edge(struct stream *stream, struct node *base, struct err
         }
     }
     transaction_end_operation(transaction, stream->operation);
-    int result = graph_commit(transaction, err);
-    if (result == 0) {
-        stream->operation = NULL;
-    }
-    return result;
+    return graph_commit(transaction, err);
 }
 
 static int coroutine_fn stream_relink(struct stream *stream, struct error **err)
