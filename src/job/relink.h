@@ -8,7 +8,8 @@
 #include <stdbool.h>
 
 /*
- * What jobs share that change what an image leans on: finding nodes in a chain, and backing strings on disk. Control thread; functions that touch a disk or the shape are called with graph->lock held.
+ * What jobs share that change what an image leans on: finding nodes in a chain, and backing strings on disk. Control
+ * thread; functions that touch a disk are called with graph->lock held and the overlay drained.
  */
 struct graph;
 struct node;
