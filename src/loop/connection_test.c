@@ -136,7 +136,6 @@ static void server_start(struct server *server, const char *text)
 static void server_stop(struct server *server)
 {
     listener_shutdown(server->listener);
-    listener_shutdown(server->listener);
     co_group_wait(&server->group);
     co_group_destroy(&server->group);
     loop_thread_join(server->loop);
