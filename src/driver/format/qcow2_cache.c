@@ -1,0 +1,269 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The table cache: a chained hash over an array of slices, a last-used shortcut, and a clock (second chance) that
+ * evicts. A hit is one comparison, or one multiplication and a short chain.
+ *
+ * 1. An offset is in the hash at most once; a slice in use (`used`) is in the hash.
+ * 2. A slice is in `dirty` exactly if its `dirty_at` is not 0 (it is its place there + 1).
+ * 3. A slice is evicted only when clean: either written here (nobody cares for the order), or by make_clean.
+ * 4. The image's lock is held over every call, reads and writes of slices included, so nothing here has a lock.
+ *
+ * It does not know what the tables mean, and never writes by itself but for the sake of 3.
+ */
+#include "driver/format/qcow2_cache.h"
+#include "block/request.h"
+#include "loop/file.h"
+#include <errno.h>
+#include <glib.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct qcow2_slice {
+    uint64_t offset;
+    void *data;
+    uint32_t next;     /* in the chain: index + 1, or 0 */
+    uint32_t dirty_at; /* place in cache->dirty + 1, or 0 */
+    bool used;
+    bool referenced; /* since the hand passed */
+};
+
+void qcow2_cache_init(struct qcow2_cache *cache, struct edge *file, unsigned slice_bits, unsigned max_slices)
+{
+    memset(cache, 0, sizeof(*cache));
+    cache->file = file;
+    cache->slice_bits = slice_bits;
+    cache->max_slices = max_slices;
+    cache->bucket_bits = 4;
+    while (cache->bucket_bits < 16 && (1u << cache->bucket_bits) < max_slices) {
+        cache->bucket_bits++;
+    }
+    cache->buckets = g_new0(uint32_t, 1u << cache->bucket_bits);
+}
+
+void qcow2_cache_finish(struct qcow2_cache *cache)
+{
+    for (unsigned i = 0; i < cache->slice_count; i++) {
+        free(cache->slices[i].data);
+    }
+    g_free(cache->slices);
+    g_free(cache->buckets);
+    g_free(cache->dirty);
+    memset(cache, 0, sizeof(*cache));
+}
+
+static uint32_t *cache_bucket(struct qcow2_cache *cache, uint64_t offset)
+{
+    uint64_t hash = (offset >> cache->slice_bits) * UINT64_C(0x9e3779b97f4a7c15);
+    return &cache->buckets[hash >> (64 - cache->bucket_bits)];
+}
+
+static struct qcow2_slice *cache_find(struct qcow2_cache *cache, uint64_t offset)
+{
+    for (uint32_t i = *cache_bucket(cache, offset); i; i = cache->slices[i - 1].next) {
+        if (cache->slices[i - 1].offset == offset) {
+            return &cache->slices[i - 1];
+        }
+    }
+    return NULL;
+}
+
+static void cache_clean_slice(struct qcow2_cache *cache, struct qcow2_slice *slice)
+{
+    uint32_t place = slice->dirty_at - 1;
+    uint32_t moved = cache->dirty[--cache->dirty_count];
+    cache->dirty[place] = moved;
+    cache->slices[moved].dirty_at = place + 1;
+    slice->dirty_at = 0;
+}
+
+static void cache_remove(struct qcow2_cache *cache, struct qcow2_slice *slice)
+{
+    uint32_t *link = cache_bucket(cache, slice->offset);
+    while (&cache->slices[*link - 1] != slice) {
+        link = &cache->slices[*link - 1].next;
+    }
+    *link = slice->next;
+    if (slice->dirty_at) {
+        cache_clean_slice(cache, slice);
+    }
+    slice->used = false;
+    slice->referenced = false;
+}
+
+static int coroutine_fn cache_write_slice(struct qcow2_cache *cache, struct qcow2_slice *slice)
+{
+    return edge_write_memory(cache->file, slice->offset, slice->data, (uint64_t)1 << cache->slice_bits, 0);
+}
+
+/* A slice that nobody uses, with memory. */
+static int coroutine_fn cache_take(struct qcow2_cache *cache, struct qcow2_slice **ret)
+{
+    if (cache->slice_count < cache->max_slices) {
+        if (cache->slice_count == cache->room) {
+            unsigned room = MIN(cache->max_slices, MAX(16, cache->room * 2));
+            struct qcow2_slice *grown = g_try_renew(struct qcow2_slice, cache->slices, room);
+            if (grown) {
+                cache->slices = grown;
+                cache->room = room;
+            }
+        }
+        void *data = cache->slice_count < cache->room ? file_memory((size_t)1 << cache->slice_bits) : NULL;
+        if (data) {
+            *ret = &cache->slices[cache->slice_count++];
+            **ret = (struct qcow2_slice){.data = data};
+            return 0;
+        }
+        if (cache->slice_count == 0) {
+            return -ENOMEM;
+        }
+    }
+    for (;;) {
+        struct qcow2_slice *slice = &cache->slices[cache->hand];
+        cache->hand = (cache->hand + 1) % cache->slice_count;
+        if (slice->used && slice->referenced) {
+            slice->referenced = false;
+            continue;
+        }
+        if (slice->used && slice->dirty_at) {
+            int code = cache->make_clean ? cache->make_clean(cache->argument) : cache_write_slice(cache, slice);
+            if (code < 0) {
+                return code;
+            }
+        }
+        if (slice->used) {
+            cache_remove(cache, slice);
+        }
+        *ret = slice;
+        return 0;
+    }
+}
+
+static void cache_insert(struct qcow2_cache *cache, struct qcow2_slice *slice, uint64_t offset, void **ret)
+{
+    uint32_t *bucket = cache_bucket(cache, offset);
+    slice->offset = offset;
+    slice->used = true;
+    slice->referenced = true;
+    slice->next = *bucket;
+    cache->last = slice - cache->slices;
+    *bucket = cache->last + 1;
+    *ret = slice->data;
+}
+
+int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, void **ret)
+{
+    struct qcow2_slice *slice;
+    if (cache->last < cache->slice_count) {
+        slice = &cache->slices[cache->last];
+        if (slice->offset == offset && slice->used) {
+            slice->referenced = true;
+            *ret = slice->data;
+            return 0;
+        }
+    }
+    slice = cache_find(cache, offset);
+    if (slice) {
+        slice->referenced = true;
+        cache->last = slice - cache->slices;
+        *ret = slice->data;
+        return 0;
+    }
+    int code = cache_take(cache, &slice);
+    if (code < 0) {
+        return code;
+    }
+    code = edge_read_memory(cache->file, offset, slice->data, (uint64_t)1 << cache->slice_bits);
+    if (code < 0) {
+        return code;
+    }
+    cache_insert(cache, slice, offset, ret);
+    return 0;
+}
+
+int coroutine_fn qcow2_cache_get_zeroed(struct qcow2_cache *cache, uint64_t offset, void **ret)
+{
+    struct qcow2_slice *slice = cache_find(cache, offset);
+    if (slice) {
+        cache->last = slice - cache->slices;
+        *ret = slice->data;
+    } else {
+        int code = cache_take(cache, &slice);
+        if (code < 0) {
+            return code;
+        }
+        cache_insert(cache, slice, offset, ret);
+    }
+    memset(*ret, 0, (size_t)1 << cache->slice_bits);
+    qcow2_cache_mark_dirty(cache);
+    return 0;
+}
+
+void qcow2_cache_mark_dirty(struct qcow2_cache *cache)
+{
+    struct qcow2_slice *slice = &cache->slices[cache->last];
+    g_assert(slice->used);
+    if (slice->dirty_at) {
+        return;
+    }
+    if (cache->dirty_count == cache->dirty_room) {
+        cache->dirty_room = MAX(16, cache->dirty_room * 2);
+        cache->dirty = g_renew(uint32_t, cache->dirty, cache->dirty_room);
+    }
+    cache->dirty[cache->dirty_count++] = cache->last;
+    slice->dirty_at = cache->dirty_count;
+}
+
+static int compare_offsets(const void *a, const void *b, void *argument)
+{
+    const struct qcow2_cache *cache = argument;
+    uint64_t first = cache->slices[*(const uint32_t *)a].offset;
+    uint64_t second = cache->slices[*(const uint32_t *)b].offset;
+    return (first > second) - (first < second);
+}
+
+int coroutine_fn qcow2_cache_write(struct qcow2_cache *cache)
+{
+    int result = 0;
+    if (cache->dirty_count > 1) {
+        g_qsort_with_data(cache->dirty, cache->dirty_count, sizeof(*cache->dirty), compare_offsets, cache);
+        for (unsigned i = 0; i < cache->dirty_count; i++) {
+            cache->slices[cache->dirty[i]].dirty_at = i + 1;
+        }
+    }
+    unsigned kept = 0;
+    for (unsigned i = 0; i < cache->dirty_count; i++) {
+        uint32_t index = cache->dirty[i];
+        struct qcow2_slice *slice = &cache->slices[index];
+        int code = result == 0 ? cache_write_slice(cache, slice) : result;
+        if (code < 0) {
+            result = code;
+            cache->dirty[kept++] = index;
+            slice->dirty_at = kept;
+        } else {
+            slice->dirty_at = 0;
+        }
+    }
+    cache->dirty_count = kept;
+    return result;
+}
+
+void qcow2_cache_forget(struct qcow2_cache *cache, uint64_t offset, uint64_t bytes)
+{
+    for (uint64_t at = offset; at < offset + bytes; at += (uint64_t)1 << cache->slice_bits) {
+        struct qcow2_slice *slice = cache_find(cache, at);
+        if (slice) {
+            cache_remove(cache, slice);
+        }
+    }
+}
+
+void qcow2_cache_clear(struct qcow2_cache *cache)
+{
+    g_assert(cache->dirty_count == 0);
+    for (unsigned i = 0; i < cache->slice_count; i++) {
+        free(cache->slices[i].data);
+    }
+    cache->slice_count = 0;
+    cache->hand = 0;
+    memset(cache->buckets, 0, sizeof(*cache->buckets) << cache->bucket_bits);
+}

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_DRIVER_FORMAT_QCOW2_CACHE_H
+#define INTERLOCK_DRIVER_FORMAT_QCOW2_CACHE_H
+
+#include "loop/coroutine.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/*
+ * A write-back cache of slices of on-disk tables (L2 tables, refcount blocks), by host offset. Slices are all of one
+ * size and naturally aligned. Memory is taken slice by slice as they are used. All functions are called with the
+ * image's lock held. A table pointer is valid until the next get on the same cache.
+ */
+struct edge;
+struct qcow2_slice;
+
+struct qcow2_cache {
+    struct edge *file;
+    unsigned slice_bits;
+    unsigned max_slices;
+    unsigned slice_count;
+    struct qcow2_slice *slices;
+    unsigned room;     /* of `slices` */
+    uint32_t *buckets; /* index + 1 of the first slice of a chain; 0: empty */
+    unsigned bucket_bits;
+    uint32_t hand;     /* of the clock that chooses whom to evict */
+    uint32_t last;     /* the slice used last */
+    uint32_t *dirty;   /* indices */
+    unsigned dirty_count, dirty_room;
+    /* Called when a dirty slice has to go: makes every slice clean, in the order that the image needs. NULL: slices
+     * may be written one by one, at any time. */
+    int (*make_clean)(void *argument);
+    void *argument;
+};
+
+void qcow2_cache_init(struct qcow2_cache *cache, struct edge *file, unsigned slice_bits, unsigned max_slices);
+/* Frees everything, dirty or not. */
+void qcow2_cache_finish(struct qcow2_cache *cache);
+/* Finds or loads the slice at `offset`; *ret is its content, in disk order. */
+int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, void **ret);
+/* Takes a slice without reading: its content is zeroes, and it is dirty. */
+int coroutine_fn qcow2_cache_get_zeroed(struct qcow2_cache *cache, uint64_t offset, void **ret);
+/* The slice returned by the last get was changed. */
+void qcow2_cache_mark_dirty(struct qcow2_cache *cache);
+/* Writes every dirty slice, in the order of their offsets. Those that fail stay dirty. */
+int coroutine_fn qcow2_cache_write(struct qcow2_cache *cache);
+/* Forgets what is cached of [offset, offset + bytes), dirty or not. */
+void qcow2_cache_forget(struct qcow2_cache *cache, uint64_t offset, uint64_t bytes);
+/* Forgets everything; nothing is dirty. */
+void qcow2_cache_clear(struct qcow2_cache *cache);
+
+#endif

@@ -1,0 +1,234 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * From guest offsets to clusters: the L1 table, in memory whole, and L2 tables through the L2 cache, slice by slice.
+ *
+ * 1. A table without the COPIED flag in its L1 entry may be shared with a snapshot: it is copied before it changes.
+ * 2. A new table is complete on disk, or in the cache if it is a single slice, before its L1 entry is changed in
+ *    memory; qcow2_flush.c keeps that order on disk.
+ * 3. An entry is believed only if its reserved bits are 0 and its offset is that of a cluster; else the image is
+ *    marked corrupt and the request fails.
+ *
+ * It changes entries of L1 only; what is put into L2 entries is decided by qcow2_write.c and qcow2_zero.c.
+ */
+#include "driver/format/qcow2_map.h"
+#include "base/size.h"
+#include "block/request.h"
+#include "driver/format/qcow2.h"
+#include "driver/format/qcow2_refcount.h"
+#include <endian.h>
+#include <errno.h>
+
+enum qcow2_kind qcow2_entry_kind(uint64_t entry, unsigned version, unsigned cluster_bits)
+{
+    if (entry & QCOW2_COMPRESSED) {
+        return QCOW2_COMPRESSED_DATA;
+    }
+    uint64_t offset = entry & QCOW2_OFFSET_MASK;
+    if (entry & QCOW2_L2_RESERVED || !is_aligned(offset, (uint64_t)1 << cluster_bits)) {
+        return QCOW2_INVALID;
+    }
+    if (entry & QCOW2_ZERO) {
+        return version < 3 ? QCOW2_INVALID : offset ? QCOW2_ALLOCATED_ZERO : QCOW2_PLAIN_ZERO;
+    }
+    return offset ? QCOW2_DATA : QCOW2_UNALLOCATED;
+}
+
+static uint64_t l1_index(const struct qcow2 *image, uint64_t offset)
+{
+    return offset >> (image->l2_bits + image->cluster_bits);
+}
+
+/* Guest bytes from offset to the end of what its L2 table covers. */
+static uint64_t table_span(const struct qcow2 *image, uint64_t offset)
+{
+    uint64_t span = (uint64_t)1 << (image->l2_bits + image->cluster_bits);
+    return span - (offset & (span - 1));
+}
+
+/* The table of an L1 entry; 0: none. */
+static int coroutine_fn table_offset(struct qcow2 *image, uint64_t index, uint64_t *ret)
+{
+    uint64_t entry = image->l1[index];
+    *ret = entry & QCOW2_OFFSET_MASK;
+    if (entry & QCOW2_L1_RESERVED || qcow2_in_cluster(image, *ret) ||
+        (*ret && qcow2_overlaps_metadata(image, *ret, image->cluster_size))) {
+        return qcow2_mark_corrupt(image, "L1 entry %" G_GUINT64_FORMAT " is 0x%" G_GINT64_MODIFIER "x", index, entry);
+    }
+    return 0;
+}
+
+/* The slice of the table at `table`, from the entry of `offset` on. */
+static int coroutine_fn load_entries(struct qcow2 *image, uint64_t table, uint64_t offset, uint64_t **ret,
+                                     unsigned *ret_count)
+{
+    unsigned slice_entry_bits = image->l2_cache.slice_bits - 3;
+    uint64_t in_table = offset >> image->cluster_bits & (((uint64_t)1 << image->l2_bits) - 1);
+    unsigned in_slice = in_table & ((1u << slice_entry_bits) - 1);
+    void *slice;
+    int code = qcow2_cache_get(&image->l2_cache,
+                               table + (in_table >> slice_entry_bits << image->l2_cache.slice_bits), &slice);
+    if (code == 0) {
+        *ret = (uint64_t *)slice + in_slice;
+        *ret_count = (1u << slice_entry_bits) - in_slice;
+    }
+    return code;
+}
+
+uint64_t qcow2_unmapped_span(struct qcow2 *image, uint64_t offset, uint64_t bytes)
+{
+    uint64_t done = 0;
+    while (done < bytes && (image->l1[l1_index(image, offset + done)] & QCOW2_OFFSET_MASK) == 0) {
+        done += min_u64(bytes - done, table_span(image, offset + done));
+    }
+    return done;
+}
+
+int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct qcow2_run *ret)
+{
+    uint64_t table;
+    uint64_t *entries;
+    unsigned count;
+    uint64_t index = l1_index(image, offset);
+    g_assert(bytes && index < image->header.l1_size);
+    int code = table_offset(image, index, &table);
+    if (code < 0) {
+        return code;
+    }
+    if (table == 0) {
+        *ret = (struct qcow2_run){QCOW2_UNALLOCATED, false, qcow2_unmapped_span(image, offset, bytes), 0, 0};
+        return 0;
+    }
+    code = load_entries(image, table, offset, &entries, &count);
+    if (code < 0) {
+        return code;
+    }
+    unsigned version = image->header.version;
+    uint64_t entry = be64toh(entries[0]);
+    enum qcow2_kind kind = qcow2_entry_kind(entry, version, image->cluster_bits);
+    uint64_t host = qcow2_kind_has_place(kind) ? entry & QCOW2_OFFSET_MASK : 0;
+    if (kind == QCOW2_INVALID || (host && qcow2_overlaps_metadata(image, host, image->cluster_size))) {
+        return qcow2_mark_corrupt(image, "L2 entry of guest offset 0x%" G_GINT64_MODIFIER "x is 0x%"
+                                  G_GINT64_MODIFIER "x", qcow2_cluster_floor(image, offset), entry);
+    }
+    uint64_t in_cluster = qcow2_in_cluster(image, offset);
+    uint64_t limit = kind == QCOW2_COMPRESSED_DATA
+                         ? 1
+                         : min_u64(count, (in_cluster + bytes + image->cluster_size - 1) >> image->cluster_bits);
+    uint64_t step = host ? image->cluster_size : 0;
+    uint64_t run = 1;
+    while (run < limit && be64toh(entries[run]) == entry + run * step &&
+           !(host && qcow2_overlaps_metadata(image, host + run * step, image->cluster_size))) {
+        run++;
+    }
+    *ret = (struct qcow2_run){kind, entry & QCOW2_COPIED, min_u64(bytes, (run << image->cluster_bits) - in_cluster),
+                              host ? host + in_cluster : 0, entry};
+    return 0;
+}
+
+void qcow2_l1_changed(struct qcow2 *image, uint64_t index)
+{
+    if (!image->l1_dirty[index / 64]) {
+        image->l1_dirty[index / 64] = 1;
+        image->l1_dirty_count++;
+    }
+    image->barrier_wanted = true;
+    image->change_count++;
+}
+
+/* Fills the new table: zeroes, or a copy of `old`. */
+static int coroutine_fn fill_table(struct qcow2 *image, uint64_t table, uint64_t old)
+{
+    struct edge *file = image->node->file;
+    qcow2_cache_forget(&image->l2_cache, table, image->cluster_size);
+    if (old) {
+        g_autofree void *copy = g_try_malloc(image->cluster_size);
+        int code = copy ? edge_read_memory(file, old, copy, image->cluster_size) : -ENOMEM;
+        return code == 0 ? edge_write_memory(file, table, copy, image->cluster_size, 0) : code;
+    }
+    if (image->l2_cache.slice_bits == image->cluster_bits) {
+        void *slice;
+        return qcow2_cache_get_zeroed(&image->l2_cache, table, &slice);
+    }
+    return edge_write_zeroes(file, table, image->cluster_size, 0);
+}
+
+/* A table of our own for L1 entry `index`; `old` is the shared one, or 0. */
+static int coroutine_fn make_table(struct qcow2 *image, uint64_t index, uint64_t old, uint64_t *ret)
+{
+    uint64_t table;
+    uint64_t clusters;
+    bool clean;
+    int code = qcow2_allocate(image, 1, &table, &clusters, &clean);
+    if (code < 0) {
+        return code;
+    }
+    code = fill_table(image, table, old);
+    if (code < 0) {
+        qcow2_cache_forget(&image->l2_cache, table, image->cluster_size);
+        qcow2_release(image, table, 1);
+        return code;
+    }
+    image->l1[index] = table | QCOW2_COPIED;
+    qcow2_l1_changed(image, index);
+    if (old) {
+        /* A shared table is never dirty, but it may be cached, and its cluster may be reused for something else. */
+        qcow2_cache_forget(&image->l2_cache, old, image->cluster_size);
+        qcow2_free(image, old, 1, false);
+    }
+    *ret = table;
+    return 0;
+}
+
+int coroutine_fn qcow2_l2_for_write(struct qcow2 *image, uint64_t offset, uint64_t **ret, unsigned *ret_count)
+{
+    uint64_t index = l1_index(image, offset);
+    uint64_t table;
+    int code = table_offset(image, index, &table);
+    if (code == 0 && !(image->l1[index] & QCOW2_COPIED)) {
+        code = make_table(image, index, table, &table);
+    } else if (code == 0 && table == 0) {
+        code = make_table(image, index, 0, &table);
+    }
+    return code == 0 ? load_entries(image, table, offset, ret, ret_count) : code;
+}
+
+void qcow2_map_changed(struct qcow2 *image, bool leans_on_new)
+{
+    qcow2_cache_mark_dirty(&image->l2_cache);
+    if (leans_on_new) {
+        image->barrier_wanted = true;
+        image->change_count++;
+    }
+}
+
+void qcow2_compressed_place(unsigned cluster_bits, uint64_t entry, uint64_t *ret_offset, uint64_t *ret_bytes)
+{
+    unsigned offset_bits = 62 - (cluster_bits - 8);
+    uint64_t offset = entry & ((UINT64_C(1) << offset_bits) - 1);
+    uint64_t sectors = (entry & (QCOW2_COMPRESSED - 1)) >> offset_bits;
+    *ret_offset = offset;
+    *ret_bytes = (sectors + 1) * QCOW2_SECTOR - (offset & (QCOW2_SECTOR - 1));
+}
+
+void qcow2_free_entry(struct qcow2 *image, uint64_t entry, bool discard)
+{
+    switch (qcow2_entry_kind(entry, image->header.version, image->cluster_bits)) {
+    case QCOW2_DATA:
+    case QCOW2_ALLOCATED_ZERO:
+        qcow2_free(image, entry & QCOW2_OFFSET_MASK, 1, discard);
+        break;
+    case QCOW2_COMPRESSED_DATA: {
+        uint64_t offset;
+        uint64_t bytes;
+        qcow2_compressed_place(image->cluster_bits, entry, &offset, &bytes);
+        uint64_t first = qcow2_cluster_floor(image, offset);
+        uint64_t end = qcow2_cluster_ceiling(image, offset + bytes);
+        qcow2_free(image, first, (end - first) >> image->cluster_bits, discard);
+        break;
+    }
+    case QCOW2_UNALLOCATED:
+    case QCOW2_PLAIN_ZERO:
+    case QCOW2_INVALID:
+        break;
+    }
+}
