@@ -26,11 +26,9 @@
  *    two leaves clusters leaked at most.
  */
 struct qcow2_options {
-    bool pass_discard;            /* of clusters that a discard freed, down to the file */
-    bool pass_discard_other;      /* of clusters freed otherwise */
-    bool discard_no_unref;        /* a discard keeps the cluster's place: marks zero only */
-    uint64_t l2_cache_bytes;      /* 0: not given; also below */
-    uint64_t l2_entry_bytes;
+    bool pass_discard;       /* of clusters that a discard freed, down to the file */
+    bool pass_discard_other; /* of clusters freed otherwise */
+    uint64_t l2_cache_bytes; /* 0: not given; also below */
     uint64_t refcount_cache_bytes;
     uint64_t cache_bytes;
 };
@@ -58,7 +56,7 @@ struct qcow2 {
     uint64_t cluster_size;
     unsigned l2_bits; /* log2 of entries per L2 table */
 
-    struct co_mutex lock; /* of all below, but for `inflight`, `prepared` and `corrupt` */
+    struct co_mutex lock; /* of all below, but for the atomic members */
     uint64_t *l1;         /* host byte order, header.l1_size entries */
     uint8_t *l1_dirty;    /* one byte per 64 entries (a sector) */
     unsigned l1_dirty_count;
@@ -69,15 +67,16 @@ struct qcow2 {
     struct qcow2_cache l2_cache;
     struct qcow2_cache refcount_cache;
 
-    uint64_t free_hint;   /* cluster index: none below is free */
-    uint64_t clean_from;  /* host offset: from here on the file was never written, so reads as zeroes */
-    bool barrier_wanted;  /* dirty L2 entries lean on data or refcounts that may not be stable yet */
-    uint64_t change_count; /* counts what sets barrier_wanted */
-    uint64_t generation;   /* of writing L2 and L1 out; what is freed now gets on disk with this one */
+    uint64_t free_hint;         /* cluster index: none below is free */
+    uint64_t clean_from;        /* host offset: from here on the file was never written, so reads as zeroes */
+    bool barrier_wanted;        /* dirty L2 entries lean on data or refcounts that may not be stable yet */
+    uint64_t change_count;      /* counts what sets barrier_wanted */
+    uint64_t generation;        /* of writing L2 and L1 out; what is freed now gets on disk with this one */
     uint64_t stable_generation; /* all up to this one are on stable storage */
     GArray *freed;              /* struct qcow2_freed */
     uint64_t freed_clusters;
     uint64_t settle_at; /* freed_clusters that ask for qcow2_settle() */
+    atomic_bool settle_wanted;
     bool settling;
     bool frozen; /* the header may or may not show the newest tables: nothing may be written any more */
 

@@ -33,7 +33,7 @@ void qcow2_cache_init(struct qcow2_cache *cache, struct edge *file, unsigned sli
     cache->file = file;
     cache->slice_bits = slice_bits;
     cache->max_slices = max_slices;
-    cache->bucket_bits = 4;
+    cache->bucket_bits = 10;
     while (cache->bucket_bits < 16 && (1u << cache->bucket_bits) < max_slices) {
         cache->bucket_bits++;
     }

@@ -24,9 +24,9 @@ struct qcow2_cache {
     unsigned room;     /* of `slices` */
     uint32_t *buckets; /* index + 1 of the first slice of a chain; 0: empty */
     unsigned bucket_bits;
-    uint32_t hand;     /* of the clock that chooses whom to evict */
-    uint32_t last;     /* the slice used last */
-    uint32_t *dirty;   /* indices */
+    uint32_t hand;   /* of the clock that chooses whom to evict */
+    uint32_t last;   /* the slice used last */
+    uint32_t *dirty; /* indices */
     unsigned dirty_count, dirty_room;
     /* Called when a dirty slice has to go: makes every slice clean, in the order that the image needs. NULL: slices
      * may be written one by one, at any time. */

@@ -18,7 +18,7 @@
 #include <endian.h>
 #include <errno.h>
 
-enum { DIRTY_SLICES_MAX = 2048, FREED_RANGES_MAX = 8192, L1_ENTRIES_PER_SECTOR = 64 };
+enum { DIRTY_SLICES_MAX = 2048, FREED_RANGES_MAX = 8192, FREED_BYTES_MAX = 256 << 20, L1_ENTRIES_PER_SECTOR = 64 };
 
 int coroutine_fn qcow2_mark_corrupt(struct qcow2 *image, const char *format, ...)
 {
@@ -50,8 +50,7 @@ static bool overlaps(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes)
 bool qcow2_overlaps_metadata(const struct qcow2 *image, uint64_t offset, uint64_t bytes)
 {
     const struct qcow2_header *header = &image->header;
-    return offset < image->cluster_size ||
-           overlaps(offset, bytes, header->l1_offset, (uint64_t)header->l1_size * 8) ||
+    return offset < image->cluster_size || overlaps(offset, bytes, header->l1_offset, (uint64_t)header->l1_size * 8) ||
            overlaps(offset, bytes, header->refcount_table_offset,
                     (uint64_t)header->refcount_table_clusters << image->cluster_bits);
 }
@@ -179,27 +178,36 @@ int coroutine_fn qcow2_flush(struct node *node)
     co_mutex_lock(&image->lock);
     image->stable_generation = MAX(image->stable_generation, generation);
     qcow2_reclaim(image);
-    image->settle_at = image->freed_clusters + MAX((256u << 20) >> image->cluster_bits, 16u);
+    image->settle_at = image->freed_clusters + (FREED_BYTES_MAX >> image->cluster_bits);
     co_mutex_unlock(&image->lock);
     return 0;
 }
 
+void qcow2_consider_settling(struct qcow2 *image)
+{
+    if (image->l2_cache.dirty_count > MIN(DIRTY_SLICES_MAX, image->l2_cache.max_slices / 2) ||
+        image->freed->len > FREED_RANGES_MAX || image->freed_clusters > image->settle_at) {
+        atomic_store_explicit(&image->settle_wanted, true, memory_order_relaxed);
+    }
+}
+
 void coroutine_fn qcow2_settle(struct qcow2 *image)
 {
+    if (!atomic_load_explicit(&image->settle_wanted, memory_order_relaxed)) {
+        return;
+    }
     co_mutex_lock(&image->lock);
-    bool wanted = !image->settling &&
-                  (image->l2_cache.dirty_count > MIN(DIRTY_SLICES_MAX, image->l2_cache.max_slices / 2) ||
-                   image->freed->len > FREED_RANGES_MAX || image->freed_clusters > image->settle_at);
-    if (wanted) {
-        image->settling = true;
-    }
+    bool mine = !image->settling;
+    image->settling = true;
     co_mutex_unlock(&image->lock);
-    if (wanted) {
-        (void)qcow2_flush(image->node); /* what fails stays dirty, and fails the guest's next flush */
-        co_mutex_lock(&image->lock);
-        image->settling = false;
-        co_mutex_unlock(&image->lock);
+    if (!mine) {
+        return;
     }
+    (void)qcow2_flush(image->node); /* what fails stays dirty, and fails the guest's next flush */
+    co_mutex_lock(&image->lock);
+    image->settling = false;
+    atomic_store_explicit(&image->settle_wanted, false, memory_order_relaxed);
+    co_mutex_unlock(&image->lock);
 }
 
 int coroutine_fn qcow2_flush_all(struct qcow2 *image)

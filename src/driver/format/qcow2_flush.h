@@ -16,7 +16,9 @@ int coroutine_fn qcow2_write_metadata(struct qcow2 *image);
 int coroutine_fn qcow2_make_clean(void *argument);
 /* The driver's flush: metadata and data are on stable storage; what was freed before is free. Lock not held. */
 int coroutine_fn qcow2_flush(struct node *node);
-/* Flushes if there is more dirty or freed than should be. After each change, lock not held. */
+/* After each change of the tables, lock held: sees whether there is more dirty or freed than should be. */
+void qcow2_consider_settling(struct qcow2 *image);
+/* Flushes if that was so. After each request that changed something, lock not held. */
 void coroutine_fn qcow2_settle(struct qcow2 *image);
 /* Everything is written, freed and stable; nobody else is in the image. Lock not held. */
 int coroutine_fn qcow2_flush_all(struct qcow2 *image);

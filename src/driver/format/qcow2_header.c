@@ -59,7 +59,9 @@ static int parse_fixed(const uint8_t *data, uint64_t bytes, struct qcow2_header 
     if (be32toh(disk.crypt_method) != QCOW2_CRYPT_NONE) {
         uint32_t method = be32toh(disk.crypt_method);
         return error_set(err, -ENOTSUP, "Encrypted qcow2 images (%s) are not supported",
-                         method == QCOW2_CRYPT_AES ? "AES" : method == QCOW2_CRYPT_LUKS ? "LUKS" : "unknown method");
+                         method == QCOW2_CRYPT_AES    ? "AES"
+                         : method == QCOW2_CRYPT_LUKS ? "LUKS"
+                                                      : "unknown method");
     }
     header->refcount_order = 4;
     header->length = QCOW2_HEADER_SIZE_V2;
@@ -96,8 +98,10 @@ static int check_table(const char *what, uint64_t offset, uint64_t bytes, uint64
     }
     uint64_t end = align_up(file_size, cluster_size);
     if (offset > end || bytes > end - offset) {
-        return error_set(err, -EINVAL, "qcow2 %s (0x%" G_GINT64_MODIFIER "x, %" G_GUINT64_FORMAT
-                         " bytes) lies behind the end of the file", what, offset, bytes);
+        return error_set(err, -EINVAL,
+                         "qcow2 %s (0x%" G_GINT64_MODIFIER "x, %" G_GUINT64_FORMAT
+                         " bytes) lies behind the end of the file",
+                         what, offset, bytes);
     }
     return 0;
 }
@@ -116,15 +120,18 @@ static int check_l1(const struct qcow2_header *header, uint64_t cluster_size, ui
     }
     uint64_t wanted = (header->size >> l2_span_bits) + !is_aligned(header->size, (uint64_t)1 << l2_span_bits);
     if (wanted > QCOW2_L1_BYTES_MAX / 8) {
-        return error_set(err, -EFBIG, "qcow2 virtual size %" G_GUINT64_FORMAT " is too large for clusters of %"
-                         G_GUINT64_FORMAT " bytes", header->size, cluster_size);
+        return error_set(err, -EFBIG,
+                         "qcow2 virtual size %" G_GUINT64_FORMAT " is too large for clusters of %" G_GUINT64_FORMAT
+                         " bytes",
+                         header->size, cluster_size);
     }
     if (l1_bytes > QCOW2_L1_BYTES_MAX) {
         return error_set(err, -EFBIG, "qcow2 active L1 table is too large (%u entries)", header->l1_size);
     }
     if (wanted > header->l1_size) {
-        return error_set(err, -EINVAL, "qcow2 L1 table is too small (%u entries) for the virtual size %"
-                         G_GUINT64_FORMAT, header->l1_size, header->size);
+        return error_set(err, -EINVAL,
+                         "qcow2 L1 table is too small (%u entries) for the virtual size %" G_GUINT64_FORMAT,
+                         header->l1_size, header->size);
     }
     return header->l1_size ? check_table("L1 table", header->l1_offset, l1_bytes, cluster_size, file_size, err) : 0;
 }
@@ -195,8 +202,7 @@ static int parse_extension(struct qcow2_header *header, uint32_t type, const uin
         return error_set(err, -ENOTSUP, "Encrypted qcow2 images (LUKS) are not supported");
     }
     header->extensions = g_renew(struct qcow2_extension, header->extensions, header->extension_count + 1);
-    header->extensions[header->extension_count++] =
-        (struct qcow2_extension){type, length, g_memdup2(data, length)};
+    header->extensions[header->extension_count++] = (struct qcow2_extension){type, length, g_memdup2(data, length)};
     return 0;
 }
 
@@ -286,8 +292,7 @@ static char *feature_name(const struct qcow2_header *header, unsigned type, unsi
 
 static int check_features(const struct qcow2_header *header, struct error **err)
 {
-    const uint64_t supported =
-        QCOW2_INCOMPATIBLE_DIRTY | QCOW2_INCOMPATIBLE_CORRUPT | QCOW2_INCOMPATIBLE_COMPRESSION;
+    const uint64_t supported = QCOW2_INCOMPATIBLE_DIRTY | QCOW2_INCOMPATIBLE_CORRUPT | QCOW2_INCOMPATIBLE_COMPRESSION;
     uint64_t unsupported = header->incompatible & ~supported;
     if (unsupported) {
         g_autoptr(GString) names = g_string_new(NULL);
@@ -456,16 +461,16 @@ static void build_fixed(const struct qcow2_header *header, uint8_t *to)
 static uint64_t place_name(const struct qcow2_header *header, uint64_t first, uint64_t length)
 {
     uint64_t cluster_size = (uint64_t)1 << header->cluster_bits;
-    uint64_t candidates[] = {first, align_up(max_u64(first, header->extensions_end), 8),
-                             align_up(max_u64(first, header->backing_offset + header->backing_length), 8),
-                             align_up(max_u64(max_u64(first, header->extensions_end),
-                                              header->backing_offset + header->backing_length), 8)};
+    uint64_t candidates[] = {
+        first, align_up(max_u64(first, header->extensions_end), 8),
+        align_up(max_u64(first, header->backing_offset + header->backing_length), 8),
+        align_up(max_u64(max_u64(first, header->extensions_end), header->backing_offset + header->backing_length), 8)};
     for (unsigned i = 0; i < array_size(candidates); i++) {
         uint64_t at = candidates[i];
         bool in_first_sector = at + length <= QCOW2_SECTOR;
-        bool clear = at >= header->extensions_end &&
-                     !(header->backing_offset && ranges_overlap(at, length, header->backing_offset,
-                                                                header->backing_length));
+        bool clear =
+            at >= header->extensions_end &&
+            !(header->backing_offset && ranges_overlap(at, length, header->backing_offset, header->backing_length));
         if (at + length <= cluster_size && (in_first_sector || (clear && at >= QCOW2_SECTOR))) {
             return at;
         }
@@ -556,8 +561,9 @@ int coroutine_fn qcow2_header_change_backing(struct edge *file, struct qcow2_hea
 {
     uint64_t length = backing_file ? strlen(backing_file) : 0;
     if (length > QCOW2_BACKING_NAME_MAX) {
-        return error_set(err, -EINVAL, "Backing file name is too long for qcow2 (%" G_GUINT64_FORMAT
-                         " bytes; at most %d)", length, QCOW2_BACKING_NAME_MAX);
+        return error_set(err, -EINVAL,
+                         "Backing file name is too long for qcow2 (%" G_GUINT64_FORMAT " bytes; at most %d)", length,
+                         QCOW2_BACKING_NAME_MAX);
     }
     if (backing_format && strlen(backing_format) >= 16) {
         return error_set(err, -EINVAL, "Backing format name '%s' is too long for qcow2", backing_format);
@@ -567,8 +573,9 @@ int coroutine_fn qcow2_header_change_backing(struct edge *file, struct qcow2_hea
     uint64_t name_offset = 0;
     int code = data ? qcow2_header_build(header, backing_file, backing_format, data, &name_offset) : -ENOMEM;
     if (code == -ENOSPC) {
-        return error_set(err, code, "The qcow2 header cluster (%" G_GUINT64_FORMAT
-                         " bytes) has no room for the backing file name", cluster_size);
+        return error_set(err, code,
+                         "The qcow2 header cluster (%" G_GUINT64_FORMAT " bytes) has no room for the backing file name",
+                         cluster_size);
     }
     if (code == 0) {
         code = write_cluster(file, header, data, name_offset, length, built_extensions_end(header, data));
@@ -603,8 +610,7 @@ int coroutine_fn qcow2_header_write_refcount_table(struct edge *file, const stru
     struct {
         uint64_t offset;
         uint32_t clusters;
-    } __attribute__((packed)) disk = {htobe64(header->refcount_table_offset),
-                                      htobe32(header->refcount_table_clusters)};
+    } __attribute__((packed)) disk = {htobe64(header->refcount_table_offset), htobe32(header->refcount_table_clusters)};
     return edge_write_memory(file, offsetof(struct qcow2_disk_header, refcount_table_offset), &disk, sizeof(disk), 0);
 }
 

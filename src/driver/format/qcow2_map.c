@@ -14,6 +14,7 @@
 #include "base/size.h"
 #include "block/request.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_refcount.h"
 #include <endian.h>
 #include <errno.h>
@@ -65,8 +66,8 @@ static int coroutine_fn load_entries(struct qcow2 *image, uint64_t table, uint64
     uint64_t in_table = offset >> image->cluster_bits & (((uint64_t)1 << image->l2_bits) - 1);
     unsigned in_slice = in_table & ((1u << slice_entry_bits) - 1);
     void *slice;
-    int code = qcow2_cache_get(&image->l2_cache,
-                               table + (in_table >> slice_entry_bits << image->l2_cache.slice_bits), &slice);
+    int code =
+        qcow2_cache_get(&image->l2_cache, table + (in_table >> slice_entry_bits << image->l2_cache.slice_bits), &slice);
     if (code == 0) {
         *ret = (uint64_t *)slice + in_slice;
         *ret_count = (1u << slice_entry_bits) - in_slice;
@@ -107,8 +108,9 @@ int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t byt
     enum qcow2_kind kind = qcow2_entry_kind(entry, version, image->cluster_bits);
     uint64_t host = qcow2_kind_has_place(kind) ? entry & QCOW2_OFFSET_MASK : 0;
     if (kind == QCOW2_INVALID || (host && qcow2_overlaps_metadata(image, host, image->cluster_size))) {
-        return qcow2_mark_corrupt(image, "L2 entry of guest offset 0x%" G_GINT64_MODIFIER "x is 0x%"
-                                  G_GINT64_MODIFIER "x", qcow2_cluster_floor(image, offset), entry);
+        return qcow2_mark_corrupt(image,
+                                  "L2 entry of guest offset 0x%" G_GINT64_MODIFIER "x is 0x%" G_GINT64_MODIFIER "x",
+                                  qcow2_cluster_floor(image, offset), entry);
     }
     uint64_t in_cluster = qcow2_in_cluster(image, offset);
     uint64_t limit = kind == QCOW2_COMPRESSED_DATA
@@ -199,6 +201,7 @@ void qcow2_map_changed(struct qcow2 *image, bool leans_on_new)
         image->barrier_wanted = true;
         image->change_count++;
     }
+    qcow2_consider_settling(image);
 }
 
 void qcow2_compressed_place(unsigned cluster_bits, uint64_t entry, uint64_t *ret_offset, uint64_t *ret_bytes)

@@ -86,14 +86,14 @@ static int coroutine_fn load_slice(struct qcow2 *image, uint64_t cluster, void *
         return 0;
     }
     if (qcow2_in_cluster(image, block) || block > QCOW2_HOST_OFFSET_MAX) {
-        return qcow2_mark_corrupt(image, "refcount table entry %" G_GUINT64_FORMAT " points at 0x%" G_GINT64_MODIFIER
-                                  "x", table_index, block);
+        return qcow2_mark_corrupt(image,
+                                  "refcount table entry %" G_GUINT64_FORMAT " points at 0x%" G_GINT64_MODIFIER "x",
+                                  table_index, block);
     }
     unsigned bits = slice_bits_of(image);
     uint64_t in_block = cluster & ((UINT64_C(1) << image->refcount_block_bits) - 1);
     *ret_index = in_block & ((UINT64_C(1) << bits) - 1);
-    return qcow2_cache_get(&image->refcount_cache, block + (in_block >> bits << image->refcount_cache.slice_bits),
-                           ret);
+    return qcow2_cache_get(&image->refcount_cache, block + (in_block >> bits << image->refcount_cache.slice_bits), ret);
 }
 
 int coroutine_fn qcow2_refcount_get(struct qcow2 *image, uint64_t cluster, uint64_t *ret)

@@ -54,11 +54,11 @@ struct step {
     struct qcow2_run run; /* what is there now */
     uint64_t first;       /* guest offset of the first cluster */
     uint64_t clusters;
-    uint64_t host;   /* of the first cluster */
-    bool reused;     /* the host clusters were the guest's before, marked zero */
-    bool clean;      /* they read as zeroes */
-    uint64_t head, tail;  /* bytes around the guest's */
-    uint8_t *around;      /* head and tail, if they are not zero */
+    uint64_t host;       /* of the first cluster */
+    bool reused;         /* the host clusters were the guest's before, marked zero */
+    bool clean;          /* they read as zeroes */
+    uint64_t head, tail; /* bytes around the guest's */
+    uint8_t *around;     /* head and tail, if they are not zero */
     bool head_zero, tail_zero;
 };
 

@@ -55,7 +55,7 @@ static int change_entry(const struct qcow2 *image, const struct change *change, 
         return change->discard ? 0 : -ENOTSUP;
     }
     bool ours = old & QCOW2_COPIED && qcow2_kind_has_place(kind);
-    bool keep = change->discard ? image->options.discard_no_unref : !(change->flags & REQUEST_MAY_UNMAP);
+    bool keep = !change->discard && !(change->flags & REQUEST_MAY_UNMAP);
     if (ours && keep && zero_flag) {
         *ret = old | QCOW2_ZERO;
         return 0;
@@ -66,8 +66,8 @@ static int change_entry(const struct qcow2 *image, const struct change *change, 
 }
 
 /* Changes the entries of the clusters from `offset` on, inside one slice. The lock is held. */
-static int coroutine_fn change_slice(struct qcow2 *image, const struct change *change, uint64_t offset,
-                                     uint64_t bytes, uint64_t *ret_bytes)
+static int coroutine_fn change_slice(struct qcow2 *image, const struct change *change, uint64_t offset, uint64_t bytes,
+                                     uint64_t *ret_bytes)
 {
     if (nothing_below(image) || (change->discard && image->header.version < 3)) {
         *ret_bytes = qcow2_unmapped_span(image, offset, bytes);

@@ -1,0 +1,218 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Growing and shrinking. The new area reads as zeroes, whatever the backing file has there.
+ *
+ * 1. Growing: the L1 table moves if it is too short: new table, barrier, one write of the header that changes size,
+ *    table and length together, barrier, old table freed. Before the size changes on disk, what could show through in
+ *    the new area is hidden: the rest of the last cluster is zeroed, and clusters over a longer backing file are
+ *    marked zero.
+ * 2. Shrinking: clusters behind the new end are freed first, then the header changes; tables stay as they are. Images
+ *    with internal snapshots are not shrunk.
+ */
+#include "driver/format/qcow2_resize.h"
+#include "base/size.h"
+#include "driver/format/qcow2.h"
+#include "driver/format/qcow2_flush.h"
+#include "driver/format/qcow2_map.h"
+#include "driver/format/qcow2_refcount.h"
+#include "driver/format/qcow2_write.h"
+#include <endian.h>
+#include <errno.h>
+#include <string.h>
+
+static uint64_t l1_entries_for(const struct qcow2 *image, uint64_t size)
+{
+    unsigned span_bits = image->l2_bits + image->cluster_bits;
+    return (size >> span_bits) + !is_aligned(size, (uint64_t)1 << span_bits);
+}
+
+/* A longer L1 table in memory and on disk, not yet shown by the header. The lock is held. */
+static int coroutine_fn prepare_l1(struct qcow2 *image, uint64_t entries, uint64_t **ret, uint64_t *ret_offset)
+{
+    uint64_t bytes = align_up(entries * 8, image->cluster_size);
+    uint64_t *l1 = g_try_malloc0(bytes);
+    uint64_t *disk = g_try_malloc0(bytes);
+    int code = l1 && disk ? qcow2_allocate_exactly(image, bytes >> image->cluster_bits, ret_offset) : -ENOMEM;
+    if (code == 0) {
+        for (uint64_t i = 0; i < image->header.l1_size; i++) {
+            l1[i] = image->l1[i];
+            disk[i] = htobe64(l1[i]);
+        }
+        code = edge_write_memory(image->node->file, *ret_offset, disk, bytes, 0);
+        if (code < 0) {
+            qcow2_release(image, *ret_offset, bytes >> image->cluster_bits);
+        }
+    }
+    g_free(disk);
+    if (code < 0) {
+        g_free(l1);
+        return code;
+    }
+    *ret = l1;
+    return 0;
+}
+
+/* Writes the header with what is in it now; everything before is stable, and so is it. The lock is held. */
+static int coroutine_fn write_header(struct qcow2 *image)
+{
+    int code = edge_flush(image->node->file);
+    if (code == 0) {
+        code = qcow2_header_write_size(image->node->file, &image->header);
+    }
+    return code == 0 ? edge_flush(image->node->file) : code;
+}
+
+/* Makes the L1 table long enough for `size`; the header's size stays. The lock is held. */
+static int coroutine_fn grow_l1(struct qcow2 *image, uint64_t size)
+{
+    uint64_t entries = l1_entries_for(image, size);
+    struct qcow2_header old = image->header;
+    uint64_t *l1;
+    uint64_t offset;
+    if (entries <= old.l1_size) {
+        return 0;
+    }
+    /* All that the old table is to show is written, and so are the new one's refcounts. */
+    int code = qcow2_write_metadata(image);
+    if (code == 0) {
+        code = prepare_l1(image, entries, &l1, &offset);
+    }
+    if (code < 0) {
+        return code;
+    }
+    uint8_t *dirty = g_try_malloc0(div_up(entries, 64));
+    code = dirty ? qcow2_write_metadata(image) : -ENOMEM;
+    if (code < 0) {
+        g_free(l1);
+        g_free(dirty);
+        qcow2_release(image, offset, div_up(entries * 8, image->cluster_size));
+        return code;
+    }
+    image->header.l1_offset = offset;
+    image->header.l1_size = entries;
+    code = write_header(image);
+    if (code < 0) {
+        /* Nobody knows which table the header shows now. */
+        image->header = old;
+        image->frozen = true;
+        atomic_store(&image->corrupt, true);
+        g_free(l1);
+        g_free(dirty);
+        return code;
+    }
+    g_free(image->l1);
+    g_free(image->l1_dirty);
+    image->l1 = l1;
+    image->l1_dirty = dirty;
+    image->l1_dirty_count = 0;
+    if (old.l1_size) {
+        qcow2_free(image, old.l1_offset, div_up((uint64_t)old.l1_size * 8, image->cluster_size), false);
+    }
+    return 0;
+}
+
+/* Hides what would show in [from, to) of the new area. */
+static int coroutine_fn hide(struct node *node, uint64_t from, uint64_t to)
+{
+    struct qcow2 *image = node->state;
+    uint64_t rest = qcow2_in_cluster(image, from) ? image->cluster_size - qcow2_in_cluster(image, from) : 0;
+    rest = min_u64(rest, to - from);
+    int code = 0;
+    if (rest) {
+        struct qcow2_run run;
+        co_mutex_lock(&image->lock);
+        code = qcow2_lookup(image, from, rest, &run);
+        co_mutex_unlock(&image->lock);
+        bool shows = run.kind == QCOW2_DATA || run.kind == QCOW2_COMPRESSED_DATA ||
+                     (run.kind == QCOW2_UNALLOCATED && node->backing);
+        if (code == 0 && shows) {
+            code = qcow2_write_zero_data(image, from, rest, 0);
+        }
+    }
+    uint64_t below = node->backing ? edge_size(node->backing) : 0;
+    from += rest;
+    if (code == 0 && min_u64(to, below) > from) {
+        code = qcow2_write_zeroes(node, from, align_up(min_u64(to, below), image->cluster_size) - from, 0);
+    }
+    return code;
+}
+
+static int coroutine_fn grow(struct node *node, uint64_t size, struct error **err)
+{
+    struct qcow2 *image = node->state;
+    uint64_t old = image->header.size;
+    if (size > INT64_MAX - image->cluster_size || l1_entries_for(image, size) > QCOW2_L1_BYTES_MAX / 8) {
+        return error_set(err, -EFBIG,
+                         "Size %" G_GUINT64_FORMAT " is too large for node '%s' with clusters of %" G_GUINT64_FORMAT
+                         " bytes",
+                         size, node->name, image->cluster_size);
+    }
+    co_mutex_lock(&image->lock);
+    int code = grow_l1(image, size);
+    co_mutex_unlock(&image->lock);
+    if (code == 0) {
+        atomic_store(&node->size, size);
+        code = hide(node, old, size);
+    }
+    if (code == 0) {
+        code = qcow2_flush(node);
+    }
+    if (code == 0) {
+        co_mutex_lock(&image->lock);
+        image->header.size = size;
+        code = write_header(image);
+        co_mutex_unlock(&image->lock);
+    }
+    if (code < 0) {
+        image->header.size = old;
+        atomic_store(&node->size, old);
+        return error_set_errno(err, code, "Could not resize node '%s'", node->name);
+    }
+    return 0;
+}
+
+static int coroutine_fn shrink(struct node *node, uint64_t size, struct error **err)
+{
+    struct qcow2 *image = node->state;
+    uint64_t old = image->header.size;
+    if (image->header.snapshot_count) {
+        return error_set(err, -ENOTSUP, "Node '%s' has internal snapshots and cannot be shrunk", node->name);
+    }
+    if (image->header.version < 3 && (node->backing || image->header.backing_file)) {
+        return error_set(err, -ENOTSUP, "Node '%s' is of qcow2 version 2 and has a backing file: it cannot be shrunk",
+                         node->name);
+    }
+    uint64_t first = qcow2_cluster_ceiling(image, size);
+    int code = first < old ? qcow2_discard(node, first, old - first) : 0;
+    if (code == 0) {
+        code = qcow2_flush(node);
+    }
+    if (code == 0) {
+        co_mutex_lock(&image->lock);
+        image->header.size = size;
+        code = write_header(image);
+        co_mutex_unlock(&image->lock);
+    }
+    if (code < 0) {
+        image->header.size = old;
+        return error_set_errno(err, code, "Could not resize node '%s'", node->name);
+    }
+    atomic_store(&node->size, size);
+    return 0;
+}
+
+int coroutine_fn qcow2_truncate(struct node *node, uint64_t size, struct error **err)
+{
+    struct qcow2 *image = node->state;
+    if (size % QCOW2_SECTOR) {
+        return error_set(err, -EINVAL, "The size of qcow2 node '%s' must be a multiple of 512 bytes", node->name);
+    }
+    int code = qcow2_prepare_write(image);
+    if (code < 0) {
+        return error_set_errno(err, code, "Could not resize node '%s'", node->name);
+    }
+    if (size == image->header.size) {
+        return 0;
+    }
+    return size > image->header.size ? grow(node, size, err) : shrink(node, size, err);
+}
