@@ -6,6 +6,7 @@
 struct driver;
 extern const struct driver driver_file;
 extern const struct driver driver_null_co;
+extern const struct driver driver_qcow2;
 extern const struct driver driver_raw;
 
 #endif

@@ -13,8 +13,9 @@
  */
 #include "driver/format/qcow2.h"
 #include "base/size.h"
+#include "driver/drivers.h"
 #include "driver/format/qcow2_check.h"
-#include "driver/format/qcow2_driver.h"
+
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_read.h"
 #include "driver/format/qcow2_resize.h"
@@ -69,8 +70,8 @@ static unsigned slices_of(uint64_t bytes, unsigned slice_bits)
 
 static int init_caches(struct qcow2 *image, struct error **err)
 {
-    uint64_t l2;
-    uint64_t refcounts;
+    uint64_t l2 = 0;
+    uint64_t refcounts = 0;
     int code = size_caches(image, &l2, &refcounts, err);
     if (code < 0) {
         return code;

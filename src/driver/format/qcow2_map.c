@@ -87,8 +87,8 @@ uint64_t qcow2_unmapped_span(struct qcow2 *image, uint64_t offset, uint64_t byte
 int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct qcow2_run *ret)
 {
     uint64_t table;
-    uint64_t *entries;
-    unsigned count;
+    uint64_t *entries = NULL;
+    unsigned count = 0;
     uint64_t index = l1_index(image, offset);
     g_assert(bytes && index < image->header.l1_size);
     int code = table_offset(image, index, &table);

@@ -98,8 +98,8 @@ static int coroutine_fn load_slice(struct qcow2 *image, uint64_t cluster, void *
 
 int coroutine_fn qcow2_refcount_get(struct qcow2 *image, uint64_t cluster, uint64_t *ret)
 {
-    void *slice;
-    uint64_t index;
+    void *slice = NULL;
+    uint64_t index = 0;
     int code = load_slice(image, cluster, &slice, &index);
     if (code == 0) {
         *ret = slice ? qcow2_refcount_load(slice, image->header.refcount_order, index) : 0;
@@ -109,8 +109,8 @@ int coroutine_fn qcow2_refcount_get(struct qcow2 *image, uint64_t cluster, uint6
 
 static int coroutine_fn refcount_add_one(struct qcow2 *image, uint64_t cluster, int delta)
 {
-    void *slice;
-    uint64_t index;
+    void *slice = NULL;
+    uint64_t index = 0;
     int code = load_slice(image, cluster, &slice, &index);
     if (code < 0) {
         return code;

@@ -67,8 +67,8 @@ static int coroutine_fn grow_l1(struct qcow2 *image, uint64_t size)
 {
     uint64_t entries = l1_entries_for(image, size);
     struct qcow2_header old = image->header;
-    uint64_t *l1;
-    uint64_t offset;
+    uint64_t *l1 = NULL;
+    uint64_t offset = 0;
     if (entries <= old.l1_size) {
         return 0;
     }
