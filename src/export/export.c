@@ -1,0 +1,325 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The table of exports and the life of each: claims, backend, clients, end. What a client speaks is the business of
+ * its type (export_type.h, the table `export_types` below). Invariants:
+ * 1. an id is in the table from the start of exports_add() to the `deleted` event, so it is never used twice;
+ * 2. an export holds its claims before its backend is attached, and until its backend is gone;
+ * 3. an export that is refused has changed nothing: what was begun is undone in reverse order;
+ * 4. everything here happens on the control thread; the clients' threads only read (export_type.h).
+ * It does not know monitors: events leave through exports_config.
+ */
+#include "export/export.h"
+#include "block/graph.h"
+#include "block/operation.h"
+#include "block/user.h"
+#include "export/export_type.h"
+#include "loop/loop.h"
+#include "schema/claims.h"
+#include <errno.h>
+#include <glib.h>
+#include <string.h>
+
+static const struct export_type *const export_types[] = {&nbd_export_type};
+
+struct exports *exports_create(const struct exports_config *config)
+{
+    struct exports *exports = g_new0(struct exports, 1);
+
+    exports->config = *config;
+    exports->loop = loop_self();
+    list_init(&exports->list);
+    co_group_init(&exports->alive);
+    co_group_init(&exports->servers);
+    return exports;
+}
+
+void exports_destroy(struct exports *exports)
+{
+    if (!exports) {
+        return;
+    }
+    g_assert(list_is_empty(&exports->list) && !exports->nbd_server);
+    co_group_destroy(&exports->alive);
+    co_group_destroy(&exports->servers);
+    g_free(exports);
+}
+
+static struct export *exports_find(struct exports *exports, const char *id)
+{
+    list_for_each (position, &exports->list) {
+        struct export *export = container_of(position, struct export, link);
+
+        if (strcmp(export->id, id) == 0) {
+            return export;
+        }
+    }
+    return NULL;
+}
+
+/* Ids as everywhere in QMP: a letter, then letters, digits, '-', '.', '_'. */
+static bool export_id_is_valid(const char *id)
+{
+    if (!g_ascii_isalpha(id[0])) {
+        return false;
+    }
+    return strspn(id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._") == strlen(id);
+}
+
+static const struct export_type *export_type_find(enum block_export_type id)
+{
+    for (size_t i = 0; i < G_N_ELEMENTS(export_types); i++) {
+        if (export_types[i]->id == id) {
+            return export_types[i];
+        }
+    }
+    return NULL;
+}
+
+static struct export *export_create(struct exports *exports, const struct export_type *type,
+                                    const struct block_export_options *options)
+{
+    struct export *export = g_new0(struct export, 1);
+
+    export->exports = exports;
+    export->type = type;
+    export->id = g_strdup(options->id);
+    export->node_name = g_strdup(options->node_name);
+    export->writable = options->writable;
+    export->writethrough = options->writethrough;
+    export->loop = exports->loop;
+    export->opening = true;
+    export->references = 1;
+    list_append(&exports->list, &export->link);
+    co_group_enter(&exports->alive);
+    return export;
+}
+
+/* Ends what is there of an export, in reverse order of exports_add(). */
+static void coroutine_fn export_destroy(struct export *export)
+{
+    struct exports *exports = export->exports;
+
+    backend_destroy(export->backend);
+    if (export->writable_node) {
+        node_writable_end(export->writable_node);
+        node_unref(export->writable_node);
+    }
+    operation_end(export->operation);
+    list_remove(&export->link);
+    g_free(export->id);
+    g_free(export->node_name);
+    g_free(export);
+    co_group_leave(&exports->alive);
+}
+
+static void export_end_run(void *argument)
+{
+    struct export *export = argument;
+    struct exports *exports = export->exports;
+    g_autofree char *id = g_strdup(export->id);
+
+    export->type->close(export);
+    export_destroy(export);
+    if (exports->config.deleted) {
+        exports->config.deleted(exports->config.argument, id);
+    }
+}
+
+void export_ref(struct export *export)
+{
+    g_assert(export->references > 0);
+    export->references++;
+}
+
+void export_unref(struct export *export)
+{
+    g_assert(export->references > 0);
+    if (--export->references == 0) {
+        g_assert(export->shutting_down);
+        loop_spawn(export->exports->loop, export_end_run, export);
+    }
+}
+
+static int exports_check(struct exports *exports, const struct block_export_options *options,
+                         const struct export_type **ret_type, struct error **err)
+{
+    const struct export_type *type = export_type_find(options->type);
+
+    if (!export_id_is_valid(options->id)) {
+        error_set(err, -EINVAL, "Invalid block export id '%.64s'", options->id);
+        error_hint(err, "An id begins with a letter and consists of letters, digits, '-', '.' and '_'");
+        return -EINVAL;
+    }
+    if (exports_find(exports, options->id)) {
+        return error_set(err, -EEXIST, "Block export id '%s' is already in use", options->id);
+    }
+    if (!type) {
+        return error_set(err, -ENOTSUP, "Exports of type '%s' are not available",
+                         block_export_type_name(options->type));
+    }
+    *ret_type = type;
+    return type->check(exports, options, err);
+}
+
+static int export_choose_loop(struct export *export, const struct block_export_options *options, struct error **err)
+{
+    const struct exports_config *config = &export->exports->config;
+
+    if (options->iothread) {
+        struct loop *loop =
+            config->find_iothread ? config->find_iothread(config->argument, options->iothread) : NULL;
+
+        if (!loop) {
+            return error_set(err, -ENOENT, "iothread \"%s\" not found", options->iothread);
+        }
+        export->loop = loop;
+    }
+    return 0;
+}
+
+/* A node that was opened read-only is not made writable for a client. */
+static int coroutine_fn export_make_writable(struct export *export, struct node *node, struct error **err)
+{
+    int r;
+
+    if (node->never_writable || !node->wants_writable) {
+        error_set(err, -EROFS, "Export '%s' cannot be writable: block node '%s' is read-only", export->id,
+                  export->node_name);
+        error_hint(err, "Open the node with \"read-only\": false, or export it with \"writable\": false");
+        return -EROFS;
+    }
+    r = node_writable_begin(node, err);
+    if (r == 0) {
+        export->writable_node = node_ref(node);
+    }
+    return r;
+}
+
+static int coroutine_fn export_open(struct export *export, const struct block_export_options *options,
+                                    struct error **err)
+{
+    struct graph *graph = export->exports->config.graph;
+    struct node *node = graph_find_or_error(graph, options->node_name, err);
+    struct operation_config operation = {
+        .kind = "export",
+        .id = export->id,
+        .table = &block_export_add_claims,
+        .bound[CLAIM_NODE] = node,
+        .conditions = export->writable ? CLAIM_IF_WRITABLE : 0,
+    };
+    int r;
+
+    if (!node) {
+        return -ENOENT;
+    }
+    r = export_choose_loop(export, options, err);
+    if (r < 0) {
+        return r;
+    }
+    r = operation_begin(graph, &operation, &export->operation, err);
+    if (r < 0) {
+        return r;
+    }
+    if (export->writable) {
+        r = export_make_writable(export, node, err);
+        if (r < 0) {
+            return r;
+        }
+    }
+    g_autofree char *owner = g_strdup_printf("export %s", export->id);
+    export->backend = backend_create(graph, owner);
+    r = backend_attach(export->backend, node, operation_granted(export->operation, node), err);
+    if (r < 0) {
+        return r;
+    }
+    return export->type->open(export, options, err);
+}
+
+int coroutine_fn exports_add(struct exports *exports, const struct block_export_options *options, struct error **err)
+{
+    const struct export_type *type;
+    int r = exports_check(exports, options, &type, err);
+
+    if (r < 0) {
+        return r;
+    }
+    struct export *export = export_create(exports, type, options);
+
+    r = export_open(export, options, err);
+    if (r < 0) {
+        export_destroy(export);
+        return r;
+    }
+    export->opening = false;
+    return 0;
+}
+
+static void export_shut_down(struct export *export)
+{
+    if (export->opening || export->shutting_down) {
+        return;
+    }
+    export->shutting_down = true;
+    export->type->disconnect(export);
+    export_unref(export);
+}
+
+int exports_delete(struct exports *exports, const char *id, enum block_export_remove_mode mode, struct error **err)
+{
+    struct export *export = exports_find(exports, id);
+
+    if (!export || export->opening) {
+        return error_set(err, -ENOENT, "Export '%s' is not found", id);
+    }
+    if (export->shutting_down) {
+        return error_set(err, -EALREADY, "Export '%s' is already shutting down", id);
+    }
+    if (mode == BLOCK_EXPORT_REMOVE_MODE_SAFE && export->references > 1) {
+        error_set(err, -EBUSY, "export '%s' still in use: %u client%s connected", id, export->references - 1,
+                  export->references == 2 ? " is" : "s are");
+        error_hint(err, "Use mode='hard' to force client disconnect");
+        return -EBUSY;
+    }
+    export_shut_down(export);
+    return 0;
+}
+
+void coroutine_fn exports_delete_type(struct exports *exports, const struct export_type *type)
+{
+    list_for_each_safe (position, &exports->list) {
+        struct export *export = container_of(position, struct export, link);
+
+        if (export->type == type) {
+            export_shut_down(export);
+        }
+    }
+    co_group_wait(&exports->alive);
+}
+
+json_t *exports_query(struct exports *exports)
+{
+    json_t *list = json_array();
+
+    list_for_each (position, &exports->list) {
+        struct export *export = container_of(position, struct export, link);
+
+        if (!export->opening) {
+            json_array_append_new(list, json_pack("{s:s, s:s, s:s, s:b}", "id", export->id, "type",
+                                                  export->type->name, "node-name", export->node_name,
+                                                  "shutting-down", export->shutting_down));
+        }
+    }
+    return list;
+}
+
+void coroutine_fn exports_shutdown(struct exports *exports)
+{
+    if (exports->nbd_server) {
+        nbd_server_stop(exports, NULL);
+    }
+    for (size_t i = 0; i < G_N_ELEMENTS(export_types); i++) {
+        exports_delete_type(exports, export_types[i]);
+    }
+    /* One that somebody else is stopping. */
+    co_group_wait(&exports->servers);
+}

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_EXPORT_EXPORT_H
+#define INTERLOCK_EXPORT_EXPORT_H
+
+#include "base/error.h"
+#include "loop/connection.h"
+#include "loop/coroutine.h"
+#include "schema/types.h"
+#include <jansson.h>
+
+/*
+ * The exports of a daemon and its NBD server. An export is an operation: it takes the claims of block-export-add and
+ * holds them until it is gone. Control thread only; functions marked coroutine_fn in a coroutine.
+ */
+struct exports;
+struct graph;
+struct loop;
+
+struct exports_config {
+    struct graph *graph;
+    /* An export is gone (BLOCK_EXPORT_DELETED). May be NULL. */
+    void (*deleted)(void *argument, const char *id);
+    /* The loop of an iothread by its name, or NULL when there is none. It outlives the exports on it. May be NULL. */
+    struct loop *(*find_iothread)(void *argument, const char *name);
+    void *argument;
+};
+struct exports *exports_create(const struct exports_config *config);
+/* Asserts that no export is left and that the NBD server is stopped: exports_shutdown() comes first. Accepts NULL. */
+void exports_destroy(struct exports *exports);
+
+/* block-export-add. -EBUSY with a refusal when its claims clash. */
+int coroutine_fn exports_add(struct exports *exports, const struct block_export_options *options, struct error **err);
+/* block-export-del: begins to delete. Safe: -EBUSY while clients are connected. Hard: disconnects them. `deleted` is
+ * called when it is gone; until then exports_query() shows it as shutting down. */
+int exports_delete(struct exports *exports, const char *id, enum block_export_remove_mode mode, struct error **err);
+/* query-block-exports: an array of {id, type, node-name, shutting-down}; a new reference. */
+json_t *exports_query(struct exports *exports);
+
+/* nbd-server-start */
+struct nbd_server_config {
+    const struct address *address;  /* borrowed */
+    unsigned handshake_max_seconds; /* 0: no limit */
+    unsigned max_connections;       /* 0: no limit */
+};
+#define NBD_SERVER_HANDSHAKE_MAX_SECONDS 10u
+#define NBD_SERVER_MAX_CONNECTIONS 100u
+int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_server_config *config, struct error **err);
+/* nbd-server-stop: no more clients, those connected are disconnected, every NBD export is deleted; returns when all
+ * that is done. */
+int coroutine_fn nbd_server_stop(struct exports *exports, struct error **err);
+
+/* Stops the server and deletes every export, hard. Returns when they are gone; requests that are inside are waited for.
+ */
+void coroutine_fn exports_shutdown(struct exports *exports);
+
+#endif

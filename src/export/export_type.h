@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_EXPORT_EXPORT_TYPE_H
+#define INTERLOCK_EXPORT_EXPORT_TYPE_H
+
+#include "base/list.h"
+#include "export/export.h"
+#include "loop/sync.h"
+
+/*
+ * For who implements a type of export; export.h is for who uses exports. Control thread, but for what is marked.
+ *
+ * 1. The table holds one reference to an export, every connected client one more. Deleting drops the table's; the
+ *    last one ends the export: backend, claims, then the `deleted` event.
+ * 2. backend, loop and the flags do not change while an export lives, so its clients read them on their own loop.
+ */
+struct backend;
+struct node;
+struct operation;
+struct export_type;
+struct nbd_server;
+
+struct export {
+    struct list link; /* exports->list */
+    struct exports *exports;
+    const struct export_type *type;
+    char *id, *node_name;
+    struct operation *operation;
+    struct node *writable_node; /* node_writable_begin() was called on it; else NULL */
+    struct backend *backend;
+    struct loop *loop; /* where its clients are served */
+    bool writable, writethrough;
+    bool opening;       /* its id is taken, nothing else yet */
+    bool shutting_down; /* no new clients */
+    unsigned references;
+    void *state; /* the type's */
+};
+
+struct export_type {
+    const char *name;
+    enum block_export_type id;
+    /* Could an export with these options be opened now? Changes nothing. */
+    int (*check)(struct exports *exports, const struct block_export_options *options, struct error **err);
+    /* backend and loop are set: from now on there may be clients. */
+    int (*open)(struct export *export, const struct block_export_options *options, struct error **err);
+    /* No new clients; those that are connected are disconnected, which may take until their requests are done. */
+    void (*disconnect)(struct export *export);
+    /* No client is left. */
+    void (*close)(struct export *export);
+};
+
+struct exports {
+    struct exports_config config;
+    struct loop *loop; /* the control loop */
+    struct list list;  /* struct export by link */
+    struct co_group alive;   /* exports, from the first moment to the last */
+    struct co_group servers; /* the same for servers */
+    struct nbd_server *nbd_server; /* NULL: not running */
+};
+
+/* A client came or went. */
+void export_ref(struct export *export);
+void export_unref(struct export *export);
+/* Deletes every export of the type and waits until they and all others that are being deleted are gone. */
+void coroutine_fn exports_delete_type(struct exports *exports, const struct export_type *type);
+
+extern const struct export_type nbd_export_type;
+
+#endif

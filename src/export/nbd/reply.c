@@ -1,0 +1,297 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Replies on their way out. Finished requests add their reply to the batch that is filling; the sender coroutine takes
+ * the whole batch and sends it with one call, while the next one fills. Invariants:
+ * 1. a request is in at most one batch; there are never more of them than the session lets in (NBD_IN_FLIGHT_MAX), so
+ *    a batch always has room for every request's ordinary reply;
+ * 2. replies are headers in the batch and payloads in the requests' memory: nothing is copied, and a request lives
+ *    until the batch with it was sent;
+ * 3. the sender is either idle (nbd_sender_flush() enters it) or inside connection_send();
+ * 4. a connection that broke is shut down once, and from then on replies are dropped as if they had been sent.
+ * When a batch goes: at the end of the loop's turn; at once when it is large, or when the receiver has nothing else to
+ * do. It does not know what requests do (request.c).
+ */
+#include "export/nbd/reply.h"
+#include "base/size.h"
+#include "export/nbd/nbd_format.h"
+#include "export/nbd/session.h"
+#include "loop/connection.h"
+#include <errno.h>
+#include <glib.h>
+#include <string.h>
+
+/* A batch of so many bytes does not wait for the turn's end. */
+#define BATCH_LARGE (512 * KiB)
+/* Zeroes are looked for in pieces of this size, in reads of at least two of them. */
+#define HOLE_GRANULE (32 * KiB)
+#define CHUNKS_MAX 16
+
+static void sender_send_batch(struct nbd_session *session)
+{
+    struct nbd_sender *sender = &session->sender;
+    struct nbd_batch *batch = sender->filling;
+
+    sender->filling = sender->sending;
+    sender->sending = batch;
+    if (!sender->broken) {
+        struct buffers view = {batch->iov, batch->iov_count, 0};
+
+        if (connection_send(session->config.connection, view, batch->bytes) < 0) {
+            sender->broken = true;
+            connection_shutdown(session->config.connection);
+        }
+    }
+    for (unsigned i = 0; i < batch->count; i++) {
+        nbd_request_release(batch->requests[i]);
+    }
+    batch->count = batch->iov_count = batch->header_bytes = 0;
+    batch->bytes = 0;
+}
+
+static void sender_run(void *argument)
+{
+    struct nbd_session *session = argument;
+    struct nbd_sender *sender = &session->sender;
+
+    while (!sender->closing) {
+        if (sender->filling->count) {
+            sender_send_batch(session);
+        }
+        if (sender->filling->count) {
+            loop_at_turn_end(&session->flush);
+        }
+        sender->idle = true;
+        coroutine_yield();
+    }
+}
+
+static void session_turn_end(struct loop_task *task)
+{
+    nbd_sender_flush(container_of(task, struct nbd_session, flush));
+}
+
+void nbd_sender_init(struct nbd_session *session)
+{
+    struct nbd_sender *sender = &session->sender;
+
+    sender->filling = g_new0(struct nbd_batch, 1);
+    sender->sending = g_new0(struct nbd_batch, 1);
+    session->flush.run = session_turn_end;
+    sender->coroutine = coroutine_create(sender_run, session);
+    coroutine_enter(sender->coroutine);
+}
+
+void coroutine_fn nbd_sender_finish(struct nbd_session *session)
+{
+    struct nbd_sender *sender = &session->sender;
+
+    g_assert(sender->idle && !sender->filling->count);
+    sender->closing = true;
+    coroutine_enter(sender->coroutine);
+    while (session->flush.queued) {
+        coroutine_pause();
+    }
+    g_free(sender->filling);
+    g_free(sender->sending);
+}
+
+void nbd_sender_flush(struct nbd_session *session)
+{
+    struct nbd_sender *sender = &session->sender;
+
+    if (sender->idle && sender->filling->count) {
+        sender->idle = false;
+        coroutine_enter(sender->coroutine);
+    }
+}
+
+/* Room for `bytes` more of headers in the batch, which are sent next. */
+static void *batch_header(struct nbd_batch *batch, unsigned bytes)
+{
+    uint8_t *header = batch->headers + batch->header_bytes;
+    struct iovec *last = batch->iov_count ? &batch->iov[batch->iov_count - 1] : NULL;
+
+    g_assert(batch->header_bytes + bytes <= NBD_BATCH_HEADER_BYTES);
+    batch->header_bytes += bytes;
+    batch->bytes += bytes;
+    if (last && (uint8_t *)last->iov_base + last->iov_len == header) {
+        last->iov_len += bytes;
+    } else {
+        g_assert(batch->iov_count < NBD_BATCH_IOVECS);
+        batch->iov[batch->iov_count++] = (struct iovec){header, bytes};
+    }
+    return header;
+}
+
+static void batch_payload(struct nbd_batch *batch, const void *payload, size_t bytes)
+{
+    g_assert(batch->iov_count < NBD_BATCH_IOVECS);
+    batch->iov[batch->iov_count++] = (struct iovec){(void *)payload, bytes};
+    batch->bytes += bytes;
+}
+
+static void batch_chunk(struct nbd_chunk *chunk, const struct nbd_request *request, enum nbd_chunk_type type, bool done,
+                        uint32_t bytes)
+{
+    chunk->magic = htobe32(NBD_CHUNK_MAGIC);
+    chunk->flags = htobe16(done ? NBD_CHUNK_DONE : 0);
+    chunk->type = htobe16(type);
+    chunk->cookie = htobe64(request->cookie);
+    chunk->bytes = htobe32(bytes);
+}
+
+/* The request's reply is complete. */
+static void batch_add(struct nbd_request *request)
+{
+    struct nbd_session *session = request->session;
+    struct nbd_batch *batch = session->sender.filling;
+
+    g_assert(batch->count < NBD_BATCH_REQUESTS);
+    batch->requests[batch->count++] = request;
+    loop_at_turn_end(&session->flush);
+    if (batch->bytes >= BATCH_LARGE) {
+        nbd_sender_flush(session);
+    }
+}
+
+void nbd_reply_simple(struct nbd_request *request, int error, const void *payload, size_t bytes)
+{
+    struct nbd_batch *batch = request->session->sender.filling;
+    struct nbd_simple_reply *reply = batch_header(batch, sizeof(*reply));
+
+    reply->magic = htobe32(NBD_SIMPLE_REPLY_MAGIC);
+    reply->error = htobe32(nbd_error_from_errno(error));
+    reply->cookie = htobe64(request->cookie);
+    if (bytes) {
+        batch_payload(batch, payload, bytes);
+    }
+    batch_add(request);
+}
+
+void nbd_reply_error(struct nbd_request *request, int error, const char *message)
+{
+    if (!request->session->config.structured) {
+        nbd_reply_simple(request, error, NULL, 0);
+        return;
+    }
+    struct nbd_batch *batch = request->session->sender.filling;
+    size_t message_bytes = message ? strlen(message) : 0;
+    struct nbd_chunk_error *reply = batch_header(batch, sizeof(*reply));
+
+    batch_chunk(&reply->chunk, request, NBD_CHUNK_ERROR, true,
+                (uint32_t)(sizeof(*reply) - sizeof(reply->chunk) + message_bytes));
+    reply->error = htobe32(nbd_error_from_errno(error));
+    reply->message_bytes = htobe16((uint16_t)message_bytes);
+    if (message_bytes) {
+        batch_payload(batch, message, message_bytes);
+    }
+    batch_add(request);
+}
+
+void nbd_reply_done(struct nbd_request *request)
+{
+    if (request->session->config.structured && (request->type == NBD_CMD_READ || request->type == NBD_CMD_BLOCK_STATUS)) {
+        struct nbd_chunk *chunk = batch_header(request->session->sender.filling, sizeof(*chunk));
+
+        batch_chunk(chunk, request, NBD_CHUNK_NONE, true, 0);
+        batch_add(request);
+    } else {
+        nbd_reply_simple(request, 0, NULL, 0);
+    }
+}
+
+static void batch_data(struct nbd_batch *batch, struct nbd_request *request, const uint8_t *data, uint32_t from,
+                       uint32_t bytes, bool done)
+{
+    struct nbd_chunk_data *reply = batch_header(batch, sizeof(*reply));
+
+    batch_chunk(&reply->chunk, request, NBD_CHUNK_OFFSET_DATA, done,
+                (uint32_t)sizeof(*reply) - (uint32_t)sizeof(reply->chunk) + bytes);
+    reply->offset = htobe64(request->offset + from);
+    batch_payload(batch, data + from, bytes);
+}
+
+static void batch_hole(struct nbd_batch *batch, struct nbd_request *request, uint32_t from, uint32_t bytes, bool done)
+{
+    struct nbd_chunk_hole *reply = batch_header(batch, sizeof(*reply));
+
+    batch_chunk(&reply->chunk, request, NBD_CHUNK_OFFSET_HOLE, done,
+                (uint32_t)sizeof(*reply) - (uint32_t)sizeof(reply->chunk));
+    reply->offset = htobe64(request->offset + from);
+    reply->bytes = htobe32(bytes);
+}
+
+struct run {
+    uint32_t from, bytes;
+    bool hole;
+};
+
+/* Divides what was read into runs of zeroes and of data; the last run takes what does not fit into CHUNKS_MAX. */
+static unsigned data_divide(const struct nbd_request *request, const uint8_t *data, struct run runs[CHUNKS_MAX])
+{
+    unsigned count = 0;
+
+    for (uint32_t from = 0; from < request->bytes;) {
+        uint64_t next = align_down(request->offset + from + HOLE_GRANULE, HOLE_GRANULE) - request->offset;
+        uint32_t bytes = (uint32_t)min_u64(next, request->bytes) - from;
+        bool hole = memory_is_zero(data + from, bytes);
+
+        if (count && runs[count - 1].hole == hole) {
+            runs[count - 1].bytes += bytes;
+        } else if (count == CHUNKS_MAX) {
+            runs[count - 1].hole = false;
+            runs[count - 1].bytes = request->bytes - runs[count - 1].from;
+            break;
+        } else {
+            runs[count++] = (struct run){from, bytes, hole};
+        }
+        from += bytes;
+    }
+    return count;
+}
+
+/* Is there room for `chunks` of data or hole and, behind them, for all other requests' ordinary replies? */
+static bool batch_has_room(const struct nbd_batch *batch, unsigned chunks)
+{
+    unsigned others = NBD_BATCH_REQUESTS - batch->count - 1;
+
+    return batch->iov_count + 2 * chunks + others * NBD_REPLY_IOVECS <= NBD_BATCH_IOVECS &&
+           batch->header_bytes + sizeof(struct nbd_chunk_hole) * chunks + others * NBD_REPLY_HEADER_BYTES <=
+               NBD_BATCH_HEADER_BYTES;
+}
+
+void nbd_reply_data(struct nbd_request *request, const void *data, bool may_split)
+{
+    struct nbd_batch *batch = request->session->sender.filling;
+    struct run runs[CHUNKS_MAX] = {{0, request->bytes, false}};
+    unsigned count = 1;
+
+    if (may_split && request->bytes >= 2 * HOLE_GRANULE) {
+        count = data_divide(request, data, runs);
+        if (!batch_has_room(batch, count)) {
+            runs[0] = (struct run){0, request->bytes, false};
+            count = 1;
+        }
+    }
+    for (unsigned i = 0; i < count; i++) {
+        if (runs[i].hole) {
+            batch_hole(batch, request, runs[i].from, runs[i].bytes, i + 1 == count);
+        } else {
+            batch_data(batch, request, data, runs[i].from, runs[i].bytes, i + 1 == count);
+        }
+    }
+    batch_add(request);
+}
+
+void nbd_reply_status(struct nbd_request *request, const void *extents, unsigned count)
+{
+    struct nbd_batch *batch = request->session->sender.filling;
+    struct nbd_chunk_status *reply = batch_header(batch, sizeof(*reply));
+    uint32_t bytes = count * (uint32_t)sizeof(struct nbd_status_extent);
+
+    batch_chunk(&reply->chunk, request, NBD_CHUNK_BLOCK_STATUS, true,
+                (uint32_t)sizeof(*reply) - (uint32_t)sizeof(reply->chunk) + bytes);
+    reply->context = htobe32(NBD_CONTEXT_ALLOCATION_ID);
+    batch_payload(batch, extents, bytes);
+    batch_add(request);
+}

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_EXPORT_NBD_REPLY_H
+#define INTERLOCK_EXPORT_NBD_REPLY_H
+
+#include "loop/coroutine.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+/*
+ * Replies on their way out: gathered in a batch, sent with one call. On the session's loop.
+ */
+struct nbd_request;
+struct nbd_session;
+
+#define NBD_BATCH_REQUESTS 128
+/* What every request may use of a batch; a read that is split into chunks may use more while others leave it room. */
+#define NBD_REPLY_IOVECS 3
+#define NBD_REPLY_HEADER_BYTES 64
+#define NBD_BATCH_IOVECS (NBD_BATCH_REQUESTS * NBD_REPLY_IOVECS + 128)
+#define NBD_BATCH_HEADER_BYTES (NBD_BATCH_REQUESTS * NBD_REPLY_HEADER_BYTES + 2048)
+
+struct nbd_batch {
+    unsigned count; /* requests */
+    unsigned iov_count;
+    unsigned header_bytes;
+    size_t bytes;
+    struct nbd_request *requests[NBD_BATCH_REQUESTS];
+    struct iovec iov[NBD_BATCH_IOVECS];
+    uint8_t headers[NBD_BATCH_HEADER_BYTES];
+};
+
+struct nbd_sender {
+    struct coroutine *coroutine;
+    bool idle;    /* it waits to be entered by nbd_sender_flush() */
+    bool closing; /* it ends when entered next */
+    bool broken;  /* the connection is of no use any more */
+    struct nbd_batch *filling, *sending;
+};
+
+void nbd_sender_init(struct nbd_session *session);
+/* Nothing is in flight any more. */
+void coroutine_fn nbd_sender_finish(struct nbd_session *session);
+/* Sends what there is now, unless a batch is under way: then that goes first. */
+void nbd_sender_flush(struct nbd_session *session);
+
+/* Adds a request's reply. The request's payload memory is lent until nbd_request_release(). */
+void nbd_reply_simple(struct nbd_request *request, int error, const void *payload, size_t bytes);
+/* `message` is a static string or NULL. */
+void nbd_reply_error(struct nbd_request *request, int error, const char *message);
+/* NBD_CMD_READ with structured replies: `data` may be split into data and holes. */
+void nbd_reply_data(struct nbd_request *request, const void *data, bool may_split);
+/* `count` extents, big-endian, at `extents`. */
+void nbd_reply_status(struct nbd_request *request, const void *extents, unsigned count);
+/* A request that succeeded and has nothing to say. */
+void nbd_reply_done(struct nbd_request *request);
+
+#endif

@@ -1,0 +1,372 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The NBD server: its listener, its clients and the exports they may choose from; and NBD as a type of export.
+ * server.h has the life of a client. Invariants:
+ * 1. all lists belong to the control thread. A client on an I/O thread comes back with a posted task, and its
+ *    connection is closed only after it left the lists: shutting down what is in a list is always safe;
+ * 2. a client that has chosen holds a reference to its export, so backend and loop outlive it;
+ * 3. an export that is being deleted is not in the directory, and its clients' connections are shut down;
+ * 4. the server is freed by nbd_server_stop() alone, after its acceptor, clients and exports are gone.
+ * What is spoken is in handshake.c and session.c.
+ */
+#include "export/nbd/server.h"
+#include "block/user.h"
+#include "export/export_type.h"
+#include "export/nbd/memory.h"
+#include "export/nbd/nbd_format.h"
+#include "export/nbd/session.h"
+#include "loop/connection.h"
+#include <errno.h>
+#include <glib.h>
+#include <string.h>
+
+/* How long the acceptor waits after an error that is not the clients' fault (no descriptors left). */
+#define ACCEPT_PAUSE_NS INT64_C(100000000)
+#define SECOND_NS INT64_C(1000000000)
+
+/* The pool of a loop, while it has clients. */
+struct nbd_loop_pool {
+    struct list link; /* server->pools */
+    struct loop *loop;
+    struct nbd_pool *pool;
+    unsigned clients;
+};
+
+static struct nbd_loop_pool *server_pool_ref(struct nbd_server *server, struct loop *loop)
+{
+    list_for_each (position, &server->pools) {
+        struct nbd_loop_pool *found = container_of(position, struct nbd_loop_pool, link);
+
+        if (found->loop == loop) {
+            found->clients++;
+            return found;
+        }
+    }
+    struct nbd_loop_pool *fresh = g_new(struct nbd_loop_pool, 1);
+
+    *fresh = (struct nbd_loop_pool){.loop = loop, .pool = nbd_pool_create(), .clients = 1};
+    list_append(&server->pools, &fresh->link);
+    return fresh;
+}
+
+static void server_pool_unref(struct nbd_loop_pool *pool)
+{
+    if (pool && --pool->clients == 0) {
+        list_remove(&pool->link);
+        nbd_pool_destroy(pool->pool);
+        g_free(pool);
+    }
+}
+
+/* ---- clients ---- */
+
+static void server_wake_acceptor(struct nbd_server *server)
+{
+    struct coroutine *acceptor = server->acceptor;
+
+    if (acceptor) {
+        server->acceptor = NULL;
+        coroutine_wake(acceptor);
+    }
+}
+
+static void client_end_run(void *argument)
+{
+    struct nbd_client *client = argument;
+    struct nbd_server *server = client->server;
+
+    list_remove(&client->link);
+    list_remove(&client->export_link);
+    connection_close(client->connection);
+    server_pool_unref(client->pool);
+    if (client->chosen) {
+        export_unref(client->chosen->export);
+    }
+    g_free(client);
+    server->client_count--;
+    server_wake_acceptor(server);
+    co_group_leave(&server->running);
+}
+
+static void client_gone(struct loop_task *task)
+{
+    struct nbd_client *client = container_of(task, struct nbd_client, gone);
+
+    coroutine_enter(coroutine_create(client_end_run, client));
+}
+
+/* On the export's loop. */
+static void client_transmit_run(void *argument)
+{
+    struct nbd_client *client = argument;
+    struct nbd_server *server = client->server;
+    const struct export *export = client->chosen->export;
+    struct nbd_session_config config = {
+        .connection = client->connection,
+        .backend = export->backend,
+        .pool = client->pool->pool,
+        .structured = client->structured,
+        .status = client->status,
+        .read_only = !export->writable,
+        .writethrough = export->writethrough,
+    };
+
+    nbd_session_run(&config);
+    if (export->loop != server->loop) {
+        connection_move(client->connection, server->loop);
+    }
+    loop_post(server->loop, &client->gone);
+}
+
+static void client_deadline(struct loop_timer *timer)
+{
+    connection_shutdown(container_of(timer, struct nbd_client, deadline)->connection);
+}
+
+static void client_run(void *argument)
+{
+    struct nbd_client *client = argument;
+    struct nbd_server *server = client->server;
+    int r;
+
+    loop_timer_init(&client->deadline, client_deadline);
+    if (server->handshake_max_seconds) {
+        loop_timer_arm(&client->deadline, loop_clock_ns() + server->handshake_max_seconds * SECOND_NS);
+    }
+    r = nbd_handshake(client);
+    loop_timer_cancel(&client->deadline);
+    if (r < 0) {
+        client_end_run(client);
+        return;
+    }
+    struct loop *loop = client->chosen->export->loop;
+
+    client->pool = server_pool_ref(server, loop);
+    if (loop == server->loop) {
+        client_transmit_run(client);
+    } else {
+        connection_move(client->connection, loop);
+        loop_spawn(loop, client_transmit_run, client);
+    }
+}
+
+void nbd_server_adopt(struct nbd_server *server, struct connection *connection)
+{
+    struct nbd_client *client = g_new0(struct nbd_client, 1);
+
+    client->server = server;
+    client->connection = connection;
+    client->gone.run = client_gone;
+    list_append(&server->clients, &client->link);
+    list_init(&client->export_link);
+    server->client_count++;
+    co_group_enter(&server->running);
+    coroutine_enter(coroutine_create(client_run, client));
+}
+
+void nbd_client_choose(struct nbd_client *client, struct nbd_export *chosen)
+{
+    g_assert(!client->chosen);
+    client->chosen = chosen;
+    export_ref(chosen->export);
+    list_append(&chosen->clients, &client->export_link);
+}
+
+/* ---- exports ---- */
+
+struct nbd_export *nbd_server_find(struct nbd_server *server, const char *name, size_t name_bytes)
+{
+    list_for_each (position, &server->directory) {
+        struct nbd_export *export = container_of(position, struct nbd_export, link);
+
+        if (strlen(export->name) == name_bytes && memcmp(export->name, name, name_bytes) == 0) {
+            return export;
+        }
+    }
+    return NULL;
+}
+
+uint64_t nbd_export_size(const struct nbd_export *of)
+{
+    return backend_size(of->export->backend);
+}
+
+uint16_t nbd_export_flags(const struct nbd_export *of, bool structured)
+{
+    /* Every client goes through one backend: what one has flushed is stable, and what one wrote all of them read. */
+    uint16_t flags =
+        NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE;
+
+    flags |= structured ? NBD_FLAG_SEND_DF : 0;
+    flags |= of->export->writable ? NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
+                                  : NBD_FLAG_READ_ONLY;
+    return flags;
+}
+
+/* The name that clients ask for. */
+static const char *export_name(const struct block_export_options *options)
+{
+    return options->u.nbd.name ? options->u.nbd.name : options->node_name;
+}
+
+static int nbd_export_check(struct exports *exports, const struct block_export_options *options, struct error **err)
+{
+    struct nbd_server *server = exports->nbd_server;
+    const char *name = export_name(options);
+    const char *description = options->u.nbd.description;
+
+    if (!server || server->stopping) {
+        error_set(err, -ENOTCONN, "NBD server not running");
+        error_hint(err, "Start it with nbd-server-start or --nbd-server first");
+        return -ENOTCONN;
+    }
+    if (strlen(name) > NBD_STRING_MAX) {
+        return error_set(err, -ENAMETOOLONG, "export name of '%s' is longer than %u bytes", options->id,
+                         NBD_STRING_MAX);
+    }
+    if (description && strlen(description) > NBD_STRING_MAX) {
+        return error_set(err, -ENAMETOOLONG, "description of '%s' is longer than %u bytes", options->id,
+                         NBD_STRING_MAX);
+    }
+    if (nbd_server_find(server, name, strlen(name))) {
+        return error_set(err, -EEXIST, "NBD server already has export named '%s'", name);
+    }
+    return 0;
+}
+
+static int nbd_export_open(struct export *export, const struct block_export_options *options, struct error **err)
+{
+    /* The caller has waited since the first check. */
+    int r = nbd_export_check(export->exports, options, err);
+
+    if (r < 0) {
+        return r;
+    }
+    struct nbd_export *opened = g_new0(struct nbd_export, 1);
+
+    opened->server = export->exports->nbd_server;
+    opened->export = export;
+    opened->name = g_strdup(export_name(options));
+    opened->description = g_strdup(options->u.nbd.description);
+    list_init(&opened->clients);
+    list_append(&opened->server->directory, &opened->link);
+    export->state = opened;
+    return 0;
+}
+
+static void nbd_export_disconnect(struct export *export)
+{
+    struct nbd_export *closing = export->state;
+
+    list_remove(&closing->link);
+    list_for_each (position, &closing->clients) {
+        connection_shutdown(container_of(position, struct nbd_client, export_link)->connection);
+    }
+}
+
+static void nbd_export_close(struct export *export)
+{
+    struct nbd_export *closing = export->state;
+
+    g_assert(list_is_empty(&closing->clients) && list_is_empty(&closing->link));
+    g_free(closing->name);
+    g_free(closing->description);
+    g_free(closing);
+}
+
+const struct export_type nbd_export_type = {
+    .name = "nbd",
+    .id = BLOCK_EXPORT_TYPE_NBD,
+    .check = nbd_export_check,
+    .open = nbd_export_open,
+    .disconnect = nbd_export_disconnect,
+    .close = nbd_export_close,
+};
+
+/* ---- the server ---- */
+
+static void server_accept_run(void *argument)
+{
+    struct nbd_server *server = argument;
+
+    while (!server->stopping) {
+        struct connection *connection;
+        int r;
+
+        if (server->max_connections && server->client_count >= server->max_connections) {
+            server->acceptor = coroutine_self();
+            coroutine_yield();
+            continue;
+        }
+        r = listener_accept(server->listener, &connection);
+        if (r == 0 && server->stopping) {
+            connection_close(connection);
+        } else if (r == 0) {
+            nbd_server_adopt(server, connection);
+        } else if (r == -ECANCELED) {
+            break;
+        } else {
+            loop_sleep_ns(&server->pause, ACCEPT_PAUSE_NS);
+        }
+    }
+    co_group_leave(&server->running);
+}
+
+int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_server_config *config, struct error **err)
+{
+    struct nbd_server *server;
+    int r;
+
+    if (exports->nbd_server) {
+        return error_set(err, -EALREADY, "NBD server already running");
+    }
+    server = g_new0(struct nbd_server, 1);
+    server->exports = exports;
+    server->loop = exports->loop;
+    server->handshake_max_seconds = config->handshake_max_seconds;
+    server->max_connections = config->max_connections;
+    list_init(&server->directory);
+    list_init(&server->clients);
+    list_init(&server->pools);
+    co_group_init(&server->running);
+    /* Taken before the first wait: a second start in between must not get through. */
+    exports->nbd_server = server;
+    server->stopping = true;
+    r = listener_open(config->address, &server->listener, err);
+    if (r < 0) {
+        exports->nbd_server = NULL;
+        co_group_destroy(&server->running);
+        g_free(server);
+        return r;
+    }
+    server->stopping = false;
+    co_group_enter(&exports->servers);
+    co_group_enter(&server->running);
+    coroutine_enter(coroutine_create(server_accept_run, server));
+    return 0;
+}
+
+int coroutine_fn nbd_server_stop(struct exports *exports, struct error **err)
+{
+    struct nbd_server *server = exports->nbd_server;
+
+    if (!server || server->stopping) {
+        return error_set(err, -ENOTCONN, "NBD server not running");
+    }
+    server->stopping = true;
+    listener_shutdown(server->listener);
+    loop_sleep_wake(&server->pause);
+    server_wake_acceptor(server);
+    list_for_each (position, &server->clients) {
+        connection_shutdown(container_of(position, struct nbd_client, link)->connection);
+    }
+    exports_delete_type(exports, &nbd_export_type);
+    co_group_wait(&server->running);
+    listener_close(server->listener);
+    g_assert(list_is_empty(&server->directory) && list_is_empty(&server->clients) && list_is_empty(&server->pools));
+    co_group_destroy(&server->running);
+    exports->nbd_server = NULL;
+    g_free(server);
+    co_group_leave(&exports->servers);
+    return 0;
+}

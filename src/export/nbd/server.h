@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_EXPORT_NBD_SERVER_H
+#define INTERLOCK_EXPORT_NBD_SERVER_H
+
+#include "base/list.h"
+#include "export/export_type.h"
+#include "loop/loop.h"
+#include "loop/sync.h"
+#include <stdbool.h>
+#include <stdint.h>
+
+/*
+ * The NBD server: who is connected to what. Control thread, but for what is marked.
+ *
+ * A client's life: accepted -> handshake (control loop) -> nbd_client_choose() -> transmission (the export's loop) ->
+ * gone (control loop). It is in server->clients from the first to the last, and in its export's clients from the
+ * choice on; whoever finds it in a list may shut its connection down, at any time.
+ */
+struct connection;
+struct listener;
+struct nbd_pool;
+
+struct nbd_export {
+    struct list link; /* server->exports; an empty list once clients shall not find it any more */
+    struct nbd_server *server;
+    struct export *export;
+    char *name;
+    char *description; /* or NULL */
+    struct list clients; /* struct nbd_client by export_link */
+};
+
+struct nbd_server {
+    struct exports *exports;
+    struct loop *loop;
+    struct listener *listener;
+    unsigned handshake_max_seconds, max_connections;
+    struct list directory; /* struct nbd_export by link */
+    struct list clients;   /* struct nbd_client by link */
+    unsigned client_count;
+    struct list pools;           /* of loops that have clients */
+    struct coroutine *acceptor;  /* waits for a client to go, or NULL */
+    struct loop_sleep pause;     /* the acceptor's, after an error */
+    bool stopping;
+    struct co_group running; /* the acceptor and the clients */
+};
+
+struct nbd_client {
+    struct list link, export_link;
+    struct nbd_server *server;
+    struct connection *connection;
+    struct loop_timer deadline; /* of the handshake */
+    struct loop_task gone;
+    struct nbd_loop_pool *pool;
+    struct nbd_export *chosen; /* referenced; NULL until chosen */
+    bool structured, status;   /* negotiated */
+};
+
+/* A client has connected; takes the connection over. */
+void nbd_server_adopt(struct nbd_server *server, struct connection *connection);
+/* NULL: no such export. */
+struct nbd_export *nbd_server_find(struct nbd_server *server, const char *name, size_t name_bytes);
+/* The client's export, from now on referenced. */
+void nbd_client_choose(struct nbd_client *client, struct nbd_export *chosen);
+
+uint64_t nbd_export_size(const struct nbd_export *of);
+uint16_t nbd_export_flags(const struct nbd_export *of, bool structured);
+
+/* handshake.c: negotiates until the transmission phase begins (0: client->chosen is set) or the client is to be
+ * dropped (negative errno). */
+int coroutine_fn nbd_handshake(struct nbd_client *client);
+
+#endif

@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_EXPORT_NBD_SESSION_H
+#define INTERLOCK_EXPORT_NBD_SESSION_H
+
+#include "export/nbd/memory.h"
+#include "export/nbd/reply.h"
+#include "loop/coroutine.h"
+#include "loop/loop.h"
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+/*
+ * The transmission phase of one client: requests come in, replies go out. All of it on one loop.
+ */
+struct backend;
+struct connection;
+
+/* Limits per client; behind them no more is received. */
+#define NBD_IN_FLIGHT_MAX NBD_BATCH_REQUESTS
+#define NBD_IN_FLIGHT_BYTES_MAX ((size_t)64 * 1024 * 1024)
+
+struct nbd_session_config {
+    struct connection *connection;
+    struct backend *backend;
+    struct nbd_pool *pool;
+    bool structured;   /* structured replies were negotiated */
+    bool status;       /* base:allocation was negotiated */
+    bool read_only;
+    bool writethrough; /* every write as if it had FUA */
+};
+
+/* One request, from its header's arrival until its reply was sent. */
+struct nbd_request {
+    struct nbd_session *session;
+    struct nbd_request *next_free;
+    uint64_t cookie, offset;
+    uint32_t bytes;
+    uint16_t flags, type;
+    int error;        /* set before it runs: it only answers with this (negative errno) */
+    size_t charged;   /* bytes counted in session->in_flight_bytes */
+    void *memory;     /* from the pool: a payload either way; or NULL */
+    size_t room;      /* of memory */
+    struct nbd_arena *arena; /* where a write's payload lies if not in memory; or NULL */
+    struct iovec payload;
+};
+
+struct nbd_session {
+    struct nbd_session_config config;
+    struct loop_task flush; /* at the turn's end */
+
+    /* Receiving. */
+    struct coroutine *receiver;
+    bool receiver_waits; /* for requests to end */
+    struct nbd_arena *arena;
+    size_t at, end; /* what is in the arena and not yet parsed */
+    bool bulk;      /* big writes are coming: receive headers alone, and payloads where they belong */
+
+    unsigned in_flight; /* requests whose reply was not sent yet */
+    size_t in_flight_bytes;
+    struct nbd_request *free_requests;
+
+    struct nbd_sender sender;
+};
+
+/* Serves until the client leaves or the connection breaks, and every request has ended. The connection stays open. */
+void coroutine_fn nbd_session_run(const struct nbd_session_config *config);
+/* The reply was sent (or there is nobody to send it to): for reply.c. */
+void nbd_request_release(struct nbd_request *request);
+
+/* request.c: a coroutine's entry; does what the request asks and adds its reply. The argument is the request. */
+void nbd_request_run(void *argument);
+/* The protocol's number for a negative errno. */
+uint32_t nbd_error_from_errno(int error);
+
+#endif
