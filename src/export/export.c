@@ -99,10 +99,10 @@ static void coroutine_fn export_destroy(struct export *export)
 {
     struct exports *exports = export->exports;
 
-    backend_destroy(export->backend);
-    if (export->writable_node) {
-        node_writable_end(export->writable_node);
-        node_unref(export->writable_node);
+    if (export->backend) {
+        backend_set_changed(export->backend, NULL, NULL);
+        backend_follow(export->backend, NULL, 0);
+        backend_destroy(export->backend);
     }
     operation_end(export->operation);
     list_remove(&export->link);
@@ -166,8 +166,7 @@ static int export_choose_loop(struct export *export, const struct block_export_o
     const struct exports_config *config = &export->exports->config;
 
     if (options->iothread) {
-        struct loop *loop =
-            config->find_iothread ? config->find_iothread(config->argument, options->iothread) : NULL;
+        struct loop *loop = config->find_iothread ? config->find_iothread(config->argument, options->iothread) : NULL;
 
         if (!loop) {
             return error_set(err, -ENOENT, "iothread \"%s\" not found", options->iothread);
@@ -178,21 +177,22 @@ static int export_choose_loop(struct export *export, const struct block_export_o
 }
 
 /* A node that was opened read-only is not made writable for a client. */
-static int coroutine_fn export_make_writable(struct export *export, struct node *node, struct error **err)
+static int export_check_writable(const struct export *export, const struct node *node, struct error **err)
 {
-    int r;
+    if (!export->writable || (node->wants_writable && !node->never_writable)) {
+        return 0;
+    }
+    error_set(err, -EROFS, "Export '%s' cannot be writable: block node '%s' is read-only", export->id,
+              export->node_name);
+    error_hint(err, "Open the node with \"read-only\": false, or export it with \"writable\": false");
+    return -EROFS;
+}
 
-    if (node->never_writable || !node->wants_writable) {
-        error_set(err, -EROFS, "Export '%s' cannot be writable: block node '%s' is read-only", export->id,
-                  export->node_name);
-        error_hint(err, "Open the node with \"read-only\": false, or export it with \"writable\": false");
-        return -EROFS;
-    }
-    r = node_writable_begin(node, err);
-    if (r == 0) {
-        export->writable_node = node_ref(node);
-    }
-    return r;
+static void export_backend_changed(void *argument)
+{
+    struct export *export = argument;
+
+    atomic_store(&export->size, backend_size(export->backend));
 }
 
 static int coroutine_fn export_open(struct export *export, const struct block_export_options *options,
@@ -213,6 +213,9 @@ static int coroutine_fn export_open(struct export *export, const struct block_ex
         return -ENOENT;
     }
     r = export_choose_loop(export, options, err);
+    if (r == 0) {
+        r = export_check_writable(export, node, err);
+    }
     if (r < 0) {
         return r;
     }
@@ -220,24 +223,21 @@ static int coroutine_fn export_open(struct export *export, const struct block_ex
     if (r < 0) {
         return r;
     }
-    if (export->writable) {
-        r = export_make_writable(export, node, err);
-        if (r < 0) {
-            return r;
-        }
-    }
     g_autofree char *owner = g_strdup_printf("export %s", export->id);
     export->backend = backend_create(graph, owner);
     r = backend_attach(export->backend, node, operation_granted(export->operation, node), err);
     if (r < 0) {
         return r;
     }
+    backend_follow(export->backend, export->operation, CLAIM_NODE);
+    backend_set_changed(export->backend, export_backend_changed, export);
+    export_backend_changed(export);
     return export->type->open(export, options, err);
 }
 
 int coroutine_fn exports_add(struct exports *exports, const struct block_export_options *options, struct error **err)
 {
-    const struct export_type *type;
+    const struct export_type *type = NULL;
     int r = exports_check(exports, options, &type, err);
 
     if (r < 0) {
@@ -304,9 +304,9 @@ json_t *exports_query(struct exports *exports)
         struct export *export = container_of(position, struct export, link);
 
         if (!export->opening) {
-            json_array_append_new(list, json_pack("{s:s, s:s, s:s, s:b}", "id", export->id, "type",
-                                                  export->type->name, "node-name", export->node_name,
-                                                  "shutting-down", export->shutting_down));
+            json_array_append_new(list,
+                                  json_pack("{s:s, s:s, s:s, s:b}", "id", export->id, "type", export->type->name,
+                                            "node-name", export->node_name, "shutting-down", export->shutting_down));
         }
     }
     return list;

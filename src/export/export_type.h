@@ -5,28 +5,30 @@
 #include "base/list.h"
 #include "export/export.h"
 #include "loop/sync.h"
+#include <stdatomic.h>
 
 /*
  * For who implements a type of export; export.h is for who uses exports. Control thread, but for what is marked.
  *
  * 1. The table holds one reference to an export, every connected client one more. Deleting drops the table's; the
  *    last one ends the export: backend, claims, then the `deleted` event.
- * 2. backend, loop and the flags do not change while an export lives, so its clients read them on their own loop.
+ * 2. backend, loop and the flags do not change while an export lives, so its clients read them on their own loop. What
+ *    the backend is attached to does change: its clients ask for its size here, not there.
  */
 struct backend;
-struct node;
 struct operation;
 struct export_type;
 struct nbd_server;
 
-struct export {
+struct export
+{
     struct list link; /* exports->list */
     struct exports *exports;
     const struct export_type *type;
     char *id, *node_name;
     struct operation *operation;
-    struct node *writable_node; /* node_writable_begin() was called on it; else NULL */
     struct backend *backend;
+    atomic_uint_fast64_t size; /* the backend's, for any thread; bytes */
     struct loop *loop; /* where its clients are served */
     bool writable, writethrough;
     bool opening;       /* its id is taken, nothing else yet */
@@ -50,10 +52,10 @@ struct export_type {
 
 struct exports {
     struct exports_config config;
-    struct loop *loop; /* the control loop */
-    struct list list;  /* struct export by link */
-    struct co_group alive;   /* exports, from the first moment to the last */
-    struct co_group servers; /* the same for servers */
+    struct loop *loop;             /* the control loop */
+    struct list list;              /* struct export by link */
+    struct co_group alive;         /* exports, from the first moment to the last */
+    struct co_group servers;       /* the same for servers */
     struct nbd_server *nbd_server; /* NULL: not running */
 };
 

@@ -22,12 +22,12 @@
 
 struct handshake {
     struct nbd_client *client;
-    bool fixed, no_zeroes;     /* what the client said */
-    char *status_export;       /* base:allocation was chosen for the export of this name, or NULL */
-    uint32_t option;           /* the present one */
-    const uint8_t *data;       /* its data, from here on not yet parsed */
-    size_t left;               /* bytes of it */
-    GByteArray *out;           /* its replies */
+    bool fixed, no_zeroes; /* what the client said */
+    char *status_export;   /* base:allocation was chosen for the export of this name, or NULL */
+    uint32_t option;       /* the present one */
+    const uint8_t *data;   /* its data, from here on not yet parsed */
+    size_t left;           /* bytes of it */
+    GByteArray *out;       /* its replies */
 };
 
 /* What an option's handler says. */
@@ -44,8 +44,8 @@ struct option {
 
 static void reply_add(struct handshake *handshake, uint32_t type, const void *data, size_t bytes)
 {
-    struct nbd_option_reply_header header = {htobe64(NBD_OPTION_REPLY_MAGIC), htobe32(handshake->option),
-                                             htobe32(type), htobe32((uint32_t)bytes)};
+    struct nbd_option_reply_header header = {htobe64(NBD_OPTION_REPLY_MAGIC), htobe32(handshake->option), htobe32(type),
+                                             htobe32((uint32_t)bytes)};
 
     g_byte_array_append(handshake->out, (const uint8_t *)&header, sizeof(header));
     g_byte_array_append(handshake->out, data, (guint)bytes);
@@ -137,22 +137,21 @@ static void choose(struct handshake *handshake, struct nbd_export *chosen)
     struct nbd_client *client = handshake->client;
 
     nbd_client_choose(client, chosen);
-    client->status = client->structured && handshake->status_export &&
-                     strcmp(handshake->status_export, chosen->name) == 0;
+    client->status =
+        client->structured && handshake->status_export && strcmp(handshake->status_export, chosen->name) == 0;
 }
 
 /* The only option of clients that are not "fixed": answered without a header, or by hanging up. */
 static int coroutine_fn option_export_name(struct handshake *handshake)
 {
     struct nbd_client *client = handshake->client;
-    struct nbd_export *chosen =
-        nbd_server_find(client->server, (const char *)handshake->data, handshake->left);
+    struct nbd_export *chosen = nbd_server_find(client->server, (const char *)handshake->data, handshake->left);
 
     if (!chosen) {
         return -ENOENT;
     }
-    struct nbd_export_name_reply reply = {htobe64(nbd_export_size(chosen)),
-                                          htobe16(nbd_export_flags(chosen, client->structured)), {0}};
+    struct nbd_export_name_reply reply = {
+        htobe64(nbd_export_size(chosen)), htobe16(nbd_export_flags(chosen, client->structured)), {0}};
 
     choose(handshake, chosen);
     g_byte_array_append(handshake->out, (const uint8_t *)&reply,

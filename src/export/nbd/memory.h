@@ -24,7 +24,7 @@ struct nbd_arena {
     unsigned references;
     uint8_t *bytes; /* NBD_ARENA_ROOM of them */
 };
-struct nbd_arena *nbd_arena_create(struct nbd_pool *pool); /* NULL: no memory */
+struct nbd_arena *nbd_arena_create(struct nbd_pool *pool);  /* NULL: no memory */
 struct nbd_arena *nbd_arena_unref(struct nbd_arena *arena); /* accepts NULL; returns NULL */
 
 #endif

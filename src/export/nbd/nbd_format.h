@@ -15,8 +15,8 @@
 #define NBD_SIMPLE_REPLY_MAGIC 0x67446698u
 #define NBD_CHUNK_MAGIC 0x668e33efu
 
-#define NBD_STRING_MAX 4096u              /* names and descriptions */
-#define NBD_OPTION_MAX (64u * 1024)       /* data of one option that we read at all */
+#define NBD_STRING_MAX 4096u               /* names and descriptions */
+#define NBD_OPTION_MAX (64u * 1024)        /* data of one option that we read at all */
 #define NBD_OPTION_SKIP_MAX (1024u * 1024) /* data of one option that we skip; behind that we disconnect */
 #define NBD_PAYLOAD_MAX (32u * 1024 * 1024)
 

@@ -190,7 +190,8 @@ void nbd_reply_error(struct nbd_request *request, int error, const char *message
 
 void nbd_reply_done(struct nbd_request *request)
 {
-    if (request->session->config.structured && (request->type == NBD_CMD_READ || request->type == NBD_CMD_BLOCK_STATUS)) {
+    if (request->session->config.structured &&
+        (request->type == NBD_CMD_READ || request->type == NBD_CMD_BLOCK_STATUS)) {
         struct nbd_chunk *chunk = batch_header(request->session->sender.filling, sizeof(*chunk));
 
         batch_chunk(chunk, request, NBD_CHUNK_NONE, true, 0);

@@ -7,8 +7,8 @@
  * 3. nothing here is allocated but payload memory, from the pool, and its size was checked against NBD_PAYLOAD_MAX or
  *    is a constant.
  */
-#include "base/size.h"
 #include "block/request.h"
+#include "base/size.h"
 #include "block/user.h"
 #include "export/nbd/nbd_format.h"
 #include "export/nbd/session.h"
@@ -26,11 +26,11 @@ struct command {
     const char *name;
     /* Does it and adds the reply. */
     void coroutine_fn (*run)(struct nbd_request *request);
-    uint16_t flags;        /* command flags that are legal */
-    bool writes;           /* refused on a read-only export */
-    bool has_range;        /* offset and length mean something (else both must be 0) */
-    int beyond_end;        /* the answer to a range that is not inside the export */
-    uint32_t bytes_max;    /* longest range, 0: no limit */
+    uint16_t flags;     /* command flags that are legal */
+    bool writes;        /* refused on a read-only export */
+    bool has_range;     /* offset and length mean something (else both must be 0) */
+    int beyond_end;     /* the answer to a range that is not inside the export */
+    uint32_t bytes_max; /* longest range, 0: no limit */
 };
 
 uint32_t nbd_error_from_errno(int error)
@@ -280,11 +280,7 @@ static int request_check(const struct nbd_request *request, const char **ret_mes
         *ret_message = "longer than the maximum payload of 32 MiB";
         return -EINVAL;
     }
-    uint64_t size = backend_size(config->backend);
-    if (size == 0 && !backend_node(config->backend)) {
-        *ret_message = "no medium";
-        return -ENOMEDIUM;
-    }
+    uint64_t size = atomic_load_explicit(config->size, memory_order_acquire);
     if (request->offset > size || request->bytes > size - request->offset) {
         *ret_message = "beyond the end of the export";
         return command->beyond_end;

@@ -10,7 +10,6 @@
  * What is spoken is in handshake.c and session.c.
  */
 #include "export/nbd/server.h"
-#include "block/user.h"
 #include "export/export_type.h"
 #include "export/nbd/memory.h"
 #include "export/nbd/nbd_format.h"
@@ -102,6 +101,7 @@ static void client_transmit_run(void *argument)
     struct nbd_server *server = client->server;
     const struct export *export = client->chosen->export;
     struct nbd_session_config config = {
+        .size = &export->size,
         .connection = client->connection,
         .backend = export->backend,
         .pool = client->pool->pool,
@@ -188,7 +188,7 @@ struct nbd_export *nbd_server_find(struct nbd_server *server, const char *name, 
 
 uint64_t nbd_export_size(const struct nbd_export *of)
 {
-    return backend_size(of->export->backend);
+    return atomic_load(&of->export->size);
 }
 
 uint16_t nbd_export_flags(const struct nbd_export *of, bool structured)

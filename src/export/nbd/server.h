@@ -25,7 +25,7 @@ struct nbd_export {
     struct nbd_server *server;
     struct export *export;
     char *name;
-    char *description; /* or NULL */
+    char *description;   /* or NULL */
     struct list clients; /* struct nbd_client by export_link */
 };
 
@@ -37,9 +37,9 @@ struct nbd_server {
     struct list directory; /* struct nbd_export by link */
     struct list clients;   /* struct nbd_client by link */
     unsigned client_count;
-    struct list pools;           /* of loops that have clients */
-    struct coroutine *acceptor;  /* waits for a client to go, or NULL */
-    struct loop_sleep pause;     /* the acceptor's, after an error */
+    struct list pools;          /* of loops that have clients */
+    struct coroutine *acceptor; /* waits for a client to go, or NULL */
+    struct loop_sleep pause;    /* the acceptor's, after an error */
     bool stopping;
     struct co_group running; /* the acceptor and the clients */
 };

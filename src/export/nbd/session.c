@@ -85,7 +85,8 @@ static void session_start(struct nbd_request *request)
     coroutine_enter(coroutine_create(nbd_request_run, request));
 }
 
-/* Makes room so that `need` bytes from `at` on fit, and receives more. 0, or a negative errno (-ECONNRESET at the end). */
+/* Makes room so that `need` bytes from `at` on fit, and receives more. 0, or a negative errno (-ECONNRESET at the end).
+ */
 static int coroutine_fn session_receive(struct nbd_session *session, size_t need)
 {
     struct nbd_arena *arena = session->arena;
@@ -163,8 +164,7 @@ static int coroutine_fn session_receive_payload(struct nbd_session *session, str
     if (session->in_flight == session->sender.filling->count + 1) {
         nbd_sender_flush(session);
     }
-    return connection_receive_all(session->config.connection, (uint8_t *)request->memory + have,
-                                  request->bytes - have);
+    return connection_receive_all(session->config.connection, (uint8_t *)request->memory + have, request->bytes - have);
 }
 
 /* The header is complete and the payload, if any, is not too long. */
@@ -199,8 +199,8 @@ static int coroutine_fn session_take_request(struct nbd_session *session, const 
 /* May a request with this much payload be let in now? */
 static bool session_has_room(const struct nbd_session *session, size_t bytes)
 {
-    return !session->in_flight || (session->in_flight < NBD_IN_FLIGHT_MAX &&
-                                   session->in_flight_bytes + bytes <= NBD_IN_FLIGHT_BYTES_MAX);
+    return !session->in_flight ||
+           (session->in_flight < NBD_IN_FLIGHT_MAX && session->in_flight_bytes + bytes <= NBD_IN_FLIGHT_BYTES_MAX);
 }
 
 /* Takes one request from the arena, or receives more for it. Negative: no more requests. */

@@ -6,6 +6,7 @@
 #include "export/nbd/reply.h"
 #include "loop/coroutine.h"
 #include "loop/loop.h"
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/uio.h>
@@ -23,9 +24,10 @@ struct connection;
 struct nbd_session_config {
     struct connection *connection;
     struct backend *backend;
+    const atomic_uint_fast64_t *size; /* of the export, bytes; may change */
     struct nbd_pool *pool;
-    bool structured;   /* structured replies were negotiated */
-    bool status;       /* base:allocation was negotiated */
+    bool structured; /* structured replies were negotiated */
+    bool status;     /* base:allocation was negotiated */
     bool read_only;
     bool writethrough; /* every write as if it had FUA */
 };
@@ -37,10 +39,10 @@ struct nbd_request {
     uint64_t cookie, offset;
     uint32_t bytes;
     uint16_t flags, type;
-    int error;        /* set before it runs: it only answers with this (negative errno) */
-    size_t charged;   /* bytes counted in session->in_flight_bytes */
-    void *memory;     /* from the pool: a payload either way; or NULL */
-    size_t room;      /* of memory */
+    int error;               /* set before it runs: it only answers with this (negative errno) */
+    size_t charged;          /* bytes counted in session->in_flight_bytes */
+    void *memory;            /* from the pool: a payload either way; or NULL */
+    size_t room;             /* of memory */
     struct nbd_arena *arena; /* where a write's payload lies if not in memory; or NULL */
     struct iovec payload;
 };
