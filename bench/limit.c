@@ -6,6 +6,7 @@
  * what the sockets and the copying cost on this machine, not a server for anybody.
  */
 #include "export/nbd/nbd_format.h"
+#include <glib.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -124,7 +125,7 @@ static ssize_t answer(int fd, const uint8_t *bytes, size_t have)
 static void *serve(void *argument)
 {
     int fd = (int)(intptr_t)argument, room = 4 * 1024 * 1024;
-    uint8_t *buffer = malloc(RECEIVE_ROOM);
+    uint8_t *buffer = g_malloc(RECEIVE_ROOM);
     size_t have = 0;
 
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
@@ -145,7 +146,7 @@ static void *serve(void *argument)
             }
         }
     }
-    free(buffer);
+    g_free(buffer);
     close(fd);
     return NULL;
 }
@@ -159,8 +160,8 @@ int main(int argc, char **argv)
         fputs("usage: nbd_limit SOCKET BYTES\n", stderr);
         return 1;
     }
-    strcpy(address.sun_path, argv[1]);
-    size = strtoull(argv[2], NULL, 10);
+    g_strlcpy(address.sun_path, argv[1], sizeof(address.sun_path));
+    size = g_ascii_strtoull(argv[2], NULL, 10);
     memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED || bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 ||
         listen(listener, 64) < 0) {

@@ -12,6 +12,7 @@
 #include "export/nbd/nbd_format.h"
 #include <errno.h>
 #include <getopt.h>
+#include <glib.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -113,7 +114,8 @@ static void block_complain(const uint8_t *block, uint64_t offset, const char *wh
 
     memcpy(stamps, block, 16);
     memcpy(stamps + 2, block + BLOCK - 16, 16);
-    fprintf(stderr, "nbd_load: wrong content at %llu (%s): begins as block %llu of run %llu, ends as block %llu of run %llu\n",
+    fprintf(stderr,
+            "nbd_load: wrong content at %llu (%s): begins as block %llu of run %llu, ends as block %llu of run %llu\n",
             (unsigned long long)offset, what, (unsigned long long)stamps[0], (unsigned long long)stamps[1],
             (unsigned long long)stamps[2], (unsigned long long)stamps[3]);
     exit(2);
@@ -170,7 +172,7 @@ static int connect_socket(void)
     if (config.socket_path) {
         struct sockaddr_un address = {.sun_family = AF_UNIX};
 
-        strncpy(address.sun_path, config.socket_path, sizeof(address.sun_path) - 1);
+        g_strlcpy(address.sun_path, config.socket_path, sizeof(address.sun_path));
         fd = socket(AF_UNIX, SOCK_STREAM, 0);
         if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
             die(config.socket_path);
@@ -337,9 +339,12 @@ static void send_requests(struct connection *connection)
         headers++;
         slot->sent = time;
         slot->busy = true;
-        *header = (struct nbd_request_header){htobe32(NBD_REQUEST_MAGIC), 0,
-                                              htobe16(is_write() ? NBD_CMD_WRITE : NBD_CMD_READ), htobe64(index),
-                                              htobe64(slot->offset), htobe32(config.bytes)};
+        *header = (struct nbd_request_header){htobe32(NBD_REQUEST_MAGIC),
+                                              0,
+                                              htobe16(is_write() ? NBD_CMD_WRITE : NBD_CMD_READ),
+                                              htobe64(index),
+                                              htobe64(slot->offset),
+                                              htobe32(config.bytes)};
         connection->iov[iovs++] = (struct iovec){header, sizeof(*header)};
         if (is_write()) {
             prepare_payload(slot);
@@ -504,12 +509,12 @@ static void connection_prepare(struct connection *connection, unsigned index)
     connection->random_state = config.seed * 1000 + index;
     connection->begin = connection->next = index * share;
     connection->end = index + 1 == config.connections ? config.size : connection->begin + share;
-    connection->buffer = malloc(RECEIVE_ROOM);
-    connection->latencies_us = calloc(LATENCY_BUCKETS, sizeof(uint32_t));
+    connection->buffer = g_malloc(RECEIVE_ROOM);
+    connection->latencies_us = g_malloc0_n(LATENCY_BUCKETS, sizeof(uint32_t));
     for (unsigned i = 0; i < config.depth; i++) {
         connection->free_slots[connection->free_count++] = config.depth - 1 - i;
         if (is_write()) {
-            connection->slots[i].payload = malloc(config.bytes);
+            connection->slots[i].payload = g_malloc(config.bytes);
             for (uint32_t at = 0; at < config.bytes; at += BLOCK) {
                 memcpy(connection->slots[i].payload + at, pattern, BLOCK);
             }
@@ -521,7 +526,7 @@ static void connection_prepare(struct connection *connection, unsigned index)
 static void verify_all(void)
 {
     uint32_t piece = 256 * 1024;
-    uint8_t *data = malloc(piece);
+    uint8_t *data = g_malloc(piece);
     bool structured = config.structured;
 
     config.structured = false;
@@ -529,8 +534,8 @@ static void verify_all(void)
     config.structured = structured;
     for (uint64_t offset = 0; offset < config.size; offset += piece) {
         uint32_t bytes = (uint32_t)(config.size - offset < piece ? config.size - offset : piece);
-        struct nbd_request_header header = {htobe32(NBD_REQUEST_MAGIC), 0, htobe16(NBD_CMD_READ), 0, htobe64(offset),
-                                            htobe32(bytes)};
+        struct nbd_request_header header = {
+            htobe32(NBD_REQUEST_MAGIC), 0, htobe16(NBD_CMD_READ), 0, htobe64(offset), htobe32(bytes)};
         struct nbd_simple_reply reply;
 
         send_all(fd, &header, sizeof(header));
@@ -549,7 +554,7 @@ static void verify_all(void)
         }
     }
     close(fd);
-    free(data);
+    g_free(data);
 }
 
 static double percentile_us(struct connection *connections, uint64_t total, double part)
@@ -569,10 +574,11 @@ static double percentile_us(struct connection *connections, uint64_t total, doub
 
 static void usage(void)
 {
-    fputs("usage: nbd_load --unix PATH | --tcp HOST:PORT  --export NAME  --mode fill|read|write  [--random]\n"
-          "                [--block BYTES] [--depth N] [--connections N] [--seconds S] [--seed N] [--simple] [--verify]\n"
-          "fill writes the whole export once; --verify reads all of it back after a run and compares every byte\n",
-          stderr);
+    fputs(
+        "usage: nbd_load --unix PATH | --tcp HOST:PORT  --export NAME  --mode fill|read|write  [--random]\n"
+        "                [--block BYTES] [--depth N] [--connections N] [--seconds S] [--seed N] [--simple] [--verify]\n"
+        "fill writes the whole export once; --verify reads all of it back after a run and compares every byte\n",
+        stderr);
     exit(1);
 }
 
@@ -592,16 +598,18 @@ static void parse_mode(const char *name)
 static void parse_options(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"unix", 1, 0, 'u'},    {"tcp", 1, 0, 't'},         {"export", 1, 0, 'e'},  {"mode", 1, 0, 'm'},
-        {"random", 0, 0, 'r'},  {"block", 1, 0, 'b'},       {"depth", 1, 0, 'd'},   {"connections", 1, 0, 'c'},
-        {"seconds", 1, 0, 's'}, {"seed", 1, 0, 'S'},        {"simple", 0, 0, 'p'},  {"verify", 0, 0, 'v'},
+        {"unix", 1, 0, 'u'},    {"tcp", 1, 0, 't'},   {"export", 1, 0, 'e'}, {"mode", 1, 0, 'm'},
+        {"random", 0, 0, 'r'},  {"block", 1, 0, 'b'}, {"depth", 1, 0, 'd'},  {"connections", 1, 0, 'c'},
+        {"seconds", 1, 0, 's'}, {"seed", 1, 0, 'S'},  {"simple", 0, 0, 'p'}, {"verify", 0, 0, 'v'},
         {0, 0, 0, 0},
     };
     int option;
 
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
-        case 'u': config.socket_path = optarg; break;
+        case 'u':
+            config.socket_path = optarg;
+            break;
         case 't':
             config.host = optarg;
             config.port = strrchr(optarg, ':');
@@ -610,17 +618,38 @@ static void parse_options(int argc, char **argv)
             }
             *(char *)config.port++ = 0;
             break;
-        case 'e': config.export = optarg; break;
-        case 'm': parse_mode(optarg); break;
-        case 'r': config.random = true; break;
-        case 'b': config.bytes = (uint32_t)atoi(optarg); break;
-        case 'd': config.depth = (uint32_t)atoi(optarg); break;
-        case 'c': config.connections = (uint32_t)atoi(optarg); break;
-        case 's': config.seconds = atof(optarg); break;
-        case 'S': config.seed = strtoull(optarg, NULL, 10); break;
-        case 'p': config.structured = false; break;
-        case 'v': config.verify = true; break;
-        default: usage();
+        case 'e':
+            config.export = optarg;
+            break;
+        case 'm':
+            parse_mode(optarg);
+            break;
+        case 'r':
+            config.random = true;
+            break;
+        case 'b':
+            config.bytes = (uint32_t)g_ascii_strtoull(optarg, NULL, 10);
+            break;
+        case 'd':
+            config.depth = (uint32_t)g_ascii_strtoull(optarg, NULL, 10);
+            break;
+        case 'c':
+            config.connections = (uint32_t)g_ascii_strtoull(optarg, NULL, 10);
+            break;
+        case 's':
+            config.seconds = g_ascii_strtod(optarg, NULL);
+            break;
+        case 'S':
+            config.seed = g_ascii_strtoull(optarg, NULL, 10);
+            break;
+        case 'p':
+            config.structured = false;
+            break;
+        case 'v':
+            config.verify = true;
+            break;
+        default:
+            usage();
         }
     }
     if ((!config.socket_path && !config.host) || config.bytes % BLOCK || !config.bytes ||
@@ -639,7 +668,7 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < BLOCK; i++) {
         pattern[i] = (uint8_t)(mix(&state) | 1);
     }
-    struct connection *connections = calloc(config.connections, sizeof(*connections));
+    struct connection *connections = g_malloc0_n(config.connections, sizeof(*connections));
 
     for (unsigned i = 0; i < config.connections; i++) {
         connections[i].fd = connect_export();
@@ -648,7 +677,7 @@ int main(int argc, char **argv)
     if (config.size < (uint64_t)config.bytes * config.connections) {
         die("the export is too small");
     }
-    written = calloc(config.size / BLOCK + 1, 1);
+    written = g_malloc0_n(config.size / BLOCK + 1, 1);
     for (unsigned i = 0; i < config.connections; i++) {
         connection_prepare(&connections[i], i);
     }
@@ -657,7 +686,8 @@ int main(int argc, char **argv)
         pthread_create(&connections[i].thread, NULL, connection_run, &connections[i]);
     }
     if (config.mode != MODE_FILL) {
-        struct timespec time = {(time_t)config.seconds, (long)((config.seconds - (double)(time_t)config.seconds) * 1e9)};
+        struct timespec time = {(time_t)config.seconds,
+                                (long)((config.seconds - (double)(time_t)config.seconds) * 1e9)};
 
         nanosleep(&time, NULL);
         atomic_store(&stop, true);

@@ -296,6 +296,16 @@ void coroutine_fn exports_delete_type(struct exports *exports, const struct expo
     co_group_wait(&exports->alive);
 }
 
+bool exports_use_loop(struct exports *exports, const struct loop *loop)
+{
+    list_for_each (position, &exports->list) {
+        if (container_of(position, struct export, link)->loop == loop) {
+            return true;
+        }
+    }
+    return false;
+}
+
 json_t *exports_query(struct exports *exports)
 {
     json_t *list = json_array();

@@ -7,6 +7,7 @@
 #include "loop/coroutine.h"
 #include "schema/types.h"
 #include <jansson.h>
+#include <stdbool.h>
 
 /*
  * The exports of a daemon and its NBD server. An export is an operation: it takes the claims of block-export-add and
@@ -33,6 +34,8 @@ int coroutine_fn exports_add(struct exports *exports, const struct block_export_
 /* block-export-del: begins to delete. Safe: -EBUSY while clients are connected. Hard: disconnects them. `deleted` is
  * called when it is gone; until then exports_query() shows it as shutting down. */
 int exports_delete(struct exports *exports, const char *id, enum block_export_remove_mode mode, struct error **err);
+/* Does an export serve its clients on this loop? Then it must stay. */
+bool exports_use_loop(struct exports *exports, const struct loop *loop);
 /* query-block-exports: an array of {id, type, node-name, shutting-down}; a new reference. */
 json_t *exports_query(struct exports *exports);
 

@@ -29,7 +29,7 @@ struct export
     struct operation *operation;
     struct backend *backend;
     atomic_uint_fast64_t size; /* the backend's, for any thread; bytes */
-    struct loop *loop; /* where its clients are served */
+    struct loop *loop;         /* where its clients are served */
     bool writable, writethrough;
     bool opening;       /* its id is taken, nothing else yet */
     bool shutting_down; /* no new clients */
