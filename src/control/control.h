@@ -12,12 +12,20 @@
  * Whoever creates it zeroes it, calls control_init() and destroys what it added itself.
  */
 struct loop;
+struct graph;
+struct jobs;
+struct exports;
+struct iothreads;
 
 struct control {
     struct loop *loop;
     const struct command *commands; /* the table that the monitors serve */
     unsigned command_count;
     struct list monitors; /* struct monitor */
+    struct graph *graph;  /* these four: service.h's */
+    struct jobs *jobs;
+    struct exports *exports;
+    struct iothreads *iothreads;
     bool quitting;        /* commands that begin something new are refused from now on */
 };
 

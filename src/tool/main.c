@@ -1,2 +1,63 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-int main(void) { return 0; }
+/*
+ * The one binary: picks a sub-command by its first argument, or a personality by the name it was called by.
+ */
+#include "tool/tool.h"
+#include <glib.h>
+#include <stdio.h>
+#include <string.h>
+
+static const struct sub_command {
+    const char *name;
+    const char *personality; /* the name of the program that it takes the place of, or NULL */
+    int (*run)(int argc, char **argv);
+    const char *help;
+} sub_commands[] = {
+    {"daemon", "qemu-storage-daemon", tool_daemon, "serve images and run live operations on them"},
+    {"status", NULL, tool_status, "nodes, exports and jobs of a running daemon at a glance"},
+    {"graph", NULL, tool_graph, "the picture of its nodes: text, dot or SVG"},
+    {"commit", NULL, tool_commit, "merge an image down into one below it, live"},
+    {"stream", NULL, tool_stream, "pull the data of the images below up into one, live"},
+    {"job", NULL, tool_job, "list, wait for, cancel, pause jobs"},
+    {"access", NULL, tool_access, "who holds what on which node"},
+};
+
+static void print_help(FILE *to)
+{
+    fprintf(to, "Usage: interlock SUBCOMMAND [OPTION...]\n\nA live block-storage engine. Sub-commands:\n");
+    for (unsigned i = 0; i < G_N_ELEMENTS(sub_commands); i++) {
+        fprintf(to, "  %-8s %s\n", sub_commands[i].name, sub_commands[i].help);
+    }
+    fprintf(to, "\n'interlock SUBCOMMAND --help' has each one's options. A daemon is found by --qmp SOCKET or by the "
+                "environment\nvariable INTERLOCK_QMP.\n");
+}
+
+int main(int argc, char **argv)
+{
+    g_autofree char *called = g_path_get_basename(argv[0]);
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(sub_commands); i++) {
+        if (sub_commands[i].personality && !strcmp(called, sub_commands[i].personality)) {
+            return sub_commands[i].run(argc, argv);
+        }
+    }
+    if (argc < 2) {
+        print_help(stderr);
+        return 1;
+    }
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
+        print_help(stdout);
+        return 0;
+    }
+    if (!strcmp(argv[1], "--version") || !strcmp(argv[1], "-V")) {
+        printf("interlock version %s\n", INTERLOCK_VERSION);
+        return 0;
+    }
+    for (unsigned i = 0; i < G_N_ELEMENTS(sub_commands); i++) {
+        if (!strcmp(argv[1], sub_commands[i].name)) {
+            return sub_commands[i].run(argc - 1, argv + 1);
+        }
+    }
+    fprintf(stderr, "interlock: there is no sub-command '%s'; 'interlock --help' lists them\n", argv[1]);
+    return 1;
+}

@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Handlers of the commands about exports, the NBD server and I/O threads: a translation from the commands' arguments
+ * to what src/export takes. Each runs in a coroutine on the control loop.
+ */
+#include "control/address.h"
+#include "control/control.h"
+#include "control/iothread.h"
+#include "export/export.h"
+#include "loop/connection.h"
+#include "schema/commands.h"
+#include "schema/marshal.h"
+#include <errno.h>
+#include <glib.h>
+#include <stdlib.h>
+
+static int address_from_fd(const char *text, struct address *ret, struct error **err)
+{
+    char *end;
+    long fd = strtol(text, &end, 10);
+
+    if (end == text || *end || fd < 0 || fd > G_MAXINT) {
+        return error_set(err, -EINVAL, "'%s' is not the number of a file descriptor", text);
+    }
+    *ret = (struct address){.kind = ADDRESS_FD, .fd = (int)fd};
+    return 0;
+}
+
+static void address_from_inet(const struct inet_socket_address *inet, struct address *ret)
+{
+    *ret = (struct address){.kind = ADDRESS_INET, .host = g_strdup(inet->host), .port = g_strdup(inet->port), .fd = -1};
+}
+
+static void address_from_unix(const struct unix_socket_address *unix_address, struct address *ret)
+{
+    *ret = (struct address){
+        .kind = ADDRESS_UNIX, .path = g_strdup(unix_address->path), .abstract = unix_address->abstract, .fd = -1};
+}
+
+int address_from_options(const struct socket_address *options, struct address *ret, struct error **err)
+{
+    switch (options->type) {
+    case SOCKET_ADDRESS_TYPE_FD:
+        return address_from_fd(options->u.fd.str, ret, err);
+    case SOCKET_ADDRESS_TYPE_INET:
+        address_from_inet(&options->u.inet, ret);
+        return 0;
+    default:
+        address_from_unix(&options->u.unix_, ret);
+        return 0;
+    }
+}
+
+static int address_from_legacy(const struct socket_address_legacy *options, struct address *ret, struct error **err)
+{
+    switch (options->type) {
+    case SOCKET_ADDRESS_TYPE_FD:
+        return address_from_fd(options->u.fd.data->str, ret, err);
+    case SOCKET_ADDRESS_TYPE_INET:
+        address_from_inet(options->u.inet.data, ret);
+        return 0;
+    default:
+        address_from_unix(options->u.unix_.data, ret);
+        return 0;
+    }
+}
+
+int coroutine_fn command_nbd_server_start(struct control *control, struct nbd_server_start_args *args,
+                                          struct error **err)
+{
+    struct address address;
+    int code = address_from_legacy(args->addr, &address, err);
+
+    if (!code) {
+        struct nbd_server_config config = {.address = &address,
+                                           .handshake_max_seconds = (unsigned)args->handshake_max_seconds,
+                                           .max_connections = (unsigned)args->max_connections};
+
+        code = nbd_server_start(control->exports, &config, err);
+        address_clear(&address);
+    }
+    return code;
+}
+
+int coroutine_fn command_nbd_server_stop(struct control *control, struct error **err)
+{
+    return nbd_server_stop(control->exports, err);
+}
+
+int coroutine_fn command_block_export_add(struct control *control, struct block_export_options *args,
+                                          struct error **err)
+{
+    return exports_add(control->exports, args, err);
+}
+
+int coroutine_fn command_block_export_del(struct control *control, struct block_export_del_args *args,
+                                          struct error **err)
+{
+    return exports_delete(control->exports, args->id, args->mode, err);
+}
+
+int coroutine_fn command_query_block_exports(struct control *control, struct block_export_info_list **ret,
+                                             struct error **err)
+{
+    json_t *array = exports_query(control->exports);
+    int code;
+
+    *ret = g_new0(struct block_export_info_list, 1);
+    code = marshal_read(&block_export_info_list_type, array, "exports", MARSHAL_JSON, *ret, err);
+    json_decref(array);
+    return code;
+}
+
+int coroutine_fn command_object_add(struct control *control, struct object_options *args, struct error **err)
+{
+    return iothreads_add(control->iothreads, args->id, err);
+}
+
+int coroutine_fn command_object_del(struct control *control, struct object_del_args *args, struct error **err)
+{
+    return iothreads_remove(control->iothreads, args->id, err);
+}
+
+int coroutine_fn command_query_iothreads(struct control *control, struct iothread_info_list **ret, struct error **err)
+{
+    json_t *array = iothreads_query(control->iothreads);
+    int code;
+
+    *ret = g_new0(struct iothread_info_list, 1);
+    code = marshal_read(&iothread_info_list_type, array, "iothreads", MARSHAL_JSON, *ret, err);
+    json_decref(array);
+    return code;
+}

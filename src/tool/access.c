@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * `interlock access`: who holds what on which node, from query-access.
+ */
+#include "tool/client.h"
+#include "tool/tool.h"
+#include <errno.h>
+#include <glib.h>
+#include <stdio.h>
+#include <string.h>
+
+/* "read-data read-metadata", or "-" */
+static char *join_actions(json_t *actions)
+{
+    g_autoptr(GString) text = g_string_new(NULL);
+    size_t index;
+    json_t *action;
+
+    json_array_foreach(actions, index, action)
+    {
+        g_string_append_printf(text, "%s%s", index ? " " : "", json_string_value(action));
+    }
+    return text->len ? g_strdup(text->str) : g_strdup("-");
+}
+
+/* What is not in `allow`: easier to read than what is. */
+static char *join_denied(json_t *allow)
+{
+    static const char *const all[] = {"read-data",      "read-metadata", "write-data", "write-beneath",
+                                      "write-metadata", "attributes",    "graph"};
+    auto_json denied = json_array();
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(all); i++) {
+        bool allowed = false;
+        size_t index;
+        json_t *action;
+
+        json_array_foreach(allow, index, action)
+        {
+            allowed = allowed || !strcmp(json_string_value(action), all[i]);
+        }
+        if (!allowed) {
+            json_array_append_new(denied, json_string(all[i]));
+        }
+    }
+    return json_array_size(denied) == G_N_ELEMENTS(all) ? g_strdup("everything") : join_actions(denied);
+}
+
+static void print_holder(json_t *holder, bool edges)
+{
+    const char *id = "", *kind = "", *command = "", *adopter = NULL;
+    double since = 0;
+    json_t *claims = NULL, *claim;
+    size_t index;
+
+    json_unpack(holder, "{s:s, s:s, s:s, s:F, s?s, s:o}", "id", &id, "kind", &kind, "command", &command, "since",
+                &since, "adopted-by", &adopter, "claims", &claims);
+    if (!strcmp(kind, "edge") && !edges) {
+        return;
+    }
+    printf("%s %s", strcmp(kind, "job") ? kind : command, id);
+    if (strcmp(kind, "edge")) {
+        printf("  (since %.0f s)", since);
+    }
+    if (adopter) {
+        printf("  (in the hands of %s)", adopter);
+    }
+    printf("\n");
+    json_array_foreach(claims, index, claim)
+    {
+        const char *node = json_string_value(json_object_get(claim, "node"));
+        const char *path = json_string_value(json_object_get(claim, "path"));
+        g_autofree char *needs = join_actions(json_object_get(claim, "require"));
+        g_autofree char *denies = join_denied(json_object_get(claim, "allow"));
+
+        printf("    %-16s needs %-40s does not allow %-40s (as %s)\n", node, needs, denies, path ? path : "");
+    }
+}
+
+static int show(const char *qmp, bool edges, struct error **err)
+{
+    auto_client client = NULL;
+    auto_json access = NULL;
+    int code = client_connect(qmp, &client, err);
+    size_t index;
+    json_t *item;
+
+    if (!code) {
+        code = client_execute(client, "query-access", NULL, &access, err);
+    }
+    if (code) {
+        return code;
+    }
+    json_array_foreach(json_object_get(access, "holders"), index, item)
+    {
+        print_holder(item, edges);
+    }
+    json_array_foreach(json_object_get(access, "stale"), index, item)
+    {
+        printf("stale: %s (%s)\n", json_string_value(json_object_get(item, "node")),
+               json_string_value(json_object_get(item, "reason")));
+    }
+    return 0;
+}
+
+int tool_access(int argc, char **argv)
+{
+    g_autofree char *qmp = NULL;
+    gboolean edges = FALSE;
+    GOptionEntry entries[] = {
+        {"qmp", 0, 0, G_OPTION_ARG_STRING, &qmp, "monitor socket of the daemon (or $INTERLOCK_QMP)", "SOCKET"},
+        {"edges", 0, 0, G_OPTION_ARG_NONE, &edges, "also the standing claims of edges", NULL},
+        {NULL, 0, 0, 0, NULL, NULL, NULL}};
+    g_autoptr(GOptionContext) context = g_option_context_new("- who holds what on which node");
+    g_autoptr(GError) error = NULL;
+    struct error *err = NULL;
+    int code;
+
+    g_option_context_add_main_entries(context, entries, NULL);
+    if (!g_option_context_parse(context, &argc, &argv, &error)) {
+        code = error_set(&err, -EINVAL, "%s", error->message);
+    } else {
+        code = show(qmp, edges, &err);
+    }
+    return code ? tool_fail("interlock access", err) : 0;
+}

@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* How every sub-command says that it failed. */
+#include "tool/tool.h"
+#include <stdio.h>
+#include <string.h>
+
+int tool_fail(const char *name, struct error *error)
+{
+    fprintf(stderr, "%s: %s\n", name, error->message);
+    if (error->hint && !strstr(error->message, error->hint)) {
+        fprintf(stderr, "%s\n", error->hint);
+    }
+    error_free(error);
+    return 1;
+}

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * `interlock job list|wait|cancel|complete|pause|resume|dismiss|finalize`: the jobs of a running daemon.
+ */
+#include "tool/client.h"
+#include "tool/progress.h"
+#include "tool/tool.h"
+#include <errno.h>
+#include <glib.h>
+#include <stdio.h>
+#include <string.h>
+
+struct job_options {
+    char *qmp;
+    gboolean force;
+    char **words; /* verb and job names */
+};
+
+static int job_list(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    auto_json jobs = NULL;
+    int code = client_execute(client, "query-jobs", NULL, &jobs, err);
+    size_t index;
+    json_t *job;
+
+    if (code) {
+        return code;
+    }
+    if (!json_array_size(jobs)) {
+        printf("no jobs\n");
+        return 0;
+    }
+    printf("%-20s %-8s %-10s %9s  %s\n", "ID", "TYPE", "STATUS", "PROGRESS", "ERROR");
+    json_array_foreach(jobs, index, job)
+    {
+        const char *name = "", *type = "", *status = "", *error = "";
+        json_int_t done = 0, total = 0;
+
+        json_unpack(job, "{s:s, s:s, s:s, s:I, s:I, s?s}", "id", &name, "type", &type, "status", &status,
+                    "current-progress", &done, "total-progress", &total, "error", &error);
+        printf("%-20s %-8s %-10s %7.1f %%  %s\n", name, type, status,
+               total ? 100.0 * (double)done / (double)total : 0.0, error);
+    }
+    return 0;
+}
+
+static int job_wait(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    return progress_wait_job(client, id, false, err);
+}
+
+static int job_cancel(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    return client_execute(client, "block-job-cancel",
+                          json_pack("{s:s, s:b}", "device", id, "force", (int)options->force), NULL, err);
+}
+
+static int job_command(struct client *client, const char *command, const char *id, struct error **err)
+{
+    return client_execute(client, command, json_pack("{s:s}", "id", id), NULL, err);
+}
+
+static int job_complete(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    return job_command(client, "job-complete", id, err);
+}
+static int job_pause(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    return job_command(client, "job-pause", id, err);
+}
+static int job_resume(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    return job_command(client, "job-resume", id, err);
+}
+static int job_dismiss(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    return job_command(client, "job-dismiss", id, err);
+}
+static int job_finalize(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    return job_command(client, "job-finalize", id, err);
+}
+
+static const struct job_verb {
+    const char *name;
+    int (*run)(struct client *client, const struct job_options *options, const char *id, struct error **err);
+    bool needs_id;
+    const char *help;
+} verbs[] = {
+    {"list", job_list, false, "all jobs and how far they are"},
+    {"wait", job_wait, true, "wait until a job has ended, with a progress bar on a terminal"},
+    {"cancel", job_cancel, true, "end a job early; every image stays valid (--force: also when it is ready)"},
+    {"complete", job_complete, true, "let a job that is ready finish"},
+    {"pause", job_pause, true, "stop copying until resumed"},
+    {"resume", job_resume, true, "go on after a pause or an error"},
+    {"finalize", job_finalize, true, "let a pending job make its graph change"},
+    {"dismiss", job_dismiss, true, "forget a concluded job"},
+};
+
+static int job_run(const struct job_options *options, struct error **err)
+{
+    const char *name = options->words ? options->words[0] : "list";
+    const char *id = options->words && options->words[0] ? options->words[1] : NULL;
+    auto_client client = NULL;
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(verbs); i++) {
+        if (strcmp(verbs[i].name, name)) {
+            continue;
+        }
+        if (verbs[i].needs_id && !id) {
+            return error_set(err, -EINVAL, "'job %s' needs the job's ID; 'job list' shows them", name);
+        }
+        int code = client_connect(options->qmp, &client, err);
+
+        return code ? code : verbs[i].run(client, options, id, err);
+    }
+    return error_set(err, -EINVAL, "There is no 'job %s'; see 'interlock job --help'", name);
+}
+
+int tool_job(int argc, char **argv)
+{
+    struct job_options options = {0};
+    GOptionEntry entries[] = {
+        {"qmp", 0, 0, G_OPTION_ARG_STRING, &options.qmp, "monitor socket of the daemon (or $INTERLOCK_QMP)", "SOCKET"},
+        {"force", 0, 0, G_OPTION_ARG_NONE, &options.force, "with cancel: at once, also when ready", NULL},
+        {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options.words, NULL, "VERB [ID]"},
+        {NULL, 0, 0, 0, NULL, NULL, NULL}};
+    g_autoptr(GOptionContext) context = g_option_context_new(NULL);
+    g_autoptr(GString) summary = g_string_new("Verbs:");
+    g_autoptr(GError) error = NULL;
+    struct error *err = NULL;
+    int code;
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(verbs); i++) {
+        g_string_append_printf(summary, "\n  %-10s %s", verbs[i].name, verbs[i].help);
+    }
+    g_option_context_set_summary(context, summary->str);
+    g_option_context_add_main_entries(context, entries, NULL);
+    if (!g_option_context_parse(context, &argc, &argv, &error)) {
+        code = error_set(&err, -EINVAL, "%s", error->message);
+    } else {
+        code = job_run(&options, &err);
+    }
+    g_free(options.qmp);
+    g_strfreev(options.words);
+    return code ? tool_fail("interlock job", err) : 0;
+}

@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_TOOL_TOOL_H
+#define INTERLOCK_TOOL_TOOL_H
+
+#include "base/error.h"
+
+/* The sub-commands; each is a main() of its own: argv[0] is the name it was called by. Exit status as returned. */
+int tool_daemon(int argc, char **argv);
+int tool_status(int argc, char **argv);
+int tool_graph(int argc, char **argv);
+int tool_job(int argc, char **argv);
+int tool_commit(int argc, char **argv);
+int tool_stream(int argc, char **argv);
+int tool_access(int argc, char **argv);
+
+/* Prints "NAME: message" and the hint to standard error; frees the error; returns 1 for the exit status. */
+int tool_fail(const char *name, struct error *error);
+
+#endif
