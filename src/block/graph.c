@@ -116,20 +116,25 @@ int coroutine_fn graph_delete(struct graph *graph, const char *name, struct erro
     return r;
 }
 
+/* The youngest of the monitor's nodes that nobody stands on, or NULL. */
+static struct node *last_unused(struct graph *graph)
+{
+    for (struct list *link = graph->nodes.prev; link != &graph->nodes; link = link->prev) {
+        struct node *node = container_of(link, struct node, graph_link);
+        if (node->monitor_owned && list_is_empty(&node->parents)) {
+            return node;
+        }
+    }
+    return NULL;
+}
+
 void coroutine_fn graph_delete_all(struct graph *graph)
 {
     graph_lock(graph);
-    for (bool found = true; found;) {
-        found = false;
-        /* Parents first, so that each is closed while all that it stands on is open. */
-        for (struct list *link = graph->nodes.prev; link != &graph->nodes && !found; link = link->prev) {
-            struct node *node = container_of(link, struct node, graph_link);
-            if (node->monitor_owned && list_is_empty(&node->parents)) {
-                node->monitor_owned = false;
-                node_unref(node);
-                found = true;
-            }
-        }
+    /* Parents first, so that each is closed while all that it stands on is open. */
+    for (struct node *node; (node = last_unused(graph));) {
+        node->monitor_owned = false;
+        node_unref(node);
     }
     /* What is left is used by backends or operations, and closes with them. */
     list_for_each_safe (link, &graph->nodes) {
