@@ -61,7 +61,7 @@ static struct ledger_node *node_get(struct access_ledger *ledger, const char *na
 /* Forgets a node that nobody claims anything on. */
 static void node_put(struct access_ledger *ledger, struct ledger_node *node)
 {
-    if (list_is_empty(&node->entries) && !node->stale_reason) {
+    if (!node->uses && !node->stale_reason) {
         g_hash_table_remove(ledger->nodes, node->name);
         g_free(node->name);
         g_free(node);
@@ -119,6 +119,7 @@ static void entry_add(struct access_holder *holder, const struct access_claim *c
 
     g_assert(!((claim->require | claim->deny) & ~(unsigned)ACCESS_ALL));
     entry->node = node_get(holder->ledger, claim->node);
+    entry->node->uses++;
     entry->holder = holder;
     entry->require = claim->require;
     entry->deny = claim->deny;
@@ -153,6 +154,7 @@ static void entries_free(struct list *entries, struct access_ledger *ledger)
 
         list_remove(&entry->holder_link);
         g_free(entry);
+        node->uses--;
         node_put(ledger, node);
     }
 }

@@ -110,7 +110,9 @@ static int coroutine_fn finish_commit(struct graph *graph, struct operation *job
     graph_drain_begin(graph, touched, 2, NULL, &drain);
     struct transaction *transaction = graph_begin(graph, "block-commit");
     transaction_move_parents(transaction, top, base, NULL);
-    transaction_mark_stale(transaction, top, "its data were committed");
+    for (struct node *node = top; node != base; node = node_backing(node)) {
+        transaction_mark_stale(transaction, node, "its data were committed");
+    }
     transaction_end_operation(transaction, job);
     int r = graph_commit(transaction, err);
     graph_drain_end(&drain);
