@@ -134,6 +134,25 @@ static void test_from_inside(void)
     access_ledger_destroy(ledger);
 }
 
+/* Several claims of one holder on one node: taken, replaced and given back as one set. */
+static void test_claims_on_one_node(void)
+{
+    struct access_ledger *ledger = access_ledger_create();
+    struct access_holder *one = holder(ledger, "export", "e");
+    struct access_claim claims[] = {{"n", R, 0, 0, "node"}, {"n", 0, W, 0, "node"}, {"n", M, 0, 0, "node"}};
+    struct access_change change = {.holder = one, .claims = claims, .count = 3};
+    unsigned require, deny;
+
+    g_assert_cmpint(access_apply(ledger, "e", &change, 1, NULL), ==, 0);
+    change.count = 2;
+    g_assert_cmpint(access_apply(ledger, "e", &change, 1, NULL), ==, 0);
+    access_node_masks(ledger, "n", &require, &deny);
+    g_assert_cmpuint(require, ==, R);
+    g_assert_cmpuint(deny, ==, W);
+    access_holder_destroy(one);
+    access_ledger_destroy(ledger);
+}
+
 static void test_stale(void)
 {
     struct access_ledger *ledger = access_ledger_create();
@@ -196,6 +215,7 @@ int main(int argc, char **argv)
     g_test_add_func("/access/adoption", test_adoption);
     g_test_add_func("/access/exports-share-among-themselves", test_exports_share);
     g_test_add_func("/access/from-inside", test_from_inside);
+    g_test_add_func("/access/claims-on-one-node", test_claims_on_one_node);
     g_test_add_func("/access/stale", test_stale);
     g_test_add_func("/access/verdict-is-symmetric", test_symmetric);
     return g_test_run();
