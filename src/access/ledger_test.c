@@ -33,7 +33,7 @@ static void test_conflict_explained(void)
     g_assert_cmpint(claim_one(backup, ledger, (struct access_claim){"base", R, W, 0, "node"}, &err), ==, 0);
     g_assert_cmpint(claim_one(commit, ledger, (struct access_claim){"base", W, 0, 0, "base"}, &err), <, 0);
     g_assert_nonnull(strstr(err->message, "j2 needs write-data on node 'base', which test-command j1"));
-    g_assert_nonnull(strstr(err->message, "cancel it"));
+    g_assert_nonnull(strstr(err->hint, "cancel it"));
     g_assert_cmpint((int)json_array_size(json_object_get(err->data, "conflicts")), ==, 1);
     access_holder_destroy(backup);
     g_assert_cmpint(claim_one(commit, ledger, (struct access_claim){"base", W, 0, 0, "base"}, NULL), ==, 0);

@@ -182,7 +182,7 @@ int refusal_finish(struct refusal *refusal, struct error **err)
     if (count) {
         g_autofree char *more = count > 1 ? g_strdup_printf(" (and %u more)", count - 1) : g_strdup("");
 
-        error_set(&error, -EBUSY, "%s%s; %s", refusal->sentence, more, refusal->remedy);
+        error_set(&error, -EBUSY, "%s%s", refusal->sentence, more);
         error_hint(&error, "%s", refusal->remedy);
         error->data = json_pack("{s:s, s:O}", "operation", refusal->subject, "conflicts", refusal->conflicts);
     }
