@@ -33,27 +33,28 @@ static int64_t coroutine_fn allocated_size(struct node *node)
 static json_t *coroutine_fn describe_image(struct node *node)
 {
     int64_t allocated = allocated_size(node);
-    struct image_info info = {.filename = node_filename(node),
-                              .format = g_strdup(node->driver->name),
-                              .has_dirty_flag = true,
-                              .has_actual_size = allocated >= 0,
-                              .actual_size = allocated,
-                              .virtual_size = align_up(atomic_load(&node->size), SECTOR),
-                              .has_cluster_size = node->limits.cluster_size != 0,
-                              .cluster_size = node->limits.cluster_size};
+    struct image_info *info = g_new0(struct image_info, 1);
+    *info = (struct image_info){.filename = node_filename(node),
+                                .format = g_strdup(node->driver->name),
+                                .has_dirty_flag = true,
+                                .has_actual_size = allocated >= 0,
+                                .actual_size = allocated,
+                                .virtual_size = align_up(atomic_load(&node->size), SECTOR),
+                                .has_cluster_size = node->limits.cluster_size != 0,
+                                .cluster_size = node->limits.cluster_size};
     if (node->header_backing && *node->header_backing) {
-        info.backing_filename = g_strdup(node->header_backing);
-        info.full_backing_filename = node_backing_path(node, NULL);
-        if (!info.full_backing_filename) {
-            info.full_backing_filename = g_strdup(node->header_backing);
+        info->backing_filename = g_strdup(node->header_backing);
+        info->full_backing_filename = node_backing_path(node, NULL);
+        if (!info->full_backing_filename) {
+            info->full_backing_filename = g_strdup(node->header_backing);
         }
-        info.backing_filename_format = g_strdup(node->header_backing_format);
+        info->backing_filename_format = g_strdup(node->header_backing_format);
     }
     if (node->driver->specific_info) {
-        info.format_specific = node->driver->specific_info(node);
+        info->format_specific = node->driver->specific_info(node);
     }
-    json_t *json = image_info_to_json(&info);
-    marshal_clear(&image_info_type, &info);
+    json_t *json = image_info_to_json(info);
+    image_info_free(info);
     return json;
 }
 
