@@ -73,6 +73,7 @@ struct listener {
 struct native_stream {
     int fd;
     bool registered;            /* epoll knows it */
+    bool drained;               /* the last receive left nothing behind, as far as one can tell */
     struct native_wait *input;  /* who waits, on his stack */
     struct native_wait *output; /* who waits, on his stack */
 };
@@ -90,8 +91,10 @@ struct native_ops {
     int (*sync)(struct engine *engine, int fd);
     /* Waits until the direction is ready. 0, or -ECANCELED by stream_cancel. May return too early. */
     int (*stream_wait)(struct engine *engine, struct native_stream *stream, enum native_direction direction);
-    /* Sockets: called when a direct attempt found nothing. Returns bytes, 0 at the end, or negative errno. */
-    ssize_t (*stream_receive)(struct engine *engine, struct native_stream *stream, void *to, size_t bytes, bool all);
+    /* Sockets. Returns bytes, 0 at the end, or negative errno. `tried`: a direct attempt has just found nothing. */
+    ssize_t (*stream_receive)(struct engine *engine, struct native_stream *stream, void *to, size_t bytes, bool all,
+                              bool tried);
+    /* Sockets: called when a direct attempt found no room. */
     ssize_t (*stream_send)(struct engine *engine, struct native_stream *stream, struct msghdr *message);
     /* Not in a coroutine: whoever waits on the stream gets -ECANCELED soon (or a last result). */
     void (*stream_cancel)(struct engine *engine, struct native_stream *stream);

@@ -179,10 +179,10 @@ static int coroutine_fn epoll_stream_wait(struct engine *engine, struct native_s
 }
 
 static ssize_t coroutine_fn epoll_stream_receive(struct engine *engine, struct native_stream *stream, void *to,
-                                                 size_t bytes, bool all)
+                                                 size_t bytes, bool all, bool tried)
 {
-    for (;;) {
-        int r = epoll_stream_wait(engine, stream, NATIVE_INPUT);
+    for (;; tried = true) {
+        int r = tried ? epoll_stream_wait(engine, stream, NATIVE_INPUT) : 0;
         if (r < 0) {
             return r;
         }

@@ -210,6 +210,44 @@ static ssize_t coroutine_fn inline_result(ssize_t bytes)
     return bytes;
 }
 
+/* A socket that was empty a moment ago is not asked at once, but with the loop's next visit to the kernel. */
+static ssize_t coroutine_fn socket_receive(struct native_stream *stream, void *to, size_t minimum, size_t maximum)
+{
+    struct engine *engine = engine_self();
+    bool tried = false;
+    ssize_t r;
+
+    if (!stream->drained) {
+        r = recv(stream->fd, to, maximum, MSG_DONTWAIT);
+        if (r > 0) {
+            stream->drained = (size_t)r < maximum;
+            return inline_result(r);
+        }
+        if (r == 0 || errno != EAGAIN) {
+            return r < 0 ? -errno : 0;
+        }
+        tried = true;
+    }
+    r = engine->ops->native->stream_receive(engine, stream, to, maximum, minimum == maximum, tried);
+    stream->drained = r < (ssize_t)maximum;
+    return r;
+}
+
+static ssize_t coroutine_fn pipe_receive(struct native_stream *stream, void *to, size_t maximum)
+{
+    struct engine *engine = engine_self();
+    ssize_t r = read(stream->fd, to, maximum);
+
+    if (r >= 0) {
+        return inline_result(r);
+    }
+    if (errno != EAGAIN) {
+        return -errno;
+    }
+    r = engine->ops->native->stream_wait(engine, stream, NATIVE_INPUT);
+    return r < 0 ? r : -EAGAIN;
+}
+
 static ssize_t coroutine_fn native_receive(struct connection *base, void *to, size_t minimum, size_t maximum)
 {
     struct native_connection *connection = native(base);
@@ -217,75 +255,50 @@ static ssize_t coroutine_fn native_receive(struct connection *base, void *to, si
     ssize_t r;
 
     g_assert(atomic_load_explicit(&connection->end.loop, memory_order_relaxed) == loop_self());
-    for (;;) {
+    do {
         if (native_end_is_shut(&connection->end)) {
             return -ECANCELED;
         }
-        r = connection->socket ? recv(stream->fd, to, maximum, MSG_DONTWAIT) : read(stream->fd, to, maximum);
-        if (r > 0) {
-            return inline_result(r);
-        }
-        if (r < 0 && errno == EINTR) {
-            continue;
-        }
-        if (r == 0 || errno != EAGAIN) {
-            r = r < 0 ? -errno : 0;
-            break;
-        }
-        struct engine *engine = engine_self();
-        if (connection->socket) {
-            r = engine->ops->native->stream_receive(engine, stream, to, maximum, minimum == maximum);
-            if (r != -EINTR && r != -EAGAIN) {
-                break;
-            }
-        } else {
-            r = engine->ops->native->stream_wait(engine, stream, NATIVE_INPUT);
-            if (r < 0) {
-                break;
-            }
-        }
-    }
+        r = connection->socket ? socket_receive(stream, to, minimum, maximum) : pipe_receive(stream, to, maximum);
+    } while (r == -EAGAIN || r == -EINTR);
     return r <= 0 && native_end_is_shut(&connection->end) ? -ECANCELED : r;
+}
+
+/* `from` as the socket's or pipe's one attempt, and a wait if there was no room. */
+static ssize_t coroutine_fn stream_send(struct native_connection *connection, struct msghdr *from)
+{
+    struct engine *engine = engine_self();
+    struct native_stream *stream = native_output(connection);
+    ssize_t r = connection->socket ? sendmsg(stream->fd, from, MSG_DONTWAIT | MSG_NOSIGNAL)
+                                   : writev(stream->fd, from->msg_iov, (int)from->msg_iovlen);
+
+    if (r >= 0) {
+        return r ? inline_result(r) : -EIO;
+    }
+    if (errno != EAGAIN) {
+        return -errno;
+    }
+    if (connection->socket) {
+        r = engine->ops->native->stream_send(engine, stream, from);
+        return r ? r : -EPIPE;
+    }
+    r = engine->ops->native->stream_wait(engine, stream, NATIVE_OUTPUT);
+    return r < 0 ? r : -EAGAIN;
 }
 
 static ssize_t coroutine_fn native_send(struct connection *base, const struct iovec *iov, unsigned count)
 {
     struct native_connection *connection = native(base);
-    struct native_stream *stream = native_output(connection);
     struct msghdr message = {.msg_iov = (struct iovec *)iov, .msg_iovlen = count};
     ssize_t r;
 
     g_assert(atomic_load_explicit(&connection->end.loop, memory_order_relaxed) == loop_self());
-    for (;;) {
+    do {
         if (native_end_is_shut(&connection->end)) {
             return -ECANCELED;
         }
-        r = connection->socket ? sendmsg(stream->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
-                               : writev(stream->fd, iov, (int)count);
-        if (r > 0) {
-            return inline_result(r);
-        }
-        if (r < 0 && errno == EINTR) {
-            continue;
-        }
-        if (r == 0 || errno != EAGAIN) {
-            r = r < 0 ? -errno : -EIO;
-            break;
-        }
-        struct engine *engine = engine_self();
-        if (connection->socket) {
-            r = engine->ops->native->stream_send(engine, stream, &message);
-            if (r != -EINTR && r != -EAGAIN) {
-                r = r == 0 ? -EPIPE : r;
-                break;
-            }
-        } else {
-            r = engine->ops->native->stream_wait(engine, stream, NATIVE_OUTPUT);
-            if (r < 0) {
-                break;
-            }
-        }
-    }
+        r = stream_send(connection, &message);
+    } while (r == -EAGAIN || r == -EINTR);
     return r < 0 && native_end_is_shut(&connection->end) ? -ECANCELED : r;
 }
 

@@ -224,13 +224,13 @@ static int coroutine_fn uring_stream_wait(struct engine *engine, struct native_s
 }
 
 static ssize_t coroutine_fn uring_stream_receive(struct engine *engine, struct native_stream *stream, void *to,
-                                                 size_t bytes, bool all)
+                                                 size_t bytes, bool all, bool tried)
 {
     struct uring_engine *uring = container_of(engine, struct uring_engine, engine);
     struct io_uring_sqe *sqe = uring_sqe(uring);
 
     io_uring_prep_recv(sqe, stream->fd, to, MIN(bytes, G_MAXINT32), all && uring->modern ? MSG_WAITALL : 0);
-    if (uring->modern) {
+    if (tried && uring->modern) {
         sqe->ioprio |= IORING_RECVSEND_POLL_FIRST;
     }
     return uring_stream_request(sqe, &stream->input);
