@@ -405,9 +405,31 @@ static int slow_write_work(void *argument)
     return 0;
 }
 
+struct slow_write {
+    int fd;
+    struct co_group group;
+};
+
 static void slow_write_entry(void *argument)
 {
-    worker_run(slow_write_work, argument);
+    struct slow_write *slow = argument;
+
+    worker_run(slow_write_work, &slow->fd);
+    co_group_leave(&slow->group);
+}
+
+static void slow_write_start(struct slow_write *slow, int fd)
+{
+    slow->fd = fd;
+    co_group_init(&slow->group);
+    co_group_enter(&slow->group);
+    coroutine_enter(coroutine_create(slow_write_entry, slow));
+}
+
+static void slow_write_finish(struct slow_write *slow)
+{
+    co_group_wait(&slow->group);
+    co_group_destroy(&slow->group);
 }
 
 static void pipes(void *argument)
@@ -415,12 +437,14 @@ static void pipes(void *argument)
     int there[2], back[2];
     char bytes[5];
     struct iovec iov = {"olleh", 5};
+    struct slow_write slow;
 
     g_assert_cmpint(pipe(there), ==, 0);
     g_assert_cmpint(pipe(back), ==, 0);
     struct connection *connection = connection_from_fds(there[0], back[1]);
-    coroutine_enter(coroutine_create(slow_write_entry, &there[1]));
+    slow_write_start(&slow, there[1]);
     g_assert_cmpint(connection_receive_all(connection, bytes, 5), ==, 0);
+    slow_write_finish(&slow);
     g_assert_cmpmem(bytes, 5, "hello", 5);
     g_assert_cmpint(connection_send(connection, buffers_one(&iov), 5), ==, 0);
     g_assert_cmpint(read(back[0], bytes, 5), ==, 5);
@@ -448,6 +472,7 @@ static void moved_entry(void *argument)
 static void moving(void *argument)
 {
     struct server server;
+    struct slow_write slow;
     int pair[2];
     char bytes[5];
 
@@ -459,8 +484,9 @@ static void moving(void *argument)
     struct connection *client = connection_from_fds(pair[1], pair[1]);
     struct iovec iov = {"x", 1};
     /* The engine knows it already when it moves. */
-    coroutine_enter(coroutine_create(slow_write_entry, &pair[1]));
+    slow_write_start(&slow, pair[1]);
     g_assert_cmpint(connection_receive_all(serve.connection, bytes, 5), ==, 0);
+    slow_write_finish(&slow);
     connection_move(serve.connection, server.loop);
     loop_spawn(server.loop, moved_entry, &serve);
     loop_sleep_ns(NULL, 2000000);

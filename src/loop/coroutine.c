@@ -171,6 +171,7 @@ struct coroutine *coroutine_create(void (*entry)(void *argument), void *argument
     } else {
         co = coroutine_map(loop);
     }
+    loop->live_count++;
     co->ended = false;
     co->entry = entry;
     co->argument = argument;
@@ -179,6 +180,7 @@ struct coroutine *coroutine_create(void (*entry)(void *argument), void *argument
 
 static void coroutine_recycle(struct loop *loop, struct coroutine *co)
 {
+    loop->live_count--;
     g_assert(!atomic_load_explicit(&co->woken, memory_order_relaxed));
     /* From inside another coroutine the last visit of coroutine_unmap() would come back to the wrong stack. */
     if (loop->free_count < POOL_MAX || loop->running) {
@@ -256,6 +258,9 @@ void coroutine_loop_init(struct loop *loop)
 
 void coroutine_loop_finish(struct loop *loop)
 {
+    if (loop->live_count) {
+        g_error("a loop was destroyed while %u of its coroutines had not ended", loop->live_count);
+    }
     while (loop->free_coroutines) {
         struct coroutine *co = loop->free_coroutines;
 

@@ -39,6 +39,7 @@ void loop_run(struct loop *loop);
 void loop_stop(struct loop *loop);
 /* Runs turns on the calling thread until entry has returned; for programs and tests: "synchronous callers run it". */
 void loop_run_coroutine(struct loop *loop, void (*entry)(void *argument), void *argument);
+/* All of its coroutines have ended. */
 void loop_destroy(struct loop *loop);
 /* A loop on a thread of its own, running until loop_thread_join(). `name` is cut to 15 characters. */
 int loop_thread_start(const char *name, enum engine_kind kind, struct loop **ret, struct error **err);

@@ -59,6 +59,7 @@ struct loop {
 
     struct coroutine *free_coroutines;
     unsigned free_count;
+    unsigned live_count; /* created and not ended */
 
     struct engine_thread *thread; /* loop_thread_start() only */
 
