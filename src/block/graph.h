@@ -80,6 +80,9 @@ void transaction_attach(struct transaction *transaction, struct node *parent, en
 /* Rebinds a variable of an operation (claims follow). */
 void transaction_rebind(struct transaction *transaction, struct operation *operation, unsigned variable,
                         struct node *to);
+/* The claims of an edge (which this transaction moves or attaches) count as its adopter's from now on, as long as that
+ * operation lives. NULL: as nobody's. For a step after which the edge shows what an adopted edge showed before. */
+void transaction_adopt(struct transaction *transaction, struct edge *edge, struct operation *adopter);
 /* Marks a node stale with a reason: its standing claims (as a parent) end. */
 void transaction_mark_stale(struct transaction *transaction, struct node *node, const char *reason);
 /* The operation's claims are dropped in the same step. */

@@ -11,18 +11,18 @@
  * 2. The ledger is asked once, with the claims of every operation and every touched edge in the new shape. A refusal
  *    leaves shape, ledger, bindings and stale marks as they were.
  * 3. Roles follow the graph: a backend that moves takes its operation's variable with it; a bottom that leaves its
- *    chain hands the role to the overlay whose edge changed; adopted edges that move keep their adopter, edges that
- *    come into an operation's chain are adopted, those that leave it are let go.
+ *    chain hands the role to the overlay whose edge changed; edges that come into an operation's chain are adopted, and
+ *    adopted edges, moved or not, keep their adopter until it ends.
  * 4. References are dropped, and nodes closed by it, only after everything else is done.
  */
 #include "block/private.h"
 #include <errno.h>
 
-enum step_kind { STEP_MOVE, STEP_DETACH, STEP_ATTACH, STEP_REBIND, STEP_STALE, STEP_END };
+enum step_kind { STEP_MOVE, STEP_DETACH, STEP_ATTACH, STEP_REBIND, STEP_STALE, STEP_END, STEP_ADOPT };
 
 struct step {
     enum step_kind kind;
-    struct edge *edge; /* move, detach, attach */
+    struct edge *edge; /* move, detach, attach, adopt */
     struct node *to;   /* move, attach: child; rebind: node; stale: the node */
     struct node *from; /* as it was before: filled when the step is done */
     struct operation *operation;
@@ -98,6 +98,11 @@ void transaction_rebind(struct transaction *transaction, struct operation *opera
     record(transaction, (struct step){.kind = STEP_REBIND, .operation = operation, .variable = variable, .to = to});
 }
 
+void transaction_adopt(struct transaction *transaction, struct edge *edge, struct operation *adopter)
+{
+    record(transaction, (struct step){.kind = STEP_ADOPT, .edge = edge, .operation = adopter});
+}
+
 void transaction_mark_stale(struct transaction *transaction, struct node *node, const char *reason)
 {
     record(transaction, (struct step){.kind = STEP_STALE, .to = node, .reason = g_strdup(reason)});
@@ -144,6 +149,10 @@ static void step_do(struct step *step)
             access_mark_stale(step->to->graph->ledger, step->to->name, step->to->stale);
         }
         break;
+    case STEP_ADOPT:
+        step->old_adopter = step->edge->adopter;
+        step->edge->adopter = step->operation;
+        break;
     case STEP_END:
         step->ended_before = step->operation->ended;
         step->operation->ended = true;
@@ -170,6 +179,9 @@ static void step_undo(struct step *step)
             access_clear_stale(step->to->graph->ledger, step->to->name);
             step->reason = g_steal_pointer(&step->to->stale);
         }
+        break;
+    case STEP_ADOPT:
+        step->edge->adopter = step->old_adopter;
         break;
     case STEP_END:
         step->operation->ended = step->ended_before;
@@ -304,7 +316,7 @@ static void derive_operation(struct derived *derived, struct operation *operatio
 static void derive_edge(struct derived *derived, struct edge *edge, bool moved)
 {
     struct operation *adopter = g_hash_table_lookup(derived->adopters, edge);
-    if (!adopter && moved && edge->adopter && !edge->adopter->ended) {
+    if (!adopter && edge->adopter && !edge->adopter->ended) {
         adopter = edge->adopter;
     }
     struct access_claim *claim = g_new0(struct access_claim, 1);

@@ -98,7 +98,11 @@ static int stream_move_edge(struct stream *stream, struct node *base, struct err
     struct transaction *transaction = graph_begin(stream->graph, subject);
     if (node->backing) {
         if (base) {
+            /* X has all that the range had: its edge to Y stands for the bottom's, also in the eyes of a commit into Y
+             * that had adopted that one. */
+            const struct edge *bottom = stream->operation->bound[CLAIM_BOTTOM]->backing;
             transaction_move_edge(transaction, node->backing, node_head(base));
+            transaction_adopt(transaction, node->backing, bottom->adopter);
         } else {
             transaction_detach(transaction, node->backing);
         }
