@@ -7,7 +7,8 @@
  * 2. Without a given size the node has what the child has behind offset, in whole sectors: the part of the last one
  *    that the child has not, reads as zeroes.
  *
- * Every request is passed on with the offset added; the request path has checked it against node->size.
+ * Every request is passed on with the offset added; the request path has checked it against node->size. The node has no
+ * alignment of its own: what the child wants is padded at the file edge, where the child's true end is known.
  */
 #include "base/size.h"
 #include "block/driver.h"
@@ -52,10 +53,6 @@ static int coroutine_fn raw_open(struct node *node, const struct blockdev_option
     state->offset = offset;
     state->fixed = own->has_size;
     atomic_store(&node->size, own->has_size ? own->size : align_up(child - offset, SECTOR));
-    node->limits = node->file->child->limits;
-    if (!is_aligned(offset, max_u64(node->limits.alignment, 1))) {
-        node->limits.alignment = 1; /* the file's own padding does it */
-    }
     node->filename = g_strdup(node->file->child->filename);
     return 0;
 }
