@@ -72,9 +72,8 @@ class Gone(Exception):
 class Qmp:
     """One QMP connection. Events are kept in order in `events` until a wait takes them."""
 
-    def __init__(self, path, negotiate=True, timeout=30 * SLOWNESS, may_greet_again=False):
+    def __init__(self, path, negotiate=True, timeout=30 * SLOWNESS):
         self.timeout = timeout
-        self.may_greet_again = may_greet_again  # the peer does, if one connects while it starts
         self.buffer = b""
         self.events = []
         self.log = []
@@ -112,10 +111,9 @@ class Qmp:
         """The next message that is no event; events on the way are kept."""
         while True:
             message = self.receive(timeout)
-            if "event" in message:
-                self.events.append(message)
-            elif not (self.may_greet_again and "QMP" in message):
+            if "event" not in message:
                 return message
+            self.events.append(message)
 
     def execute(self, command, arguments=None, timeout=None, **more):
         """Runs a command; keyword arguments have '_' for '-'. Returns what it returned or raises QmpError."""
@@ -219,9 +217,11 @@ class Daemon:
     def connect(self, negotiate=True, timeout=15 * SLOWNESS):
         """Another connection to the monitor, as soon as the daemon listens."""
         deadline = time.monotonic() + timeout
+        if self.is_peer:
+            time.sleep(0.1)  # it can lose a monitor client that comes while it starts
         while True:
             try:
-                return Qmp(self.monitor_path, negotiate, may_greet_again=self.is_peer)
+                return Qmp(self.monitor_path, negotiate)
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.process.poll() is not None:
                     self.ended = True

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Random rounds of jobs on a chain of images while clients write and verify at full speed.
+
+An epoch is the life of one daemon on one chain of 3 to 6 images. In it, rounds: each starts one or two jobs and does
+to them and to the clients what an administrator, or an accident, might. The clients' ledgers outlive the epochs, so a
+byte lost in any round is found at the latest when the epoch ends and everything is read again, from the export and,
+at rest, by the peer's tools.
+"""
+import contextlib
+import json
+import os
+import time
+
+from harness import FULL, IS_PEER, KIB, MIB, SANITIZED, SLOWNESS, QmpError, TestCase, image_check, qemu_img, qemu_io
+from verifying import Region
+
+SIZE = 24 * MIB
+CLIENT_SIZE = 6 * MIB  # of each of the two regions, which lie apart
+
+
+class Round:
+    """The jobs of one round, what has been done to them, and what may come of it."""
+
+    def __init__(self, test, daemon, chain):
+        self.test = test
+        self.random = test.random
+        self.qmp = daemon.qmp
+        self.daemon = daemon
+        self.chain = chain  # node names from the base up, as last known
+        self.log = []
+        self.jobs = {}  # id -> (kind, ready)
+
+    def note(self, text):
+        self.log.append(text)
+
+    def start_job(self):
+        """Starts a random job; a refusal is a fine answer when another job is there."""
+        job = f"job{len(self.jobs)}-{self.random.randrange(10000)}"
+        arguments = {"job-id": job, "speed": self.random.choice([0, 0, 256 * KIB, 2 * MIB, 8 * MIB])}
+        if self.random.random() < 0.5:
+            kind = self.plan_commit(arguments)
+        else:
+            kind = self.plan_stream(arguments)
+        self.note(f"{kind} {arguments}")
+        try:
+            self.qmp.execute("block-commit" if "commit" in kind else "block-stream", arguments)
+        except QmpError as refusal:
+            self.note(f"refused: {refusal.desc}")
+            if not self.jobs and not IS_PEER:
+                raise
+            return None
+        self.jobs[job] = kind
+        return job
+
+    def plan_commit(self, arguments):
+        top = self.random.randrange(1, len(self.chain))
+        base = self.random.randrange(0, top)
+        arguments.update({"device": self.chain[-1], "top-node": self.chain[top], "base-node": self.chain[base]})
+        return "active commit" if top == len(self.chain) - 1 else "commit"
+
+    def plan_stream(self, arguments):
+        node = self.random.randrange(1, len(self.chain))
+        arguments["device"] = self.chain[node]
+        below = self.random.randrange(-1, node)
+        if below >= 0 and self.random.random() < 0.3 and below + 1 < node:
+            arguments["bottom"] = self.chain[below + 1]
+        elif below >= 0:
+            arguments["base-node"] = self.chain[below]
+        return "stream"
+
+    def job_state(self, job):
+        return self.qmp.jobs().get(job, {}).get("status", "null")
+
+    def disturb(self, job):
+        """One random thing, as somebody with a hand on the keyboard would do it; the job may be over by now."""
+        action = self.random.choice(["pause", "speed", "speed", "delete", "look", "wait", "cancel", "force-cancel"])
+        self.note(f"{action} {job}")
+        with contextlib.suppress(QmpError):
+            if action == "pause":
+                self.qmp.execute("job-pause", id=job)
+                time.sleep(self.random.random() * 0.1)
+                self.qmp.execute("job-resume", id=job)
+            elif action == "speed":
+                speed = self.random.choice([0, 64 * KIB, 4 * MIB])
+                self.qmp.execute("block-job-set-speed", device=job, speed=speed)
+            elif action == "delete":
+                self.delete_a_node_in_use()
+            elif action == "look":
+                for command in ("query-block-jobs", "query-jobs", "query-named-block-nodes", "query-block-exports"):
+                    self.qmp.execute(command)
+            elif action == "wait":
+                time.sleep(self.random.random() * 0.2)
+            elif self.random.random() < 0.5:
+                self.cancel(job, action == "force-cancel")
+
+    def delete_a_node_in_use(self):
+        node = self.random.choice(self.chain)
+        try:
+            self.qmp.execute("blockdev-del", node_name=node)
+        except QmpError as refusal:
+            self.test.assertIn(node, refusal.desc)
+            return
+        raise AssertionError(f"blockdev-del {node} was not refused: {self.log}")
+
+    def cancel(self, job, force):
+        if force or self.random.random() < 0.5:
+            self.qmp.execute("block-job-cancel", {"device": job, "force": force})
+        else:
+            self.qmp.execute("job-cancel", id=job)
+
+    def bring_to_an_end(self):
+        """Every job runs to its end, at once and at full speed; an active commit is completed or left."""
+        for job, kind in self.jobs.items():
+            with contextlib.suppress(QmpError):
+                self.qmp.execute("block-job-set-speed", device=job, speed=0)
+        for job, kind in self.jobs.items():
+            if kind == "active commit":
+                self.end_active_commit(job)
+        for job in self.jobs:
+            deadline = time.monotonic() + 60 * SLOWNESS
+            while (state := self.job_state(job)) != "null":
+                self.test.assertLess(time.monotonic(), deadline, f"{job} is still {state}: {self.log}")
+                time.sleep(0.01)
+
+    def end_active_commit(self, job):
+        deadline = time.monotonic() + 60 * SLOWNESS
+        while (state := self.job_state(job)) not in ("ready", "null"):
+            self.test.assertLess(time.monotonic(), deadline, f"{job} never gets ready but is {state}: {self.log}")
+            time.sleep(0.01)
+        if state == "null":
+            return
+        how = self.random.choices(["job-complete", "block-job-complete", "cancel", "force"], [5, 3, 2, 1])[0]
+        self.note(f"{how} {job}")
+        with contextlib.suppress(QmpError):
+            if how == "job-complete":
+                self.qmp.execute(how, id=job)
+            elif how == "block-job-complete":
+                self.qmp.execute(how, device=job)
+            else:
+                self.qmp.execute("block-job-cancel", {"device": job, "force": how == "force"})
+
+    def check_events(self):
+        """What the jobs said: no error but for a cancellation."""
+        for event in self.qmp.drain_events(0.02):
+            data = event.get("data", {})
+            if event["event"] in ("BLOCK_JOB_ERROR", "BLOCK_IMAGE_CORRUPTED"):
+                raise AssertionError(f"{event}: {self.log}")
+            if event["event"] == "BLOCK_JOB_COMPLETED" and "error" in data:
+                raise AssertionError(f"{event}: {self.log}")
+
+
+class Rounds(TestCase):
+    time_limit = 150
+    builds = ("release", "asan")
+    long_builds = ("release", "asan", "tsan")
+
+    def start_daemon(self, chain, io_threads):
+        options = []
+        for number in range(io_threads):
+            options += ["--object", f"iothread,id=io{number}"]
+        daemon = self.daemon(*options)
+        daemon.add_chain(chain, discard="unmap")
+        daemon.nbd_server()
+        top = chain[-1][0]
+        for number in range(2):
+            more = {"iothread": f"io{number % io_threads}"} if io_threads else {}
+            if IS_PEER:
+                more = {"iothread": "io0"} if io_threads else {}
+            daemon.export(top, name=f"view{number}", export_id=f"view{number}", **more)
+        return daemon
+
+    def start_clients(self, daemon, regions):
+        clients = []
+        for number, region in enumerate(regions):
+            options = ["--depth", str(self.random.choice([4, 16, 32])), "--max-blocks", str(self.random.choice([1, 8, 40]))]
+            if self.random.random() < 0.5:
+                options.append("--structured")
+            clients.append(region.start(daemon.nbd_path, f"view{number}", *options))
+        return clients
+
+    def disturb_clients(self, daemon, regions, clients):
+        """One client goes away, cleanly or torn off, and another comes."""
+        number = self.random.randrange(len(clients))
+        if self.random.random() < 0.5:
+            clients[number].stop()
+        else:
+            clients[number].kill()
+            # What it had sent may still be done: wait until the export has let go of it, then settle what is uncertain.
+            time.sleep(0.3 * SLOWNESS)
+            regions[number].settle(daemon.nbd_path, f"view{number}")
+        clients[number] = regions[number].start(daemon.nbd_path, f"view{number}")
+
+    def live_chain(self, daemon, names, top_hint):
+        """Node names from the base up, as the daemon says it is now, filters left out."""
+        nodes = {info["node-name"]: info for info in daemon.qmp.execute("query-named-block-nodes", {"flat": True})}
+        by_file = {nodes[name]["file"]: name for name in names}
+        exports = {info["id"]: info["node-name"] for info in daemon.qmp.execute("query-block-exports")}
+        chain = [exports["view0"]]
+        self.assertEqual(exports["view0"], exports["view1"])
+        if chain[0] not in names:
+            raise AssertionError(f"the export is on {chain[0]} although no job runs ({top_hint})")
+        while "backing_file" in nodes[chain[-1]]:
+            chain.append(by_file[nodes[chain[-1]]["backing_file"]])
+        return chain[::-1]
+
+    def epoch(self, chain, regions, rounds, io_threads):
+        """One daemon's life; the chain that is left."""
+        paths = dict(chain)
+        daemon = self.start_daemon(chain, io_threads)
+        clients = self.start_clients(daemon, regions)
+        names = [name for name, _ in chain]
+        done = 0
+        while done < rounds and len(names) > 1:
+            for client in clients:
+                client.wait_progress(20)
+            names = self.one_round(daemon, names, regions, clients)
+            done += 1
+        for client in clients:
+            client.stop()
+        for number, region in enumerate(regions):
+            region.verify(daemon.nbd_path, f"view{number}", "--structured")
+        daemon.stop()
+        self.daemons.remove(daemon)
+        left = [(name, paths[name]) for name in names]
+        self.check_at_rest(left, regions)
+        return left, done
+
+    def one_round(self, daemon, names, regions, clients):
+        round_ = Round(self, daemon, names)
+        job = round_.start_job()
+        if not IS_PEER and self.random.random() < 0.5:
+            round_.start_job()
+        for _ in range(self.random.randrange(0, 5)):
+            if round_.jobs:
+                round_.disturb(self.random.choice(list(round_.jobs)))
+        if self.random.random() < 0.3:
+            self.disturb_clients(daemon, regions, clients)
+        round_.bring_to_an_end()
+        round_.check_events()
+        for client in clients:
+            try:
+                client.check_running()
+            except AssertionError as problem:
+                raise AssertionError(f"{problem}\nafter {round_.log}") from None
+        return self.live_chain(daemon, names, f"{job}: {round_.log}")
+
+    def check_at_rest(self, chain, regions):
+        """The images hold what the clients know, each is clean, and the strings on disk say what the graph was."""
+        for _, path in chain:
+            image_check(path)
+        infos = json.loads(qemu_img("info", "--output=json", "--backing-chain", "-f", "qcow2", chain[-1][1]))
+        on_disk = [os.path.basename(info["filename"]) for info in infos]
+        self.assertEqual(on_disk, [os.path.basename(path) for _, path in reversed(chain)], "the chain on disk")
+        raw = self.path("rest.raw")
+        qemu_img("convert", "-f", "qcow2", "-O", "raw", chain[-1][1], raw)
+        for region in regions:
+            region.verify_file(raw)
+        with open(raw, "rb") as content, open(self.path("original.raw"), "rb") as original:
+            for start in (CLIENT_SIZE, 3 * CLIENT_SIZE):  # where no client writes
+                content.seek(start)
+                original.seek(start)
+                self.assertEqual(content.read(CLIENT_SIZE), original.read(CLIENT_SIZE), "data that nobody wrote")
+        os.unlink(raw)
+
+    def regrow(self, chain, count):
+        """New overlays on what is left."""
+        while len(chain) < count:
+            name = f"n{self.serial}"
+            self.serial += 1
+            path = self.create_image(f"{name}.qcow2", None, backing=chain[-1][1])
+            chain.append((name, path))
+        return chain
+
+    def run_rounds(self, total, io_threads):
+        self.serial = 6
+        chain = self.create_chain([f"n{i}" for i in range(self.random.randrange(3, 7))], SIZE)
+        for position, (_, path) in enumerate(chain):
+            qemu_io(path, *(f"write -q -P {40 + position} {self.random.randrange(0, SIZE // MIB)}M 700k" for _ in range(3)))
+        original = self.path("original.raw")
+        qemu_img("convert", "-f", "qcow2", "-O", "raw", chain[-1][1], original)
+        regions = [
+            Region(self.directory, f"view{n}", self.seed + n, 2 * n * CLIENT_SIZE, CLIENT_SIZE, original=original,
+                   block=self.random.choice([512, 4096, 4096]))
+            for n in range(2)
+        ]
+        done = 0
+        while done < total:
+            chain, rounds = self.epoch(chain, regions, min(6, total - done), io_threads)
+            done += rounds
+            chain = self.regrow(chain, self.random.randrange(3, 7))
+
+    def rounds(self, full):
+        return full if FULL else 10 if SANITIZED else 24
+
+    def test_clients_never_see_a_wrong_byte(self):
+        self.run_rounds(self.rounds(200), 0)
+
+    def test_with_two_io_threads(self):
+        self.run_rounds(self.rounds(200) // 2, 2)
