@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#ifndef INTERLOCK_EXPORT_NBD_FORMAT_H
-#define INTERLOCK_EXPORT_NBD_FORMAT_H
+#ifndef INTERLOCK_EXPORT_NBD_NBD_FORMAT_H
+#define INTERLOCK_EXPORT_NBD_NBD_FORMAT_H
 
 #include <assert.h>
 #include <endian.h>

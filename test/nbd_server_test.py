@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The NBD server as its clients and its administrator see it: the usual tools, the life of exports, and clients that
+do not behave. (The protocol's details, byte by byte, are in src/export/nbd/server_test.c.)"""
+import contextlib
+import os
+import random
+import shutil
+import socket
+import struct
+import threading
+import time
+import unittest
+
+import harness
+from harness import MIB, QmpError, run, scale
+
+try:
+    import nbd
+except ImportError:
+    nbd = None
+
+SIZE = 64 * MIB
+
+
+class Raw:
+    """A client that speaks as little of the protocol as a test needs, and misbehaves where it wants."""
+
+    def __init__(self, path, timeout=20 * harness.SLOWNESS):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(timeout)
+        self.socket.connect(path)
+
+    def receive(self, count):
+        data = b""
+        while len(data) < count:
+            piece = self.socket.recv(count - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return data
+
+    def go(self, name):
+        assert self.receive(18) == b"NBDMAGICIHAVEOPT\0\3"
+        data = struct.pack(">I", len(name)) + name.encode() + b"\0\0"
+        self.socket.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 7, len(data)) + data)
+        while True:
+            _, _, kind, length = struct.unpack(">QIII", self.receive(20))
+            self.receive(length)
+            if kind == 1:
+                return self
+            if kind & 0x80000000:
+                raise EOFError
+
+    @staticmethod
+    def request(kind, offset, length, cookie=0, flags=0):
+        return struct.pack(">IHHQQI", 0x25609513, flags, kind, cookie, offset, length)
+
+    def send(self, data):
+        self.socket.sendall(data)
+
+    def reply(self):
+        magic, error, cookie = struct.unpack(">IIQ", self.receive(16))
+        assert magic == 0x67446698
+        return error, cookie
+
+    def ended(self):
+        """True when the server has hung up."""
+        try:
+            while self.socket.recv(65536):
+                pass
+            return True
+        except ConnectionError:
+            return True
+        except TimeoutError:
+            return False
+
+    def close(self):
+        self.socket.close()
+
+    __del__ = close
+
+
+class NbdTestCase(harness.TestCase):
+    def start(self, *options):
+        daemon = self.daemon(*options)
+        daemon.nbd_server()
+        return daemon
+
+    def raw_image(self, name="raw.img", size=SIZE):
+        path = self.path(name)
+        with open(path, "wb") as image:
+            image.truncate(size)
+        return path
+
+    def served(self, *options, **more):
+        """A daemon that serves a raw file as "n0"."""
+        daemon = self.start(*options)
+        daemon.add_file("n0", self.raw_image())
+        daemon.export("n0", **more)
+        return daemon
+
+
+class NbdClients(NbdTestCase):
+    """The tools that people use are content with us."""
+
+    def random_file(self, size=8 * MIB):
+        path = self.path("random")
+        with open(path, "wb") as out:
+            for _ in range(size // MIB):
+                out.write(self.random.randbytes(MIB - 4096) + bytes(4096))
+        return path
+
+    def qcow2_served(self):
+        path = self.path("q.qcow2")
+        harness.qemu_img("create", "-f", "qcow2", path, str(8 * MIB))
+        daemon = self.start()
+        daemon.add_qcow2("n0", path)
+        daemon.export("n0")
+        return daemon, path
+
+    def test_nbdcopy_there_and_back(self):
+        daemon, path = self.qcow2_served()
+        source, back = self.random_file(), self.path("back")
+        run("nbdcopy", source, daemon.uri("n0"))
+        run("nbdcopy", daemon.uri("n0"), back)
+        run("cmp", source, back)
+        daemon.stop()
+        harness.image_check(path)
+        harness.image_compare(source, path, "raw", "qcow2")
+
+    def test_qemu_img_convert_there_and_back(self):
+        daemon, path = self.qcow2_served()
+        source, back = self.random_file(), self.path("back")
+        harness.qemu_img("convert", "-n", "-f", "raw", "-O", "raw", source, daemon.uri("n0"))
+        harness.qemu_img("convert", "-f", "raw", "-O", "raw", daemon.uri("n0"), back)
+        run("cmp", source, back)
+        harness.image_compare(source, daemon.uri("n0"), "raw", "raw")
+
+    def test_qemu_io(self):
+        daemon = self.served()
+        harness.qemu_io(
+            daemon.uri("n0"), "write -P 1 0 1M", "write -P 2 12345 54321", "write -z 100k 3k", "discard 2M 1M",
+            "read -P 1 0 12345", "read -P 0 100k 3k", "write -f -P 3 63M 1M", "read -P 3 63M 1M", "flush",
+            image_format="raw",
+        )
+
+    def test_nbdinfo_says_what_the_peer_says(self):
+        daemon = self.served()
+        text = run("nbdinfo", daemon.uri("n0")).stdout
+        for line in ("export-size: 67108864", "base:allocation", "is_read_only: false", "can_cache: true",
+                     "can_df: true", "can_fast_zero: true", "can_flush: true", "can_fua: true",
+                     "can_multi_conn: true", "can_trim: true", "can_zero: true", "block_size_minimum: 1",
+                     "block_size_preferred: 4096", "block_size_maximum: 33554432"):
+            self.assertIn(line, text)
+
+    def test_nbdinfo_lists_exports(self):
+        daemon = self.served()
+        daemon.export("n0", writable=False, name="another", description="the same, to look at")
+        text = run("nbdinfo", "--list", daemon.uri("")).stdout
+        self.assertIn('export="n0"', text)
+        self.assertIn('export="another"', text)
+        self.assertIn("description: the same, to look at", text)
+
+    def test_nbdinfo_map(self):
+        daemon, _ = self.qcow2_served()
+        harness.qemu_io(daemon.uri("n0"), "write -P 1 1M 64k", "write -z 2M 64k", image_format="raw")
+        words = [line.split()[:3] for line in run("nbdinfo", "--map", daemon.uri("n0")).stdout.splitlines()]
+        self.assertEqual(words[:3], [["0", "1048576", "3"], ["1048576", "65536", "0"], ["1114112", "7274496", "3"]])
+
+    @unittest.skipUnless(shutil.which("fio"), "needs fio")
+    def test_fio_with_verification(self):
+        daemon = self.served()
+        run("fio", "--name=n", "--ioengine=nbd", f"--uri={daemon.uri('n0')}", "--rw=randrw", "--bs=4k",
+            "--iodepth=16", "--size=16M", "--verify=crc32c", "--verify_fatal=1", f"--output={self.path('fio')}")
+
+    def test_over_tcp(self):
+        daemon = self.daemon()
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        daemon.qmp.execute("nbd-server-start",
+                           {"addr": {"type": "inet", "data": {"host": "127.0.0.1", "port": str(port)}}})
+        daemon.add_file("n0", self.raw_image())
+        daemon.export("n0")
+        harness.qemu_io(f"nbd://127.0.0.1:{port}/n0", "write -P 5 1M 1M", "read -P 5 1M 1M", image_format="raw")
+
+    @unittest.skipUnless(nbd, "needs python3-libnbd")
+    def test_libnbd_with_and_without_structured_replies(self):
+        daemon = self.served()
+        data = self.random.randbytes(3 * MIB)
+        for structured in (True, False):
+            handle = nbd.NBD()
+            handle.set_request_structured_replies(structured)
+            handle.connect_uri(daemon.uri("n0"))
+            handle.pwrite(data, 4097)
+            handle.flush()
+            self.assertEqual(handle.pread(len(data), 4097), data)
+            handle.zero(MIB, MIB, nbd.CMD_FLAG_NO_HOLE)
+            self.assertEqual(handle.pread(MIB, MIB), bytearray(MIB))
+            handle.trim(MIB, 2 * MIB, nbd.CMD_FLAG_FUA)
+            handle.cache(MIB, 0)
+            handle.shutdown()
+
+
+class NbdExports(NbdTestCase):
+    """The life of exports, as the peer lives it."""
+
+    def refused(self, daemon, command, text, **arguments):
+        with self.assertRaises(QmpError) as caught:
+            daemon.qmp.execute(command, **arguments)
+        self.assertEqual(caught.exception.error_class, "GenericError")
+        self.assertIn(text.lower(), caught.exception.desc.lower())
+
+    def test_query(self):
+        daemon = self.served()
+        self.assertEqual(
+            daemon.qmp.execute("query-block-exports"),
+            [{"id": "export-n0", "type": "nbd", "node-name": "n0", "shutting-down": False}],
+        )
+
+    def test_delete_safe_is_refused_while_a_client_is_there(self):
+        daemon = self.served()
+        client = Raw(daemon.nbd_path).go("n0")
+        self.refused(daemon, "block-export-del", "still in use", id="export-n0")
+        client.send(Raw.request(0, 0, 512))
+        self.assertEqual(client.reply(), (0, 0))
+        client.close()
+        deadline = time.monotonic() + 5 * harness.SLOWNESS
+        while True:
+            try:
+                daemon.qmp.execute("block-export-del", id="export-n0")
+                break
+            except QmpError:
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.01)
+        daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id="export-n0")
+        self.assertEqual(daemon.qmp.execute("query-block-exports"), [])
+
+    def test_delete_hard_disconnects(self):
+        daemon = self.served()
+        client = Raw(daemon.nbd_path).go("n0")
+        daemon.qmp.execute("block-export-del", id="export-n0", mode="hard")
+        daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id="export-n0")
+        self.assertTrue(client.ended())
+        daemon.export("n0")
+        Raw(daemon.nbd_path).go("n0").close()
+
+    def test_a_deleted_export_is_not_found(self):
+        daemon = self.served()
+        daemon.qmp.execute("block-export-del", id="export-n0")
+        daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id="export-n0")
+        with self.assertRaises(EOFError):
+            Raw(daemon.nbd_path).go("n0")
+
+    def test_refusals(self):
+        daemon = self.served()
+        self.refused(daemon, "block-export-del", "is not found", id="nope")
+        more = {"type": "nbd", "node-name": "n0"}
+        self.refused(daemon, "block-export-add", "'export-n0' is already in use", id="export-n0", **more)
+        self.refused(daemon, "block-export-add", "already has export named 'n0'", id="e1", **more)
+        self.refused(daemon, "block-export-add", "Invalid block export id", id="e 1", name="x", **more)
+        self.refused(daemon, "block-export-add", "iothread \"t\" not found", id="e1", name="x", iothread="t", **more)
+        self.refused(daemon, "block-export-add", "nope", id="e1", name="x", type="nbd", node_name="nope")
+        self.refused(daemon, "nbd-server-start", "already running", addr={"type": "unix", "data": {"path": "x"}})
+        self.assertEqual(len(daemon.qmp.execute("query-block-exports")), 1)
+
+    def test_a_node_in_use_is_not_deleted(self):
+        daemon = self.served()
+        self.refused(daemon, "blockdev-del", "n0", node_name="n0")
+
+    def test_server_stop_deletes_exports_and_disconnects(self):
+        daemon = self.served()
+        client = Raw(daemon.nbd_path).go("n0")
+        waiting = Raw(daemon.nbd_path)
+        waiting.receive(18)
+        daemon.qmp.execute("nbd-server-stop")
+        daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id="export-n0")
+        self.assertTrue(client.ended() and waiting.ended())
+        self.assertEqual(daemon.qmp.execute("query-block-exports"), [])
+        self.assertFalse(os.path.exists(daemon.nbd_path))
+        self.refused(daemon, "nbd-server-stop", "not running")
+        self.refused(daemon, "block-export-add", "not running", id="e", type="nbd", node_name="n0")
+        daemon.nbd_server()
+        daemon.export("n0")
+        Raw(daemon.nbd_path).go("n0").close()
+        daemon.qmp.execute("nbd-server-stop")
+        daemon.qmp.execute("blockdev-del", node_name="n0")
+
+    def test_writable_export_of_a_read_only_node_is_refused(self):
+        daemon = self.start()
+        daemon.add_file("n0", self.raw_image(), **{"read-only": True})
+        self.refused(daemon, "block-export-add", "read-only", id="e", type="nbd", node_name="n0", writable=True)
+        daemon.export("n0", writable=False)
+        client = Raw(daemon.nbd_path).go("n0")
+        client.send(Raw.request(1, 0, 512) + bytes(512) + Raw.request(6, 0, 512) + Raw.request(4, 0, 512))
+        refusal = 22 if harness.IS_PEER else 1  # the protocol wants EPERM
+        self.assertEqual([client.reply()[0] for _ in range(3)], [refusal] * 3)
+
+    def test_two_exports_of_one_node(self):
+        daemon = self.served()
+        daemon.export("n0", name="second")
+        harness.qemu_io(daemon.uri("n0"), "write -P 9 0 64k", image_format="raw")
+        harness.qemu_io(daemon.uri("second"), "read -P 9 0 64k", image_format="raw")
+
+
+class NbdHostile(NbdTestCase):
+    """Clients that do not behave harm nobody but themselves."""
+
+    builds = ("release", "asan")
+    time_limit = 120
+
+    def test_handshake_takes_too_long(self):
+        daemon = self.daemon()
+        daemon.qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": daemon.nbd_path}},
+                                                "handshake-max-seconds": 1})
+        daemon.add_file("n0", self.raw_image())
+        daemon.export("n0")
+        good = Raw(daemon.nbd_path).go("n0")
+        idle = Raw(daemon.nbd_path)
+        self.assertTrue(idle.ended())
+        time.sleep(0.5)
+        good.send(Raw.request(0, 0, 512))
+        self.assertEqual(good.reply(), (0, 0))
+
+    def test_max_connections(self):
+        daemon = self.daemon()
+        daemon.qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": daemon.nbd_path}},
+                                                "max-connections": 2})
+        daemon.add_file("n0", self.raw_image())
+        daemon.export("n0")
+        clients = [Raw(daemon.nbd_path).go("n0") for _ in range(2)]
+        third = Raw(daemon.nbd_path, timeout=0.5)
+        with self.assertRaises(TimeoutError):
+            third.receive(18)
+        clients[0].close()
+        third.socket.settimeout(10 * harness.SLOWNESS)
+        third.go("n0").close()
+
+    def test_a_client_that_does_not_read_stops_itself_alone(self):
+        daemon = self.served()
+        greedy = Raw(daemon.nbd_path).go("n0")
+        greedy.socket.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < 200000:
+                greedy.socket.send(b"".join(Raw.request(0, 0, MIB, i) for i in range(50)))
+                sent += 50
+        with open(f"/proc/{daemon.pid}/statm") as statm:
+            resident = int(statm.read().split()[1]) * 4096
+        self.assertLess(resident, 400 * MIB * harness.SLOWNESS)
+        other = Raw(daemon.nbd_path).go("n0")
+        other.send(Raw.request(3, 0, 0))
+        self.assertEqual(other.reply(), (0, 0))
+        greedy.close()
+
+    def test_disconnects_at_random_moments(self):
+        daemon = self.served("--object", "iothread,id=t0")
+        daemon.add_file("n1", self.raw_image("second.img"))
+        daemon.export("n1", iothread="t0")
+        for round_number in range(scale(60, 600)):
+            client = Raw(daemon.nbd_path).go(self.random.choice(("n0", "n1")))
+            stream = b""
+            for cookie in range(self.random.randrange(1, 40)):
+                kind = self.random.choice((0, 1, 1, 3, 4, 6))
+                length = self.random.choice((1, 512, 4096, 65536, 300000))
+                offset = self.random.randrange(0, SIZE)
+                if kind == 3:
+                    offset = length = 0
+                stream += Raw.request(kind, offset, length, cookie)
+                if kind == 1:
+                    stream += bytes(length)
+            cut = self.random.randrange(1, len(stream) + 1)
+            client.socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.socket.send(stream[:cut])
+            client.close()
+        other = Raw(daemon.nbd_path).go("n1")
+        other.send(Raw.request(3, 0, 0))
+        self.assertEqual(other.reply(), (0, 0))
+
+    def test_garbage(self):
+        daemon = self.served()
+        for _ in range(scale(50, 500)):
+            client = Raw(daemon.nbd_path)
+            with contextlib.suppress(OSError):
+                if self.random.random() < 0.5:
+                    client.go("n0")
+                client.send(self.random.randbytes(self.random.randrange(1, 3000)))
+            client.close()
+        Raw(daemon.nbd_path).go("n0").close()
+
+
+class NbdThreads(NbdTestCase):
+    """Clients on I/O threads while exports come and go."""
+
+    builds = ("release", "asan", "tsan")
+    time_limit = 120
+
+    def keep_busy(self, daemon, name, stop, seed):
+        """Connects, works, is thrown out, connects again."""
+        chooser = random.Random(seed)
+        while not stop.is_set():
+            try:
+                client = Raw(daemon.nbd_path).go(name)
+                for _ in range(200):
+                    offset = chooser.randrange(0, SIZE // 4096) * 4096
+                    batch = b"".join(
+                        Raw.request(1, offset, 4096, 1) + bytes(4096) + Raw.request(6, offset, 8192, 2)
+                        for _ in range(8)) if chooser.random() < 0.5 else Raw.request(3, 0, 0) * 16
+                    client.send(batch)
+                    for _ in range(16):
+                        client.reply()
+                client.close()
+            except (EOFError, OSError):
+                time.sleep(0.002)
+
+    def test_exports_come_and_go_under_load(self):
+        daemon = self.start("--object", "iothread,id=t0", "--object", "iothread,id=t1")
+        daemon.add_file("n0", self.raw_image())
+        stop = threading.Event()
+        threads = []
+        for number in range(4):
+            threads.append(threading.Thread(
+                target=self.keep_busy, args=(daemon, f"x{number % 2}", stop, self.random.random())))
+            threads[-1].start()
+        try:
+            for round_number in range(scale(30, 500)):
+                name = f"x{round_number % 2}"
+                daemon.export("n0", name=name, iothread=f"t{round_number // 2 % 2}")
+                time.sleep(self.random.random() * 0.05)
+                daemon.qmp.execute("block-export-del", id=f"export-{name}", mode="hard")
+                daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id=f"export-{name}")
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+    def test_quit_under_load_is_quick(self):
+        daemon = self.start("--object", "iothread,id=t0")
+        daemon.add_file("n0", self.raw_image())
+        daemon.export("n0", name="x0", iothread="t0")
+        daemon.export("n0", name="x1")
+        stop = threading.Event()
+        threads = [threading.Thread(target=self.keep_busy, args=(daemon, f"x{number % 2}", stop, number))
+                   for number in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        try:
+            before = time.monotonic()
+            daemon.stop()
+            self.assertLess(time.monotonic() - before, 2 * harness.SLOWNESS)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+if __name__ == "__main__":
+    unittest.main()
