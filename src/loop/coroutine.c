@@ -52,7 +52,7 @@
 #define STACK_BYTES (256 * KiB)
 #endif
 /* Free coroutines that a thread keeps. */
-#define POOL_MAX 256
+#define POOL_MAX 512
 /* Stack tops are spread over so many steps of so many bytes, so that they do not all fall on the same cache sets. */
 #define COLOUR_COUNT 16
 #define COLOUR_BYTES 192
@@ -92,7 +92,7 @@ static void coroutine_main(void)
         co->ended = true;
         context_switch(&co->context, coroutine_caller_context(co), false);
     }
-    context_switch(&co->context, &co->loop->root, true);
+    context_switch(&co->context, coroutine_caller_context(co), true);
     g_assert_not_reached();
 }
 
@@ -141,10 +141,13 @@ static void coroutine_unmap(struct coroutine *co)
 #ifdef USE_ASAN
     /* A last visit, to have it give up its fake stack. */
     if (co->ended) {
+        struct coroutine *caller = co->loop->running;
+
         co->entry = NULL;
+        co->caller = caller;
         co->loop->running = co;
-        context_switch(&co->loop->root, &co->context, false);
-        co->loop->running = NULL;
+        context_switch(coroutine_caller_context(co), &co->context, false);
+        co->loop->running = caller;
     }
     __lsan_unregister_root_region(mapping + page, STACK_BYTES);
     ASAN_UNPOISON_MEMORY_REGION(mapping + page, co->context.stack_size);
@@ -182,8 +185,7 @@ static void coroutine_recycle(struct loop *loop, struct coroutine *co)
 {
     loop->live_count--;
     g_assert(!atomic_load_explicit(&co->woken, memory_order_relaxed));
-    /* From inside another coroutine the last visit of coroutine_unmap() would come back to the wrong stack. */
-    if (loop->free_count < POOL_MAX || loop->running) {
+    if (loop->free_count < POOL_MAX) {
         co->next_free = loop->free_coroutines;
         loop->free_coroutines = co;
         loop->free_count++;

@@ -196,7 +196,7 @@ static int close_work(void *argument)
 
 static void coroutine_fn native_close(struct file *file)
 {
-    native_work(native(file), close_work, native(file));
+    worker_run(close_work, native(file));
     g_free(native(file));
 }
 
@@ -440,7 +440,13 @@ static int truncate_work(void *argument)
 static int coroutine_fn native_truncate(struct file *file, uint64_t size)
 {
     struct range_job job = {.file = native(file), .bytes = size};
+    struct stat status;
 
+    /* Giving back much memory takes time. */
+    if (native(file)->memory && fstat(native(file)->fd, &status) == 0 &&
+        (uint64_t)status.st_size > size + INLINE_ALLOCATE_MAX) {
+        return worker_run(truncate_work, &job);
+    }
     return native_work(native(file), truncate_work, &job);
 }
 

@@ -180,7 +180,10 @@ static void locks(const char *path)
     file_close(a);
 }
 
-/* ---- many at once ---- */
+/* ---- many at once: more than a submission queue holds ---- */
+
+#define SWARM 800
+#define SWARM_ROUNDS 4
 
 struct swarm {
     struct file *file;
@@ -195,10 +198,10 @@ static void swarm_entry(void *argument)
     char *data = file_memory(4096), *back = file_memory(4096);
     struct iovec iov = {data, 4096}, iov_back = {back, 4096};
 
-    for (unsigned i = 0; i < 20; i++) {
-        uint64_t offset = (uint64_t)(number * 20 + i) * 4096;
+    for (unsigned i = 0; i < SWARM_ROUNDS; i++) {
+        uint64_t offset = (uint64_t)(number * SWARM_ROUNDS + i) * 4096;
 
-        fill(data, 4096, number * 20 + i);
+        fill(data, 4096, number * SWARM_ROUNDS + i);
         g_assert_cmpint(file_write(swarm->file, offset, 4096, buffers_one(&iov), false), ==, 0);
         g_assert_cmpint(file_read(swarm->file, offset, 4096, buffers_one(&iov_back)), ==, 0);
         g_assert_true(!memcmp(data, back, 4096));
@@ -215,7 +218,7 @@ static void swarm_run(const char *path, unsigned extra)
 
     g_assert_cmpint(loop_thread_start("swarm", test_kind, &other, NULL), ==, 0);
     co_group_init(&swarm.group);
-    for (int i = 0; i < 64; i++) {
+    for (int i = 0; i < SWARM; i++) {
         co_group_enter(&swarm.group);
         loop_spawn(i % 2 ? other : loop_self(), swarm_entry, &swarm);
     }

@@ -150,7 +150,7 @@ static void loop_visit_engine(struct loop *loop)
 
     if (!loop->ready.first && !loop->turn_end.first && !loop->hurry) {
         atomic_store(&loop->sleeping, true);
-        if (!atomic_load(&loop->inbox) && !atomic_load(&loop->stop) && !signal_is_pending()) {
+        if (!atomic_load(&loop->inbox) && !atomic_load(&loop->stop) && !signal_is_pending(loop)) {
             timeout_ns = loop_timeout_ns(loop);
         }
     }
@@ -171,7 +171,7 @@ static void loop_turn(struct loop *loop)
     loop_run_turn_end(loop);
     loop_visit_engine(loop);
     timer_run_due(loop);
-    if (signal_is_pending()) {
+    if (signal_is_pending(loop)) {
         signal_run_pending(loop);
     }
     loop->running_tasks = false;

@@ -52,6 +52,7 @@ struct loop {
     unsigned budget;
     bool running_tasks; /* a turn is under way */
     bool hurry;         /* loop_run_coroutine() is done: do not wait any more */
+    bool watches_signals;
     pid_t thread_id;
 
     struct loop_timer **timers; /* binary heap from [1] on, the earliest first */
@@ -95,7 +96,7 @@ void timer_loop_finish(struct loop *loop);
 
 /* signal.c */
 void signal_run_pending(struct loop *loop);
-bool signal_is_pending(void);
+bool signal_is_pending(struct loop *loop);
 void signal_loop_finish(struct loop *loop);
 
 #endif

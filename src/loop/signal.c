@@ -40,9 +40,9 @@ static void signal_caught(int signal_number)
     errno = saved_errno;
 }
 
-bool signal_is_pending(void)
+bool signal_is_pending(struct loop *loop)
 {
-    return atomic_load_explicit(&pending, memory_order_relaxed) != 0;
+    return loop->watches_signals && atomic_load_explicit(&pending, memory_order_relaxed) != 0;
 }
 
 void signal_run_pending(struct loop *loop)
@@ -68,6 +68,7 @@ int loop_watch_signal(int signal_number, void (*handle)(int signal_number, void 
     if (atomic_load(&watched) & (UINT64_C(1) << signal_number)) {
         return -EBUSY;
     }
+    loop_current->watches_signals = true;
     watches[signal_number] = (struct signal_watch){loop_current, handle, argument};
     sigfillset(&action.sa_mask);
     atomic_fetch_or(&watched, UINT64_C(1) << signal_number);

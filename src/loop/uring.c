@@ -28,6 +28,9 @@ struct uring_engine {
     uint64_t event_value;
 };
 
+static void uring_reap(struct uring_engine *uring);
+
+/* A fresh request; when the queue is full, what is in it is submitted early. */
 static struct io_uring_sqe *uring_sqe(struct uring_engine *uring)
 {
     struct io_uring_sqe *sqe;
@@ -36,6 +39,11 @@ static struct io_uring_sqe *uring_sqe(struct uring_engine *uring)
         int r = io_uring_submit(&uring->ring);
 
         g_assert(r >= 0 || r == -EINTR || r == -EAGAIN || r == -EBUSY);
+        if (r == -EAGAIN || r == -EBUSY) {
+            /* The kernel wants its completions to be taken first. */
+            io_uring_get_events(&uring->ring);
+            uring_reap(uring);
+        }
     }
     return sqe;
 }
