@@ -1,8 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Makes an empty image. The layout, in clusters: header | refcount table | refcount blocks | L1 table. The blocks
- * count these and nothing else; no L2 table exists yet. The header is written last, behind a flush, so that an
- * interrupted creation leaves a file that is not an image rather than a bad one.
+ * Owns the making of an empty image, over an edge to its file. The layout, in clusters:
+ *
+ *     header | refcount table | refcount blocks | L1 table
+ *
+ * 1. The blocks count these clusters and nothing else; no L2 table exists yet.
+ * 2. The header is written last, behind a flush, so that an interrupted creation leaves a file that is not an image
+ *    rather than a bad one.
+ *
+ * It does not make the file, and does not preallocate.
  */
 #include "driver/format/qcow2_create.h"
 #include "base/size.h"

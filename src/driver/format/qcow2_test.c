@@ -182,7 +182,7 @@ static void good_header(uint8_t *data)
         patch(data, &good[i]);
     }
     data[121] = 6; /* an incompatible feature, bit 6 */
-    strcpy((char *)data + 122, "a feature from the future");
+    memcpy(data + 122, "a feature from the future", 25);
 }
 
 static void test_headers(void)

@@ -1,8 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the qcow2 tests share. The memory disk is a protocol driver over a byte array; it keeps a copy of what was
- * flushed and a log of what was written since, so that a power cut can be played: any subset of the unflushed sectors
- * may have reached the disk. It can make requests take several turns, so that many are in flight in odd orders.
+ * What the qcow2 tests share. The memory disk is a protocol driver over a byte array.
+ *
+ * 1. It keeps a copy of what was flushed and a log of what was written since, so that a power cut can be played: any
+ *    subset of the unflushed sectors may have reached the disk.
+ * 2. It can make requests take several turns of the loop, a few of them very many, so that others overtake them.
+ * 3. What is discarded becomes garbage, so that whoever still reads it is found out.
+ *
+ * The rest runs the peer's tools and opens images in a graph without a program around it.
  */
 #include "driver/format/qcow2_testing.h"
 #include "block/driver.h"
