@@ -306,6 +306,14 @@ bool exports_use_loop(struct exports *exports, const struct loop *loop)
     return false;
 }
 
+/* The node that clients see now: a job that ended may have moved them. Job filters are not its name. */
+static const char *export_node_name(const struct export *export)
+{
+    struct node *node = export->backend ? backend_node(export->backend) : NULL;
+
+    return node ? node_beneath_filters(node)->name : export->node_name;
+}
+
 json_t *exports_query(struct exports *exports)
 {
     json_t *list = json_array();
@@ -314,9 +322,9 @@ json_t *exports_query(struct exports *exports)
         struct export *export = container_of(position, struct export, link);
 
         if (!export->opening) {
-            json_array_append_new(list,
-                                  json_pack("{s:s, s:s, s:s, s:b}", "id", export->id, "type", export->type->name,
-                                            "node-name", export->node_name, "shutting-down", export->shutting_down));
+            json_array_append_new(list, json_pack("{s:s, s:s, s:s, s:b}", "id", export->id, "type", export->type->name,
+                                                  "node-name", export_node_name(export), "shutting-down",
+                                                  export->shutting_down));
         }
     }
     return list;
