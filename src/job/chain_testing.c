@@ -175,6 +175,14 @@ static int coroutine_fn memory_truncate(struct node *node, uint64_t size, struct
         memory->states[at] = node->backing ? CLUSTER_ZERO : CLUSTER_NONE;
     }
     memory->clusters = clusters;
+    /* What is behind the old end in its cluster must not show through. */
+    unsigned char *last = old % TEST_CLUSTER ? &memory->states[old / TEST_CLUSTER] : NULL;
+    if (last && *last == CLUSTER_NONE && node->backing && size > old) {
+        uint64_t start = align_down(old, TEST_CLUSTER);
+        int result = memory_read_cluster(node, start, old - start, memory->data + start);
+        *last = CLUSTER_DATA;
+        return result;
+    }
     return 0;
 }
 
