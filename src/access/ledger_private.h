@@ -26,7 +26,7 @@ struct ledger_node {
     unsigned required[TRACK_COUNT], denied[TRACK_COUNT]; /* how many entries */
     unsigned required_mask, denied_mask;                 /* tracks with a count */
     struct list entries;                                 /* struct ledger_entry by node_link */
-    unsigned uses;                                       /* entries that point here, attached or set aside for an undo */
+    unsigned uses; /* entries that point here, attached or set aside for an undo */
 };
 
 struct ledger_entry {

@@ -26,6 +26,11 @@ static void collect_backends(struct node *node, GHashTable *seen, GPtrArray *bac
     }
 }
 
+static struct gate *gate_of(struct backend *backend)
+{
+    return &backend->gate;
+}
+
 void coroutine_fn graph_drain_begin(struct graph *graph, struct node *const *nodes, unsigned count,
                                     struct backend *except, struct drain *drain)
 {
@@ -38,10 +43,10 @@ void coroutine_fn graph_drain_begin(struct graph *graph, struct node *const *nod
         g_ptr_array_remove_fast(backends, except);
     }
     for (unsigned i = 0; i < backends->len; i++) {
-        backend_quiesce(backends->pdata[i]);
+        gate_close(gate_of(backends->pdata[i]));
     }
     for (unsigned i = 0; i < backends->len; i++) {
-        backend_settle(backends->pdata[i]);
+        gate_settle(gate_of(backends->pdata[i]));
     }
     drain->count = backends->len;
     drain->backends = (struct backend **)g_ptr_array_free(backends, FALSE);
@@ -50,7 +55,7 @@ void coroutine_fn graph_drain_begin(struct graph *graph, struct node *const *nod
 void graph_drain_end(struct drain *drain)
 {
     for (unsigned i = 0; i < drain->count; i++) {
-        backend_resume(drain->backends[i]);
+        gate_open(gate_of(drain->backends[i]));
     }
     g_free(drain->backends);
     *drain = (struct drain){0};

@@ -5,6 +5,7 @@
 #include "block/driver.h"
 #include "block/graph.h"
 #include "block/user.h"
+#include "loop/gate.h"
 #include "loop/sync.h"
 #include <glib.h>
 
@@ -52,21 +53,13 @@ struct backend {
     struct list graph_link; /* graph->backends */
     struct graph *graph;
     char *owner;
-    struct edge root; /* root.child NULL: empty */
-    /* Requests inside (low half) and drains (high half): one word, so that entering is one atomic addition and a
-     * request that leaves undrained touches the backend no more. */
-    atomic_uint_fast64_t state;
-    pthread_mutex_t guard; /* waiters, drainer */
-    struct list waiters;   /* requests that wait for the end of a drain */
-    struct coroutine *drainer;
+    struct edge root;            /* root.child NULL: empty */
+    struct gate gate;            /* requests are inside; closed while it is drained */
     struct operation *operation; /* follows the root edge, or NULL */
     unsigned variable;
     void (*changed)(void *argument);
     void *argument;
 };
-void backend_quiesce(struct backend *backend);             /* new requests wait from here on */
-void coroutine_fn backend_settle(struct backend *backend); /* quiesced: returns when no request is inside */
-void backend_resume(struct backend *backend);
 void backend_tell_changed(struct backend *backend);
 
 /* --- chain.c --- */

@@ -31,7 +31,7 @@ struct file_state {
     bool may_have_tail; /* invariant 3 */
     atomic_bool no_zero, no_punch;
     atomic_uint_fast64_t generation;
-    pthread_mutex_t guard; /* the cached extent */
+    struct co_mutex guard; /* the cached extent; only ever tried: who does not get it goes without */
     uint64_t extent_generation, extent_offset, extent_end;
     bool extent_data;
 };
@@ -98,7 +98,7 @@ static int coroutine_fn file_driver_open(struct node *node, const struct blockde
         g_free(state->path);
         return r;
     }
-    pthread_mutex_init(&state->guard, NULL);
+    co_mutex_init(&state->guard);
     node->filename = g_strdup(own->filename);
     return 0;
 }
@@ -119,7 +119,7 @@ static void coroutine_fn file_driver_close(struct node *node)
     struct file_state *state = file_state(node);
     cut_tail(node);
     file_close(state->file);
-    pthread_mutex_destroy(&state->guard);
+    co_mutex_destroy(&state->guard);
     g_free(state->path);
 }
 
@@ -230,13 +230,26 @@ static int coroutine_fn file_driver_flush(struct node *node)
 
 static bool find_cached(struct file_state *state, uint64_t offset, bool *ret_data, uint64_t *ret_end)
 {
-    pthread_mutex_lock(&state->guard);
+    if (!co_mutex_try_lock(&state->guard)) {
+        return false;
+    }
     bool found = state->extent_generation == atomic_load(&state->generation) && offset >= state->extent_offset &&
                  offset < state->extent_end;
     *ret_data = state->extent_data;
     *ret_end = state->extent_end;
-    pthread_mutex_unlock(&state->guard);
+    co_mutex_unlock(&state->guard);
     return found;
+}
+
+static void keep_extent(struct file_state *state, uint64_t generation, uint64_t offset, bool data, uint64_t end)
+{
+    if (co_mutex_try_lock(&state->guard)) {
+        state->extent_generation = generation;
+        state->extent_offset = offset;
+        state->extent_end = end;
+        state->extent_data = data;
+        co_mutex_unlock(&state->guard);
+    }
 }
 
 static int coroutine_fn file_driver_block_status(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret)
@@ -254,12 +267,7 @@ static int coroutine_fn file_driver_block_status(struct node *node, uint64_t off
             end = offset + bytes;
         }
         end = max_u64(end, offset + 1);
-        pthread_mutex_lock(&state->guard);
-        state->extent_generation = generation;
-        state->extent_offset = offset;
-        state->extent_end = end;
-        state->extent_data = data;
-        pthread_mutex_unlock(&state->guard);
+        keep_extent(state, generation, offset, data, end);
     }
     *ret = (struct extent){.bytes = min_u64(bytes, end - offset),
                            .host_offset = offset,

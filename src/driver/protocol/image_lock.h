@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#ifndef INTERLOCK_DRIVER_IMAGE_LOCK_H
-#define INTERLOCK_DRIVER_IMAGE_LOCK_H
+#ifndef INTERLOCK_DRIVER_PROTOCOL_IMAGE_LOCK_H
+#define INTERLOCK_DRIVER_PROTOCOL_IMAGE_LOCK_H
 
 #include "base/error.h"
 #include "loop/file.h"
