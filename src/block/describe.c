@@ -89,7 +89,7 @@ static json_t *coroutine_fn describe_node(struct node *node, bool flat)
     struct image_info image = {.filename = file, .format = (char *)node->driver->name};
     struct block_device_info info = {.file = file,
                                      .node_name = node->name,
-                                     .ro = !node->wants_writable,
+                                     .ro = !node->writable,
                                      .drv = (char *)node->driver->name,
                                      .backing_file = backing ? backing->filename : NULL,
                                      .backing_file_depth = flat ? 0 : node_backing_depth(node),

@@ -225,6 +225,29 @@ void coroutine_fn node_writable_end(struct node *node)
 
 /* --- who uses it --- */
 
+/* Is this operation there as a backend already ("export e0")? */
+static bool has_backend(const struct node *node, const struct operation *operation)
+{
+    g_autofree char *suffix = g_strdup_printf(" %s", access_holder_id(operation->holder));
+    list_for_each (link, &node->parents) {
+        const struct edge *edge = container_of(link, struct edge, child_link);
+        if (edge->role == EDGE_ROOT && g_str_has_suffix(edge->backend->owner, suffix)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool is_bound(const struct node *node, const struct operation *operation)
+{
+    for (unsigned i = 0; i < CLAIM_VARIABLE_COUNT; i++) {
+        if (operation->bound[i] == node) {
+            return true;
+        }
+    }
+    return false;
+}
+
 char *node_users(struct node *node)
 {
     GString *text = g_string_new(NULL);
@@ -239,12 +262,9 @@ char *node_users(struct node *node)
     }
     list_for_each (link, &node->graph->operations) {
         const struct operation *operation = container_of(link, struct operation, link);
-        for (unsigned i = 0; i < CLAIM_VARIABLE_COUNT; i++) {
-            if (operation->bound[i] == node) {
-                g_string_append_printf(text, "%s%s %s", text->len ? ", " : "", operation->table->operation,
-                                       access_holder_id(operation->holder));
-                break;
-            }
+        if (is_bound(node, operation) && !has_backend(node, operation)) {
+            g_string_append_printf(text, "%s%s %s", text->len ? ", " : "", operation->table->operation,
+                                   access_holder_id(operation->holder));
         }
     }
     return g_string_free(text, FALSE);

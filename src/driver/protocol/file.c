@@ -11,7 +11,7 @@
  * 2. The cached extent is valid while `generation` is what it was when the seek began; every write, zeroing, discard
  *    and truncation changes it when it is done.
  * 3. A file whose size is no multiple of the direct I/O block may grow to one while it is written; closing cuts it back
- *    to node->size.
+ *    to node->size, unless locking is off.
  *
  * Directories, character devices, sockets and block devices are refused: what is not a regular file is another
  * driver's.
@@ -28,7 +28,6 @@ struct file_state {
     struct file *file;
     char *path; /* absolute: it is opened again, wherever the program may stand then */
     bool locking;
-    bool may_have_tail; /* invariant 3 */
     atomic_bool no_zero, no_punch;
     atomic_uint_fast64_t generation;
     struct co_mutex guard; /* the cached extent; only ever tried: who does not get it goes without */
@@ -72,7 +71,6 @@ static int coroutine_fn learn_file(struct node *node, struct error **err)
     node->limits.memory_alignment = info.memory_alignment;
     node->device = info.device;
     node->inode = info.inode;
-    state->may_have_tail = !is_aligned(info.size, max_u64(info.alignment, 1));
     return 0;
 }
 
@@ -103,13 +101,14 @@ static int coroutine_fn file_driver_open(struct node *node, const struct blockde
     return 0;
 }
 
-/* Cuts a tail of zeroes that direct writes left behind the end. */
+/* Cuts the zeroes that direct writes left behind the end: less than a block, and only where nobody else may write. */
 static void coroutine_fn cut_tail(struct node *node)
 {
     struct file_state *state = file_state(node);
     struct file_info info;
-    uint64_t size = atomic_load(&node->size);
-    if (node->writable && state->may_have_tail && file_info(state->file, &info) == 0 && info.size > size) {
+    uint64_t size = atomic_load(&node->size), alignment = node->limits.alignment;
+    if (node->writable && state->locking && alignment > 1 && !is_aligned(size, alignment) &&
+        file_info(state->file, &info) == 0 && info.size == align_up(size, alignment)) {
         file_truncate(state->file, size);
     }
 }
