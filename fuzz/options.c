@@ -9,15 +9,15 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-#define READ(type)                                                                                                     \
-    do {                                                                                                               \
-        struct type *value = NULL;                                                                                     \
-        if (!(text ? type##_from_text(json, NULL, &value, &err) : type##_from_json(json, NULL, &value, &err))) {       \
-            json_decref(type##_to_json(value));                                                                        \
-            type##_free(value);                                                                                        \
-        } else {                                                                                                       \
-            g_assert(err);                                                                                             \
-        }                                                                                                              \
+#define READ(type)                                                                                               \
+    do {                                                                                                         \
+        struct type *value = NULL;                                                                               \
+        if (!(text ? type##_from_text(json, NULL, &value, &err) : type##_from_json(json, NULL, &value, &err))) { \
+            json_decref(type##_to_json(value));                                                                  \
+            type##_free(value);                                                                                  \
+        } else {                                                                                                 \
+            g_assert(err);                                                                                       \
+        }                                                                                                        \
     } while (0)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

@@ -271,7 +271,7 @@ def rule_opening_comment(source, tree):
         return
     body = "\n".join(source.lines[1:])
     match = re.match(r"\s*/\*(.*?)\*/", body, re.DOTALL)
-    wanted = 4 if len(source.lines) > 100 else 2
+    wanted = 3 if len(source.lines) > 100 else 2
     if not match or len(match.group(1).strip().splitlines()) < wanted:
         yield 1, "does not open with a comment on what it owns"
 

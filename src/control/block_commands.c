@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Handlers of the commands that make, remove and show nodes: blockdev-add, blockdev-del, query-named-block-nodes,
- * query-graph; and query-access. Each runs in a coroutine on the control loop.
+ * query-graph; and query-access. Each runs in a coroutine on the control loop, is called by the generated dispatcher
+ * only, and keeps no state of its own: the graph is control->graph. What is shown is a snapshot under the graph's lock.
+ * Decisions (may this be opened, may it go) are src/block's.
  */
 #include "access/access.h"
 #include "block/driver.h"

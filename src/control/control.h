@@ -26,7 +26,7 @@ struct control {
     struct jobs *jobs;
     struct exports *exports;
     struct iothreads *iothreads;
-    bool quitting;        /* commands that begin something new are refused from now on */
+    bool quitting; /* commands that begin something new are refused from now on */
 };
 
 /* Sets the loop and the command table, and no monitors. */

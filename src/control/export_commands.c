@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Handlers of the commands about exports, the NBD server and I/O threads: a translation from the commands' arguments
- * to what src/export takes. Each runs in a coroutine on the control loop.
+ * to what src/export and iothread.h take. Each runs in a coroutine on the control loop and is called by the generated
+ * dispatcher only (address_from_options() by the command line too). It keeps no state and decides nothing.
+ * Addresses come in two shapes, the command line's and the older one of commands; both become the loop's here.
  */
 #include "control/address.h"
 #include "control/control.h"

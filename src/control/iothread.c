@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * I/O threads: named loops on threads of their own. This table owns the loops; exports borrow them. Whether one is in
- * use is asked from those who borrow (iothreads_set_busy), so that no count can go wrong.
+ * I/O threads: named loops on threads of their own. This table owns the loops; exports borrow them.
+ * 1. A loop lives as long as its entry; an entry whose loop serves an export is not removed.
+ * 2. Whether one is in use is asked from those who borrow (iothreads_set_busy()), so that no count can go wrong.
+ * Control thread only.
  */
 #include "control/iothread.h"
 #include <errno.h>

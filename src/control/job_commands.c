@@ -2,7 +2,8 @@
 /*
  * Handlers of the commands about jobs: those that start one, and the verbs in their two spellings (job-* by id, which
  * answer GenericError for an unknown one, and block-job-* by device, which answer DeviceNotActive). Each runs in a
- * coroutine on the control loop.
+ * coroutine on the control loop and is called by the generated dispatcher only. Which verb a state knows is a table of
+ * src/job/state.c.
  */
 #include "control/control.h"
 #include "job/commit.h"

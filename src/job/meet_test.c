@@ -239,7 +239,7 @@ static void coroutine_fn try_verb(struct test_bench *bench, unsigned number)
 static void random_rounds(void *unused)
 {
     const char *wanted = g_getenv("INTERLOCK_ROUNDS");
-    unsigned rounds = wanted ? (unsigned)atoi(wanted) : ROUNDS_DEFAULT;
+    unsigned rounds = wanted ? (unsigned)g_ascii_strtoull(wanted, NULL, 10) : ROUNDS_DEFAULT;
     for (unsigned round = 0; round < rounds; round++) {
         struct test_bench bench;
         bench_open(&bench, (unsigned)g_test_rand_int_range(3, 7), SIZE);

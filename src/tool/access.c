@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `interlock access`: who holds what on which node, from query-access.
+ * `interlock access`: who holds what on which node, from query-access. A client of the monitor: it knows no graph and
+ * decides nothing. Claims are shown as what a holder needs and what it does not allow others, which is shorter than
+ * what it allows; edges' standing claims only on demand.
+ * The list of action names below is only for that turn-about.
  */
 #include "tool/client.h"
 #include "tool/tool.h"

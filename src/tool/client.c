@@ -32,7 +32,7 @@ static int connect_unix(const char *path, struct error **err)
     if (strlen(path) >= sizeof(name.sun_path)) {
         return error_set(err, -ENAMETOOLONG, "The socket path '%s' is too long", path);
     }
-    strcpy(name.sun_path, path);
+    g_strlcpy(name.sun_path, path, sizeof(name.sun_path));
     fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0 || connect(fd, (struct sockaddr *)&name, sizeof(name)) < 0) {
         int code = -errno;

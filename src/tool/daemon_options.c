@@ -2,7 +2,8 @@
 /*
  * The daemon's command line (see daemon_options.h). Settings are read at once; everything that acts is a step, kept
  * with its text and carried out later, in order, on the control loop, by the handler of the QMP command that it
- * stands for. A --chardev only describes an end point; the --monitor that names it opens it.
+ * stands for. A --chardev only describes an end point; the --monitor that names it opens it. The table of steps is the
+ * list of options that act. Parsing needs no loop; running a step does.
  */
 #include "tool/daemon_options.h"
 #include "control/address.h"

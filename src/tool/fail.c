@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* How every sub-command says that it failed. */
+/*
+ * How every sub-command says that it failed: its name, the sentence, and the hint on a line of its own.
+ * The exit status of a failed sub-command is 1.
+ */
 #include "tool/tool.h"
 #include <stdio.h>
 #include <string.h>

@@ -2,6 +2,8 @@
 /*
  * `interlock graph`: the picture of a running daemon's nodes, from query-graph: as indented text (an image above what
  * it leans on), as dot, or as SVG through graphviz's `dot`. Protocol nodes are folded into the image that they hold.
+ * A client of the monitor: the text is made from data alone, and a node that several lean on is printed once whole.
+ * It draws what it was told, in the order in which the daemon tells it.
  */
 #include "base/size.h"
 #include "tool/client.h"

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `interlock job list|wait|cancel|complete|pause|resume|dismiss|finalize`: the jobs of a running daemon.
+ * `interlock job list|wait|cancel|complete|pause|resume|finalize|dismiss`: the jobs of a running daemon. A client of
+ * the monitor: each verb is one QMP command; the table of verbs below is also the help text. Waiting is progress.c's.
+ * `list` needs no job; every other verb names one.
  */
 #include "tool/client.h"
 #include "tool/progress.h"

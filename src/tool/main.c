@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The one binary: picks a sub-command by its first argument, or a personality by the name it was called by.
+ * The one binary: picks a sub-command by its first argument, or a personality by the name that it was called by.
+ * Each sub-command is a main() of its own in a file of its name; this table is the only list of them.
  */
 #include "tool/tool.h"
 #include <glib.h>

@@ -2,7 +2,8 @@
 /*
  * Waiting for a job at the command line. A job's end is learnt from its events (JOB_STATUS_CHANGE to concluded or
  * null, BLOCK_JOB_COMPLETED with or without an error, BLOCK_JOB_CANCELLED); its progress from query-jobs, five times
- * a second. Several waits may draw at once only on lines of their own, so each bar is one line, redrawn in place.
+ * a second. A bar is one line, redrawn in place; without a terminal a line is printed for each tenth. The functions
+ * here know no job types: whatever the daemon calls a job is shown.
  */
 #include "tool/progress.h"
 #include "base/size.h"

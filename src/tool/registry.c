@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Which drivers this program has. Adding one means a line here and its folder's meson.build.
+ * Which drivers this program has, the only place that names them all. Adding one means a line here and one in its
+ * folder's meson.build.
  */
 #include "tool/registry.h"
 #include "block/driver.h"

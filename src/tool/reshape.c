@@ -2,6 +2,8 @@
 /*
  * `interlock commit` and `interlock stream`: the live operations as verbs, named after what they do to the picture
  * (`commit c --into a`, `stream c --above a`). Each is one QMP command and, unless --async, a wait with a progress bar.
+ * A client of the monitor: whether an operation may run is the daemon's decision, and its refusal is printed as it is.
+ * An active commit is told to complete when it is ready, unless --keep-ready.
  */
 #include "tool/client.h"
 #include "tool/progress.h"

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `interlock status`: one screen about a running daemon: its version, nodes, exports and jobs.
+ * `interlock status`: one screen about a running daemon: nodes, exports and jobs. A client of the monitor; three
+ * queries, so what it shows of one list may be older than of the next.
+ * It is for people; programs ask query-graph and query-jobs.
  */
 #include "tool/client.h"
 #include "tool/tool.h"
