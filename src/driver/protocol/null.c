@@ -1,8 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The `null-co` driver: a node that holds nothing, for tests and measurements. Writes are taken and forgotten; reads
- * leave the buffer as it is, or give zeroes (read-zeroes); each request takes latency-ns. No locks: the state is
- * constant after opening.
+ * The `null-co` driver: a node that holds nothing, for tests and measurements. Owns its three constants.
+ *
+ * 1. Writes, zeroes and discards are taken and forgotten.
+ * 2. Reads leave the buffer as it is, or give zeroes with read-zeroes=on; block status says the same.
+ * 3. Each request takes latency-ns, as a sleep of its loop.
+ *
+ * It has no locks, because its state is constant after opening, and its size never changes.
  */
 #include "base/size.h"
 #include "block/driver.h"
