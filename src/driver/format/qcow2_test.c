@@ -306,6 +306,18 @@ static uint64_t disk_word(const struct bench *bench, uint64_t offset)
     return be64toh(word);
 }
 
+/* If there is a peer. */
+static void check_with_peer(const struct bench *bench)
+{
+    g_autofree char *tool = g_find_program_in_path("qemu-img");
+    if (tool) {
+        g_autofree char *path = g_strdup_printf("%s/image.qcow2", testing_directory());
+        g_file_set_contents(path, (char *)bench->disk->now->data, bench->disk->now->len, NULL);
+        testing_run(true, "%s check -q -f qcow2 %s", tool, path);
+        testing_remove_directory();
+    }
+}
+
 /* Grows through several sizes, so that the L1 table moves and the refcount table grows with small clusters. */
 static void coroutine_fn try_growing(void *argument)
 {
@@ -336,12 +348,7 @@ static void coroutine_fn try_growing(void *argument)
     g_assert_cmpint(get(&bench, 1 * MiB + 512 * 3, 7 * MiB - 512 * 3), ==, 0);
     g_assert_cmpint(backend_truncate(bench.backend, UINT64_C(1) << 60, NULL), ==, -EFBIG);
     bench_close(&bench);
-    if (g_find_program_in_path("qemu-img")) {
-        g_autofree char *path = g_strdup_printf("%s/grown.qcow2", testing_directory());
-        g_file_set_contents(path, (char *)bench.disk->now->data, bench.disk->now->len, NULL);
-        testing_run(true, "qemu-img check -q -f qcow2 %s", path);
-        testing_remove_directory();
-    }
+    check_with_peer(&bench);
     bench_destroy(&bench);
 }
 
@@ -442,12 +449,7 @@ static void coroutine_fn try_dirty(void *argument)
     g_assert_cmpint(get(&bench, 0, 1 * MiB), ==, 1);
     g_assert_cmpint(get(&bench, 1 * MiB, 2 * MiB), ==, 2);
     bench_close(&bench);
-    if (g_find_program_in_path("qemu-img")) {
-        g_autofree char *path = g_strdup_printf("%s/dirty.qcow2", testing_directory());
-        g_file_set_contents(path, (char *)bench.disk->now->data, bench.disk->now->len, NULL);
-        testing_run(true, "qemu-img check -q -f qcow2 %s", path);
-        testing_remove_directory();
-    }
+    check_with_peer(&bench);
     bench_destroy(&bench);
 }
 
