@@ -88,11 +88,6 @@ void coroutine_fn backend_detach(struct backend *backend)
     node_unref(node);
 }
 
-const char *backend_owner(const struct backend *backend)
-{
-    return backend->owner;
-}
-
 struct node *backend_node(const struct backend *backend)
 {
     return backend->root.child;

@@ -101,7 +101,5 @@ struct block_device_info_list;
 json_t *coroutine_fn graph_describe_node(struct node *node);
 json_t *coroutine_fn graph_describe_node_flat(struct node *node); /* without the images below it */
 json_t *graph_describe(struct graph *graph);                      /* query-graph's answer */
-/* dot text of nodes, edges with claims, backends; g_free(). */
-char *graph_to_dot(struct graph *graph);
 
 #endif

@@ -110,20 +110,11 @@ int tool_access(int argc, char **argv)
 {
     g_autofree char *qmp = NULL;
     gboolean edges = FALSE;
-    GOptionEntry entries[] = {
-        {"qmp", 0, 0, G_OPTION_ARG_STRING, &qmp, "monitor socket of the daemon (or $INTERLOCK_QMP)", "SOCKET"},
-        {"edges", 0, 0, G_OPTION_ARG_NONE, &edges, "also the standing claims of edges", NULL},
-        {NULL, 0, 0, 0, NULL, NULL, NULL}};
-    g_autoptr(GOptionContext) context = g_option_context_new("- who holds what on which node");
-    g_autoptr(GError) error = NULL;
+    const GOptionEntry own[] = {{"edges", 0, 0, G_OPTION_ARG_NONE, &edges, "also the standing claims of edges", NULL},
+                                {NULL, 0, 0, 0, NULL, NULL, NULL}};
     struct error *err = NULL;
-    int code;
+    int code = tool_parse(&argc, &argv, own, NULL, "Who holds what on which node of a running daemon.", &qmp, &err);
 
-    g_option_context_add_main_entries(context, entries, NULL);
-    if (!g_option_context_parse(context, &argc, &argv, &error)) {
-        code = error_set(&err, -EINVAL, "%s", error->message);
-    } else {
-        code = show(qmp, edges, &err);
-    }
+    code = code ? code : show(qmp, edges, &err);
     return code ? tool_fail("interlock access", err) : 0;
 }

@@ -230,23 +230,15 @@ static int show(const char *qmp, bool as_dot, const char *svg, struct error **er
 
 int tool_graph(int argc, char **argv)
 {
-    g_autofree char *qmp = NULL, *svg = NULL;
+    g_autofree char *qmp = NULL;
+    g_autofree char *svg = NULL;
     gboolean as_dot = FALSE;
-    GOptionEntry entries[] = {
-        {"qmp", 0, 0, G_OPTION_ARG_STRING, &qmp, "monitor socket of the daemon (or $INTERLOCK_QMP)", "SOCKET"},
-        {"dot", 0, 0, G_OPTION_ARG_NONE, &as_dot, "print it for graphviz", NULL},
-        {"svg", 0, 0, G_OPTION_ARG_FILENAME, &svg, "draw it to FILE (needs graphviz)", "FILE"},
-        {NULL, 0, 0, 0, NULL, NULL, NULL}};
-    g_autoptr(GOptionContext) context = g_option_context_new("- the picture of a daemon's nodes");
-    g_autoptr(GError) error = NULL;
+    const GOptionEntry own[] = {{"dot", 0, 0, G_OPTION_ARG_NONE, &as_dot, "print it for graphviz", NULL},
+                                {"svg", 0, 0, G_OPTION_ARG_FILENAME, &svg, "draw it to FILE (needs graphviz)", "FILE"},
+                                {NULL, 0, 0, 0, NULL, NULL, NULL}};
     struct error *err = NULL;
-    int code;
+    int code = tool_parse(&argc, &argv, own, NULL, "The picture of a running daemon's nodes.", &qmp, &err);
 
-    g_option_context_add_main_entries(context, entries, NULL);
-    if (!g_option_context_parse(context, &argc, &argv, &error)) {
-        code = error_set(&err, -EINVAL, "%s", error->message);
-    } else {
-        code = show(qmp, as_dot, svg, &err);
-    }
+    code = code ? code : show(qmp, as_dot, svg, &err);
     return code ? tool_fail("interlock graph", err) : 0;
 }

@@ -122,27 +122,19 @@ static int job_run(const struct job_options *options, struct error **err)
 int tool_job(int argc, char **argv)
 {
     struct job_options options = {0};
-    GOptionEntry entries[] = {
-        {"qmp", 0, 0, G_OPTION_ARG_STRING, &options.qmp, "monitor socket of the daemon (or $INTERLOCK_QMP)", "SOCKET"},
+    const GOptionEntry own[] = {
         {"force", 0, 0, G_OPTION_ARG_NONE, &options.force, "with cancel: at once, also when ready", NULL},
-        {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options.words, NULL, "VERB [ID]"},
+        {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options.words, NULL, NULL},
         {NULL, 0, 0, 0, NULL, NULL, NULL}};
-    g_autoptr(GOptionContext) context = g_option_context_new(NULL);
     g_autoptr(GString) summary = g_string_new("Verbs:");
-    g_autoptr(GError) error = NULL;
     struct error *err = NULL;
     int code;
 
     for (unsigned i = 0; i < G_N_ELEMENTS(verbs); i++) {
         g_string_append_printf(summary, "\n  %-10s %s", verbs[i].name, verbs[i].help);
     }
-    g_option_context_set_summary(context, summary->str);
-    g_option_context_add_main_entries(context, entries, NULL);
-    if (!g_option_context_parse(context, &argc, &argv, &error)) {
-        code = error_set(&err, -EINVAL, "%s", error->message);
-    } else {
-        code = job_run(&options, &err);
-    }
+    code = tool_parse(&argc, &argv, own, "VERB [ID]", summary->str, &options.qmp, &err);
+    code = code ? code : job_run(&options, &err);
     g_free(options.qmp);
     g_strfreev(options.words);
     return code ? tool_fail("interlock job", err) : 0;

@@ -5,6 +5,7 @@
  */
 #include "tool/tool.h"
 #include <glib.h>
+#include <locale.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -37,6 +38,7 @@ int main(int argc, char **argv)
 {
     g_autofree char *called = g_path_get_basename(argv[0]);
 
+    setlocale(LC_CTYPE, "C.UTF-8");
     for (unsigned i = 0; i < G_N_ELEMENTS(sub_commands); i++) {
         if (sub_commands[i].personality && !strcmp(called, sub_commands[i].personality)) {
             return sub_commands[i].run(argc, argv);
@@ -56,6 +58,9 @@ int main(int argc, char **argv)
     }
     for (unsigned i = 0; i < G_N_ELEMENTS(sub_commands); i++) {
         if (!strcmp(argv[1], sub_commands[i].name)) {
+            g_autofree char *name = g_strdup_printf("interlock %s", argv[1]);
+
+            g_set_prgname(name);
             return sub_commands[i].run(argc - 1, argv + 1);
         }
     }

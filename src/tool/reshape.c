@@ -24,8 +24,7 @@ struct reshape {
 static int parse(struct reshape *options, int *argc, char ***argv, const char *base_option, const char *base_help,
                  const char *summary, struct error **err)
 {
-    GOptionEntry entries[] = {
-        {"qmp", 0, 0, G_OPTION_ARG_STRING, &options->qmp, "monitor socket of the daemon (or $INTERLOCK_QMP)", "SOCKET"},
+    const GOptionEntry entries[] = {
         {base_option, 0, 0, G_OPTION_ARG_STRING, &options->base, base_help, "NODE"},
         {"job-id", 0, 0, G_OPTION_ARG_STRING, &options->job_id, "the job's name (default: chosen)", "ID"},
         {"speed", 0, 0, G_OPTION_ARG_INT64, &options->speed, "limit in bytes per second", "BYTES"},
@@ -35,15 +34,12 @@ static int parse(struct reshape *options, int *argc, char ***argv, const char *b
         {"wait", 0, G_OPTION_FLAG_HIDDEN, G_OPTION_ARG_NONE, &(gboolean){0}, "wait (the default)", NULL},
         {"keep-ready", 0, 0, G_OPTION_ARG_NONE, &options->ready,
          "an active commit: leave it ready instead of completing it", NULL},
-        {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options->nodes, NULL, "NODE"},
+        {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options->nodes, NULL, NULL},
         {NULL, 0, 0, 0, NULL, NULL, NULL}};
-    g_autoptr(GOptionContext) context = g_option_context_new(NULL);
-    g_autoptr(GError) error = NULL;
+    int code = tool_parse(argc, argv, entries, "NODE", summary, &options->qmp, err);
 
-    g_option_context_set_summary(context, summary);
-    g_option_context_add_main_entries(context, entries, NULL);
-    if (!g_option_context_parse(context, argc, argv, &error)) {
-        return error_set(err, -EINVAL, "%s", error->message);
+    if (code) {
+        return code;
     }
     if (!options->nodes || !options->nodes[0] || options->nodes[1]) {
         return error_set(err, -EINVAL, "Name exactly one node; see --help");

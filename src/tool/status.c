@@ -84,19 +84,10 @@ static int show(const char *qmp, struct error **err)
 int tool_status(int argc, char **argv)
 {
     g_autofree char *qmp = NULL;
-    GOptionEntry entries[] = {
-        {"qmp", 0, 0, G_OPTION_ARG_STRING, &qmp, "monitor socket of the daemon (or $INTERLOCK_QMP)", "SOCKET"},
-        {NULL, 0, 0, 0, NULL, NULL, NULL}};
-    g_autoptr(GOptionContext) context = g_option_context_new("- nodes, exports and jobs at a glance");
-    g_autoptr(GError) error = NULL;
     struct error *err = NULL;
-    int code;
+    int code =
+        tool_parse(&argc, &argv, NULL, NULL, "Nodes, exports and jobs of a running daemon at a glance.", &qmp, &err);
 
-    g_option_context_add_main_entries(context, entries, NULL);
-    if (!g_option_context_parse(context, &argc, &argv, &error)) {
-        code = error_set(&err, -EINVAL, "%s", error->message);
-    } else {
-        code = show(qmp, &err);
-    }
+    code = code ? code : show(qmp, &err);
     return code ? tool_fail("interlock status", err) : 0;
 }

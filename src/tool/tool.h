@@ -13,6 +13,11 @@ int tool_commit(int argc, char **argv);
 int tool_stream(int argc, char **argv);
 int tool_access(int argc, char **argv);
 
+/* The options of a sub-command that is a client of a daemon: `own` and, for all of them, --qmp. -EINVAL with *err. */
+struct _GOptionEntry;
+int tool_parse(int *argc, char ***argv, const struct _GOptionEntry *own, const char *parameters, const char *summary,
+               char **ret_qmp, struct error **err);
+
 /* Prints "NAME: message" and the hint to standard error; frees the error; returns 1 for the exit status. */
 int tool_fail(const char *name, struct error *error);
 
