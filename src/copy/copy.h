@@ -62,7 +62,7 @@ struct copy_config {
     void *argument;
 };
 #define COPY_WORKERS 16
-#define COPY_PIECE ((uint64_t)1 << 20)
+#define COPY_PIECE ((uint64_t)256 << 10) /* small enough to be written out of the processor's cache */
 #define COPY_MEMORY ((uint64_t)16 << 20)
 
 struct copy *copy_create(const struct copy_config *config);
