@@ -124,8 +124,8 @@ static int coroutine_fn load_tables(struct qcow2 *image, struct error **err)
 /* What has to be true, or is made so, before anything is written. */
 static int coroutine_fn begin_writing(struct qcow2 *image, struct error **err)
 {
-    if (image->header.incompatible & QCOW2_INCOMPATIBLE_CORRUPT) {
-        error_set(err, -EACCES, "qcow2 image of node '%s' is marked corrupt; it cannot be opened for writing",
+    if (image->header.incompatible & QCOW2_INCOMPATIBLE_CORRUPT || atomic_load(&image->corrupt)) {
+        error_set(err, -EACCES, "qcow2 image of node '%s' is corrupt; it cannot be opened for writing",
                   image->node->name);
         error_hint(err, "open it read-only to rescue its data, or repair it with \"qemu-img check -r all\"");
         return -EACCES;
@@ -144,6 +144,7 @@ static void free_state(struct qcow2 *image)
     g_free(image->l1_dirty);
     g_free(image->refcount_table);
     g_array_free(image->freed, TRUE);
+    g_array_free(image->known_free, TRUE);
     qcow2_header_clear(&image->header);
     co_mutex_destroy(&image->lock);
 }
@@ -191,6 +192,7 @@ static int coroutine_fn qcow2_open(struct node *node, const struct blockdev_opti
     co_mutex_init(&image->lock);
     list_init(&image->allocations);
     image->freed = g_array_new(FALSE, FALSE, sizeof(struct qcow2_freed));
+    image->known_free = g_array_new(FALSE, FALSE, sizeof(struct qcow2_free_run));
     image->generation = 1;
     read_options(node, &options->u.qcow2, &image->options);
     int code = open_image(image, err);

@@ -48,6 +48,11 @@ struct qcow2_freed {
     bool discard;        /* pass it down */
 };
 
+/* Clusters by index. */
+struct qcow2_free_run {
+    uint64_t first, count;
+};
+
 struct qcow2 {
     struct node *node;
     struct qcow2_options options;
@@ -67,6 +72,7 @@ struct qcow2 {
     struct qcow2_cache l2_cache;
     struct qcow2_cache refcount_cache;
 
+    GArray *known_free;         /* struct qcow2_free_run, all below free_hint */
     uint64_t free_hint;         /* cluster index: none below is free */
     uint64_t clean_from;        /* host offset: from here on the file was never written, so reads as zeroes */
     bool barrier_wanted;        /* dirty L2 entries lean on data or refcounts that may not be stable yet */

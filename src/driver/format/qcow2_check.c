@@ -20,6 +20,8 @@
 #include <errno.h>
 #include <string.h>
 
+enum { CLUSTERS_MAX = 1 << 29 }; /* 2 GiB of counts */
+
 struct count {
     struct qcow2 *image;
     uint32_t *uses; /* per cluster */
@@ -348,6 +350,7 @@ static int coroutine_fn switch_table(struct count *count, const struct layout *l
     image->refcount_table_entries = layout->entries;
     image->clean_from = max_u64(image->clean_from, (layout->first + layout->total) << image->cluster_bits);
     image->free_hint = 0;
+    g_array_set_size(image->known_free, 0);
     return 0;
 }
 
@@ -432,7 +435,7 @@ int coroutine_fn qcow2_repair_dirty(struct qcow2 *image, struct error **err)
     struct edge *file = image->node->file;
     /* A file may end inside its last cluster. */
     uint64_t clusters = div_up(edge_size(file), image->cluster_size);
-    g_autofree uint32_t *uses = g_try_new0(uint32_t, clusters);
+    g_autofree uint32_t *uses = clusters <= CLUSTERS_MAX ? g_try_new0(uint32_t, clusters) : NULL;
     if (!uses) {
         return error_set_errno(err, -ENOMEM, "Could not count the clusters of a dirty qcow2 image");
     }

@@ -76,7 +76,7 @@ static int resolve(const struct qcow2_create_options *options, struct qcow2_head
     if (options->size % QCOW2_SECTOR) {
         return error_set(err, -EINVAL, "Image size must be a multiple of 512 bytes");
     }
-    header->l1_size = l1_size;
+    header->l1_size = max_u64(1, l1_size);
     return 0;
 }
 
@@ -107,7 +107,7 @@ static int coroutine_fn write_image(struct edge *file, const struct qcow2_header
 {
     uint64_t cluster_size = (uint64_t)1 << header->cluster_bits;
     int code = write_refcounts(file, header, plan);
-    if (code == 0 && plan->l1) {
+    if (code == 0) {
         code = edge_write_zeroes(file, header->l1_offset, plan->l1 * cluster_size, 0);
     }
     if (code == 0) {
@@ -136,7 +136,7 @@ int coroutine_fn qcow2_create(struct edge *file, const struct qcow2_create_optio
     uint64_t cluster_size = (uint64_t)1 << header.cluster_bits;
     struct plan plan = {
         .per_block = cluster_size * 8 >> header.refcount_order,
-        .l1 = max_u64(1, div_up((uint64_t)header.l1_size * 8, cluster_size)),
+        .l1 = div_up((uint64_t)header.l1_size * 8, cluster_size),
     };
     plan_layout(&plan, cluster_size);
     header.refcount_table_offset = cluster_size;

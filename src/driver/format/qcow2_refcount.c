@@ -7,7 +7,8 @@
  *    out of these clusters, so it counts itself.
  * 2. A new block is on disk (or in the cache, dirty) before its table entry is written, with a barrier between.
  * 3. The table grows by moving: blocks, new table, barrier, header, barrier; the old one is freed.
- * 4. free_hint: no cluster below it is free. clean_from: no cluster from it on was ever written.
+ * 4. free_hint: no cluster below it is free, but for those remembered in `known_free` (a stack, so that what a discard
+ *    gave back is found again without a search). clean_from: no cluster from it on was ever written.
  * 5. Lowering a refcount goes through the list of freed clusters (qcow2.h, 2), except for what no table ever showed.
  *
  * When tables are written relative to each other is decided in qcow2_flush.c.
@@ -18,6 +19,8 @@
 #include <endian.h>
 #include <errno.h>
 #include <string.h>
+
+enum { KNOWN_FREE_MAX = 16384 };
 
 uint64_t qcow2_refcount_load(const void *block, unsigned order, uint64_t index)
 {
@@ -78,16 +81,14 @@ static uint64_t width_max(const struct qcow2 *image)
 static int coroutine_fn load_slice(struct qcow2 *image, uint64_t cluster, void **ret, uint64_t *ret_index)
 {
     uint64_t table_index = cluster >> image->refcount_block_bits;
-    uint64_t block = table_index < image->refcount_table_entries
-                         ? image->refcount_table[table_index] & QCOW2_REFCOUNT_TABLE_MASK
-                         : 0;
+    uint64_t block = table_index < image->refcount_table_entries ? image->refcount_table[table_index] : 0;
     *ret = NULL;
     if (block == 0) {
         return 0;
     }
+    /* The reserved bits are below the least cluster size. */
     if (qcow2_in_cluster(image, block) || block > QCOW2_HOST_OFFSET_MAX) {
-        return qcow2_mark_corrupt(image,
-                                  "refcount table entry %" G_GUINT64_FORMAT " points at 0x%" G_GINT64_MODIFIER "x",
+        return qcow2_mark_corrupt(image, "refcount table entry %" G_GUINT64_FORMAT " is 0x%" G_GINT64_MODIFIER "x",
                                   table_index, block);
     }
     unsigned bits = slice_bits_of(image);
@@ -105,6 +106,24 @@ int coroutine_fn qcow2_refcount_get(struct qcow2 *image, uint64_t cluster, uint6
         *ret = slice ? qcow2_refcount_load(slice, image->header.refcount_order, index) : 0;
     }
     return code;
+}
+
+static void remember_free(struct qcow2 *image, uint64_t cluster)
+{
+    if (image->known_free->len) {
+        struct qcow2_free_run *last =
+            &g_array_index(image->known_free, struct qcow2_free_run, image->known_free->len - 1);
+        if (last->first + last->count == cluster) {
+            last->count++;
+            return;
+        }
+    }
+    if (image->known_free->len == KNOWN_FREE_MAX) {
+        image->free_hint = cluster; /* from now on it is found by searching */
+        return;
+    }
+    struct qcow2_free_run run = {cluster, 1};
+    g_array_append_val(image->known_free, run);
 }
 
 static int coroutine_fn refcount_add_one(struct qcow2 *image, uint64_t cluster, int delta)
@@ -128,7 +147,7 @@ static int coroutine_fn refcount_add_one(struct qcow2 *image, uint64_t cluster, 
     qcow2_refcount_store(slice, image->header.refcount_order, index, value);
     qcow2_cache_mark_dirty(&image->refcount_cache);
     if (value == 0 && cluster < image->free_hint) {
-        image->free_hint = cluster;
+        remember_free(image, cluster);
     }
     return 0;
 }
@@ -422,14 +441,49 @@ static int coroutine_fn begin_region(struct qcow2 *image, uint64_t cluster)
     return code;
 }
 
-int coroutine_fn qcow2_allocate(struct qcow2 *image, uint64_t wanted, uint64_t *ret_offset, uint64_t *ret_clusters,
-                                bool *ret_clean)
+/* From the top of `known_free`; 0 when there is nothing (any more). What is in use again was found by a search. */
+static int coroutine_fn take_known(struct qcow2 *image, uint64_t wanted, uint64_t *ret_cluster, uint64_t *ret_count)
+{
+    unsigned order = image->header.refcount_order;
+    *ret_count = 0;
+    while (image->known_free->len && *ret_count == 0) {
+        struct qcow2_free_run *run =
+            &g_array_index(image->known_free, struct qcow2_free_run, image->known_free->len - 1);
+        void *slice;
+        uint64_t index = 0;
+        uint64_t first = 0;
+        int code = load_slice(image, run->first, &slice, &index);
+        if (code < 0) {
+            return code;
+        }
+        uint64_t end = min_u64(UINT64_C(1) << slice_bits_of(image), index + run->count);
+        uint64_t found = slice ? find_free(slice, order, index, end, wanted, &first) : 0;
+        uint64_t skipped = found ? first - index : end - index;
+        *ret_cluster = run->first + skipped;
+        *ret_count = found;
+        for (uint64_t i = 0; i < found; i++) {
+            qcow2_refcount_store(slice, order, first + i, 1);
+        }
+        if (found) {
+            qcow2_cache_mark_dirty(&image->refcount_cache);
+        }
+        run->first += skipped + found;
+        run->count -= skipped + found;
+        if (run->count == 0) {
+            g_array_set_size(image->known_free, image->known_free->len - 1);
+        }
+    }
+    return 0;
+}
+
+/* From free_hint on; makes blocks as it comes to regions without one. */
+static int coroutine_fn take_next(struct qcow2 *image, uint64_t wanted, uint64_t *ret_cluster, uint64_t *ret_count)
 {
     unsigned order = image->header.refcount_order;
     uint64_t end = UINT64_C(1) << slice_bits_of(image);
-    uint64_t cluster = image->free_hint;
     for (;;) {
-        void *slice;
+        uint64_t cluster = image->free_hint;
+        void *slice = NULL;
         uint64_t index = 0;
         uint64_t first = 0;
         int code = cluster < QCOW2_HOST_OFFSET_MAX >> image->cluster_bits ? load_slice(image, cluster, &slice, &index)
@@ -445,26 +499,41 @@ int coroutine_fn qcow2_allocate(struct qcow2 *image, uint64_t wanted, uint64_t *
         }
         uint64_t found = find_free(slice, order, index, end, wanted, &first);
         if (found == 0) {
-            cluster += end - index;
-            image->free_hint = cluster;
+            image->free_hint += end - index;
             continue;
-        }
-        cluster += first - index;
-        uint64_t offset = cluster << image->cluster_bits;
-        if (qcow2_overlaps_metadata(image, offset, found << image->cluster_bits)) {
-            return qcow2_mark_corrupt(image, "allocating 0x%" G_GINT64_MODIFIER "x would overwrite metadata", offset);
         }
         for (uint64_t i = 0; i < found; i++) {
             qcow2_refcount_store(slice, order, first + i, 1);
         }
         qcow2_cache_mark_dirty(&image->refcount_cache);
-        image->free_hint = cluster + found;
-        *ret_offset = offset;
-        *ret_clusters = found;
-        *ret_clean = offset >= image->clean_from;
-        now_in_use(image, cluster, found);
+        *ret_cluster = cluster + (first - index);
+        *ret_count = found;
+        image->free_hint = *ret_cluster + found;
         return 0;
     }
+}
+
+int coroutine_fn qcow2_allocate(struct qcow2 *image, uint64_t wanted, uint64_t *ret_offset, uint64_t *ret_clusters,
+                                bool *ret_clean)
+{
+    uint64_t cluster = 0;
+    uint64_t count = 0;
+    int code = take_known(image, wanted, &cluster, &count);
+    if (code == 0 && count == 0) {
+        code = take_next(image, wanted, &cluster, &count);
+    }
+    if (code < 0) {
+        return code;
+    }
+    uint64_t offset = cluster << image->cluster_bits;
+    if (qcow2_overlaps_metadata(image, offset, count << image->cluster_bits)) {
+        return qcow2_mark_corrupt(image, "allocating 0x%" G_GINT64_MODIFIER "x would overwrite metadata", offset);
+    }
+    *ret_offset = offset;
+    *ret_clusters = count;
+    *ret_clean = offset >= image->clean_from;
+    now_in_use(image, cluster, count);
+    return 0;
 }
 
 void coroutine_fn qcow2_release(struct qcow2 *image, uint64_t offset, uint64_t clusters)
