@@ -24,12 +24,14 @@
 #include <errno.h>
 #include <string.h>
 
-enum { SLICE_BITS_MAX = 12, SLICES_MIN = 16, L2_CACHE_BYTES_MAX = 32 << 20 };
+enum { SLICE_BITS_MAX = 12, SLICES_MIN = 16, L2_CACHE_BYTES_MAX = 32 << 20, TRIM_INTERVAL_S = 600 };
 
 static void read_options(struct node *node, const struct blockdev_options_qcow2 *from, struct qcow2_options *to)
 {
     to->pass_discard = from->has_pass_discard_request ? from->pass_discard_request : node->discard;
     to->pass_discard_other = from->has_pass_discard_other && from->pass_discard_other;
+    to->trim_interval_ns =
+        (from->has_cache_clean_interval ? from->cache_clean_interval : TRIM_INTERVAL_S) * INT64_C(1000000000);
     to->cache_bytes = from->has_cache_size ? from->cache_size : 0;
     to->l2_cache_bytes = from->has_l2_cache_size ? from->l2_cache_size : 0;
     to->refcount_cache_bytes = from->has_refcount_cache_size ? from->refcount_cache_size : 0;

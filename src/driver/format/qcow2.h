@@ -31,6 +31,7 @@ struct qcow2_options {
     uint64_t l2_cache_bytes; /* 0: not given; also below */
     uint64_t refcount_cache_bytes;
     uint64_t cache_bytes;
+    int64_t trim_interval_ns; /* of the caches; 0: never */
 };
 
 /* See 1. */
@@ -84,6 +85,7 @@ struct qcow2 {
     uint64_t settle_at; /* freed_clusters that ask for qcow2_settle() */
     atomic_bool settle_wanted;
     bool settling;
+    int64_t trimmed_at_ns;
     bool frozen; /* the header may or may not show the newest tables: nothing may be written any more */
 
     struct list allocations;

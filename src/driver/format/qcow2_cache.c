@@ -25,6 +25,7 @@ struct qcow2_slice {
     uint32_t dirty_at; /* place in cache->dirty + 1, or 0 */
     bool used;
     bool referenced; /* since the hand passed */
+    bool touched;    /* since the last trim */
 };
 
 void qcow2_cache_init(struct qcow2_cache *cache, struct edge *file, unsigned slice_bits, unsigned max_slices)
@@ -133,8 +134,11 @@ static int coroutine_fn cache_take(struct qcow2_cache *cache, struct qcow2_slice
         if (slice->used) {
             cache_remove(cache, slice);
         }
+        if (!slice->data) { /* trimmed */
+            slice->data = file_memory((size_t)1 << cache->slice_bits);
+        }
         *ret = slice;
-        return 0;
+        return slice->data ? 0 : -ENOMEM;
     }
 }
 
@@ -143,7 +147,7 @@ static void cache_insert(struct qcow2_cache *cache, struct qcow2_slice *slice, u
     uint32_t *bucket = cache_bucket(cache, offset);
     slice->offset = offset;
     slice->used = true;
-    slice->referenced = true;
+    slice->referenced = slice->touched = true;
     slice->next = *bucket;
     cache->last = slice - cache->slices;
     *bucket = cache->last + 1;
@@ -156,14 +160,14 @@ int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, voi
     if (cache->last < cache->slice_count) {
         slice = &cache->slices[cache->last];
         if (slice->offset == offset && slice->used) {
-            slice->referenced = true;
+            slice->referenced = slice->touched = true;
             *ret = slice->data;
             return 0;
         }
     }
     slice = cache_find(cache, offset);
     if (slice) {
-        slice->referenced = true;
+        slice->referenced = slice->touched = true;
         cache->last = slice - cache->slices;
         *ret = slice->data;
         return 0;
@@ -254,6 +258,19 @@ void qcow2_cache_forget(struct qcow2_cache *cache, uint64_t offset, uint64_t byt
         if (slice) {
             cache_remove(cache, slice);
         }
+    }
+}
+
+void qcow2_cache_trim(struct qcow2_cache *cache)
+{
+    for (unsigned i = 0; i < cache->slice_count; i++) {
+        struct qcow2_slice *slice = &cache->slices[i];
+        if (slice->used && !slice->touched && !slice->dirty_at) {
+            cache_remove(cache, slice);
+            free(slice->data);
+            slice->data = NULL;
+        }
+        slice->touched = false;
     }
 }
 

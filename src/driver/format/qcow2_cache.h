@@ -50,4 +50,7 @@ void qcow2_cache_forget(struct qcow2_cache *cache, uint64_t offset, uint64_t byt
 /* Forgets everything; nothing is dirty. */
 void qcow2_cache_clear(struct qcow2_cache *cache);
 
+/* Gives back the memory of slices that are clean and were not used since the last trim. */
+void qcow2_cache_trim(struct qcow2_cache *cache);
+
 #endif

@@ -15,6 +15,7 @@
 #include "block/request.h"
 #include "driver/format/qcow2.h"
 #include "driver/format/qcow2_refcount.h"
+#include "loop/loop.h"
 #include <endian.h>
 #include <errno.h>
 
@@ -147,6 +148,16 @@ static bool has_dirty_tables(const struct qcow2 *image)
            image->refcount_dirty_first != image->refcount_dirty_end;
 }
 
+static void trim_caches(struct qcow2 *image)
+{
+    int64_t now = loop_now_ns();
+    if (image->options.trim_interval_ns && now - image->trimmed_at_ns >= image->options.trim_interval_ns) {
+        image->trimmed_at_ns = now;
+        qcow2_cache_trim(&image->l2_cache);
+        qcow2_cache_trim(&image->refcount_cache);
+    }
+}
+
 int coroutine_fn qcow2_flush(struct node *node)
 {
     struct qcow2 *image = node->state;
@@ -178,6 +189,7 @@ int coroutine_fn qcow2_flush(struct node *node)
     co_mutex_lock(&image->lock);
     image->stable_generation = MAX(image->stable_generation, generation);
     qcow2_reclaim(image);
+    trim_caches(image);
     image->settle_at = image->freed_clusters + (FREED_BYTES_MAX >> image->cluster_bits);
     co_mutex_unlock(&image->lock);
     return 0;
