@@ -132,7 +132,11 @@ static int coroutine_fn hide(struct node *node, uint64_t from, uint64_t to)
     uint64_t below = node->backing ? edge_size(node->backing) : 0;
     from += rest;
     if (code == 0 && min_u64(to, below) > from) {
-        code = qcow2_write_zeroes(node, from, align_up(min_u64(to, below), image->cluster_size) - from, 0);
+        uint64_t bytes = align_up(min_u64(to, below), image->cluster_size) - from;
+        code = qcow2_write_zeroes(node, from, bytes, 0);
+        if (code == -ENOTSUP) { /* version 2 has no zero clusters */
+            code = qcow2_write_zero_data(image, from, bytes, 0);
+        }
     }
     return code;
 }
