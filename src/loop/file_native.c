@@ -2,7 +2,8 @@
 /*
  * Files of the real engines: a descriptor and what we know of the file system below it. Decides which
  * way a call goes:
- * - memory file systems (tmpfs, ramfs) never wait for a device: transfers and small changes are made at once;
+ * - memory file systems (tmpfs, ramfs) never wait for a device: short transfers and small changes are made at once,
+ * long transfers on the worker pool;
  * - cached files: a read first takes what the page cache has (RWF_NOWAIT); the rest, and all writes, wait
  *   through the loop's engine;
  * - direct files (O_DIRECT) and block devices: through the engine;
@@ -29,6 +30,9 @@
 
 /* Larger changes of a memory file's allocation go to the worker pool. */
 #define INLINE_ALLOCATE_MAX (1 * MiB)
+/* Longer transfers of a memory file are made by the worker pool: several at once use more than one processor, and the
+ * loop serves others meanwhile. */
+#define INLINE_TRANSFER_MAX (256 * KiB)
 /* Budget that an inline transfer takes: one unit, and one for so many bytes. */
 #define BYTES_PER_UNIT (32 * KiB)
 
@@ -225,11 +229,36 @@ static ssize_t transfer_now(int fd, bool write, const struct iovec *iov, unsigne
     return moved < 0 ? -errno : moved;
 }
 
-static ssize_t coroutine_fn transfer_inline(struct native_file *file, bool write, uint64_t offset,
+struct transfer_job {
+    int fd;
+    bool write;
+    const struct iovec *iov;
+    unsigned count;
+    uint64_t offset;
+    ssize_t moved;
+};
+
+static int transfer_work(void *argument)
+{
+    struct transfer_job *job = argument;
+
+    job->moved = transfer_now(job->fd, job->write, job->iov, job->count, job->offset, 0);
+    return 0;
+}
+
+/* A transfer of a memory file. */
+static ssize_t coroutine_fn transfer_memory(struct native_file *file, bool write, uint64_t offset,
                                             const struct iovec *iov, unsigned count)
 {
-    ssize_t moved = transfer_now(file->fd, write, iov, count, offset, 0);
+    ssize_t moved;
 
+    if (iov_bytes(iov, count) > INLINE_TRANSFER_MAX) {
+        struct transfer_job job = {.fd = file->fd, .write = write, .iov = iov, .count = count, .offset = offset};
+
+        worker_run(transfer_work, &job);
+        return job.moved;
+    }
+    moved = transfer_now(file->fd, write, iov, count, offset, 0);
     loop_spend(1 + (moved > 0 ? (unsigned)((uint64_t)moved / BYTES_PER_UNIT) : 0));
     return moved;
 }
@@ -248,7 +277,7 @@ static ssize_t coroutine_fn native_read(struct file *base, uint64_t offset, cons
     ssize_t moved;
 
     if (file->memory) {
-        return transfer_inline(file, false, offset, iov, count);
+        return transfer_memory(file, false, offset, iov, count);
     }
     if (!file->direct && atomic_load_explicit(&file->nowait, memory_order_relaxed)) {
         moved = transfer_now(file->fd, false, iov, count, offset, RWF_NOWAIT);
@@ -295,7 +324,7 @@ static ssize_t coroutine_fn native_write(struct file *base, uint64_t offset, con
     ssize_t moved;
 
     if (file->memory) {
-        return transfer_inline(file, true, offset, iov, count);
+        return transfer_memory(file, true, offset, iov, count);
     }
     if (!fua) {
         return transfer_queued(file, true, offset, iov, count, 0);
