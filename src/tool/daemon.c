@@ -53,12 +53,13 @@ static int daemonize(int *ret_parent, struct error **err)
     return 0;
 }
 
-/* The child has started: standard streams go to /dev/null and the parent may leave. */
+/* The child has started: standard streams go to /dev/null and the parent may leave. The working directory stays, for
+ * relative names (of images, sockets, the pid file) go on meaning what they meant on the command line. */
 static int release_parent(int *parent, struct error **err)
 {
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
 
-    if (null < 0 || chdir("/") < 0) {
+    if (null < 0) {
         return error_set_errno(err, -errno, "Cannot leave the terminal");
     }
     dup2(null, STDIN_FILENO);
