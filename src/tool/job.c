@@ -48,7 +48,7 @@ static int job_list(struct client *client, const struct job_options *options, co
 
 static int job_wait(struct client *client, const struct job_options *options, const char *id, struct error **err)
 {
-    return progress_wait_job(client, id, false, err);
+    return progress_wait_jobs(client, options->words + 1, g_strv_length(options->words + 1), false, err);
 }
 
 static int job_cancel(struct client *client, const struct job_options *options, const char *id, struct error **err)
@@ -90,7 +90,7 @@ static const struct job_verb {
     const char *help;
 } verbs[] = {
     {"list", job_list, false, "all jobs and how far they are"},
-    {"wait", job_wait, true, "wait until a job has ended, with a progress bar on a terminal"},
+    {"wait", job_wait, true, "wait until all of the named jobs have ended, with progress bars on a terminal"},
     {"cancel", job_cancel, true, "end a job early; every image stays valid (--force: also when it is ready)"},
     {"complete", job_complete, true, "let a job that is ready finish"},
     {"pause", job_pause, true, "stop copying until resumed"},
@@ -133,7 +133,7 @@ int tool_job(int argc, char **argv)
     for (unsigned i = 0; i < G_N_ELEMENTS(verbs); i++) {
         g_string_append_printf(summary, "\n  %-10s %s", verbs[i].name, verbs[i].help);
     }
-    code = tool_parse(&argc, &argv, own, "VERB [ID]", summary->str, &options.qmp, &err);
+    code = tool_parse(&argc, &argv, own, "VERB [ID...]", summary->str, &options.qmp, &err);
     code = code ? code : job_run(&options, &err);
     g_free(options.qmp);
     g_strfreev(options.words);

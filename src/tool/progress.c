@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Waiting for a job at the command line. A job's end is learnt from its events (JOB_STATUS_CHANGE to concluded or
+ * Waiting for jobs at the command line. A job's end is learnt from its events (JOB_STATUS_CHANGE to concluded or
  * null, BLOCK_JOB_COMPLETED with or without an error, BLOCK_JOB_CANCELLED); its progress from query-jobs, five times
- * a second. A bar is one line, redrawn in place; without a terminal a line is printed for each tenth. The functions
- * here know no job types: whatever the daemon calls a job is shown.
+ * a second. On a terminal each job has a line of its own, redrawn in place; elsewhere a line is printed for each tenth.
+ * The functions here know no job types: whatever the daemon calls a job is shown.
  */
 #include "tool/progress.h"
 #include "base/size.h"
@@ -17,12 +17,18 @@
 
 struct wait {
     const char *id;
-    bool terminal, drawn;
     int last_tenth;
     int64_t started_us;
     uint64_t first_done; /* progress when we began to look */
-    bool ended, cancelled, asked_to_complete;
+    bool seen, found, ended, cancelled, asked_to_complete;
     char *failure;
+    char *line; /* what a terminal shows of it */
+};
+
+struct waits {
+    struct wait *jobs;
+    unsigned count;
+    bool terminal, drawn, complete_when_ready;
 };
 
 /* "1:05", "2:03:10" */
@@ -36,11 +42,10 @@ static void duration_format(uint64_t seconds, char *out, size_t size)
     }
 }
 
-static void draw(struct wait *wait, const char *type, const char *status, uint64_t done, uint64_t total)
+static void note_progress(struct wait *wait, bool terminal, const char *type, const char *status, uint64_t done,
+                          uint64_t total)
 {
-    bool first = !wait->started_us;
-
-    if (first) {
+    if (!wait->started_us) {
         wait->started_us = g_get_monotonic_time();
         wait->first_done = done;
     }
@@ -49,7 +54,7 @@ static void draw(struct wait *wait, const char *type, const char *status, uint64
     unsigned percent = total ? (unsigned)(100.0 * (double)done / (double)total) : 100;
     char size[32], left[32] = "-:--", bar[BAR_WIDTH + 1];
 
-    if (!wait->terminal) {
+    if (!terminal) {
         if ((int)percent / 10 != wait->last_tenth) {
             wait->last_tenth = (int)percent / 10;
             printf("%s %s: %u %% (%s)\n", type, wait->id, percent, status);
@@ -63,10 +68,26 @@ static void draw(struct wait *wait, const char *type, const char *status, uint64
     if (rate > 0) {
         duration_format((uint64_t)((double)(total - MIN(done, total)) / rate), left, sizeof(left));
     }
-    printf("\r%s %s [%s] %3u %%  %s/s  %s left  %-8s\033[K", type, wait->id, bar, percent,
-           size_format((uint64_t)rate, size, sizeof(size)), left, status);
+    g_free(wait->line);
+    wait->line = g_strdup_printf("%s %s [%s] %3u %%  %s/s  %s left  %-8s", type, wait->id, bar, percent,
+                                 size_format((uint64_t)rate, size, sizeof(size)), left, status);
+}
+
+/* All lines, over those drawn before. */
+static void draw(struct waits *waits)
+{
+    if (!waits->terminal) {
+        return;
+    }
+    if (waits->drawn) {
+        printf("\033[%uA", waits->count);
+    }
+    for (unsigned i = 0; i < waits->count; i++) {
+        const struct wait *wait = &waits->jobs[i];
+        printf("\r%s\033[K\n", wait->line ? wait->line : wait->id);
+    }
     fflush(stdout);
-    wait->drawn = true;
+    waits->drawn = true;
 }
 
 static bool event_is_ours(const struct wait *wait, json_t *data)
@@ -98,87 +119,144 @@ static void take_event(struct wait *wait, json_t *event)
     }
 }
 
-/* Looks the job up; 0 with *ret_found. */
-static int poll_job(struct wait *wait, struct client *client, bool complete_when_ready, bool *ret_found,
-                    struct error **err)
+static int look_at_job(struct waits *waits, struct wait *wait, struct client *client, json_t *job, struct error **err)
 {
-    auto_json jobs = NULL;
-    int code = client_execute(client, "query-jobs", NULL, &jobs, err);
-    size_t index;
-    json_t *job;
+    const char *status = json_string_value(json_object_get(job, "status"));
+    const char *error = json_string_value(json_object_get(job, "error"));
 
-    *ret_found = false;
-    if (code < 0) {
-        return code;
+    wait->found = wait->seen = true;
+    if (error && !wait->failure) {
+        wait->failure = g_strdup(error);
     }
-    json_array_foreach(jobs, index, job)
-    {
-        const char *status = json_string_value(json_object_get(job, "status"));
-        const char *error = json_string_value(json_object_get(job, "error"));
-
-        if (strcmp(json_string_value(json_object_get(job, "id")), wait->id)) {
-            continue;
-        }
-        *ret_found = true;
-        if (error && !wait->failure) {
-            wait->failure = g_strdup(error);
-        }
-        draw(wait, json_string_value(json_object_get(job, "type")), status,
-             (uint64_t)json_integer_value(json_object_get(job, "current-progress")),
-             (uint64_t)json_integer_value(json_object_get(job, "total-progress")));
-        wait->ended = wait->ended || !strcmp(status, "concluded");
-        if (!strcmp(status, "ready") && complete_when_ready && !wait->asked_to_complete) {
-            wait->asked_to_complete = true;
-            return client_execute(client, "job-complete", json_pack("{s:s}", "id", wait->id), NULL, err);
-        }
+    note_progress(wait, waits->terminal, json_string_value(json_object_get(job, "type")), status,
+                  (uint64_t)json_integer_value(json_object_get(job, "current-progress")),
+                  (uint64_t)json_integer_value(json_object_get(job, "total-progress")));
+    wait->ended = wait->ended || !strcmp(status, "concluded");
+    if (!strcmp(status, "ready") && waits->complete_when_ready && !wait->asked_to_complete) {
+        wait->asked_to_complete = true;
+        return client_execute(client, "job-complete", json_pack("{s:s}", "id", wait->id), NULL, err);
     }
     return 0;
 }
 
-static void drain_events(struct wait *wait, struct client *client, int timeout_ms, bool *ret_gone)
+/* Looks at every job; one that is not there any more has `found` false. */
+static int poll_jobs(struct waits *waits, struct client *client, struct error **err)
+{
+    auto_json jobs = NULL;
+    int code = client_execute(client, "query-jobs", NULL, &jobs, err);
+
+    for (unsigned i = 0; i < waits->count && !code; i++) {
+        struct wait *wait = &waits->jobs[i];
+        size_t index;
+        json_t *job;
+
+        wait->found = false;
+        json_array_foreach(jobs, index, job)
+        {
+            if (!code && !wait->ended && !strcmp(json_string_value(json_object_get(job, "id")), wait->id)) {
+                code = look_at_job(waits, wait, client, job, err);
+            }
+        }
+    }
+    return code;
+}
+
+static void drain_events(struct waits *waits, struct client *client, int timeout_ms, bool *ret_gone)
 {
     for (json_t *event; (event = client_wait_event(client, timeout_ms, ret_gone)); timeout_ms = 0) {
-        take_event(wait, event);
+        for (unsigned i = 0; i < waits->count; i++) {
+            take_event(&waits->jobs[i], event);
+        }
         json_decref(event);
     }
 }
 
-int progress_wait_job(struct client *client, const char *id, bool complete_when_ready, struct error **err)
+static bool all_ended(const struct waits *waits)
 {
-    struct wait wait = {.id = id, .terminal = isatty(STDOUT_FILENO), .last_tenth = -1};
-    g_autofree char *failure = NULL;
-    bool found = false, seen = false, gone = false;
+    for (unsigned i = 0; i < waits->count; i++) {
+        if (!waits->jobs[i].ended) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* How one job ended, into its line and, the first failure, into *err. */
+static int conclude(struct waits *waits, struct wait *wait, struct error **err)
+{
+    const char *end = wait->cancelled ? "cancelled" : wait->failure ? "failed" : "done";
+
+    if (wait->seen || wait->ended) {
+        g_free(wait->line);
+        wait->line = g_strdup_printf("%s: %s", wait->id, end);
+        if (!waits->terminal) {
+            printf("%s\n", wait->line);
+        }
+    }
+    if (wait->cancelled) {
+        return error_set(err, -ECANCELED, "Job '%s' was cancelled", wait->id);
+    }
+    return wait->failure ? error_set(err, -EIO, "Job '%s' failed: %s", wait->id, wait->failure) : 0;
+}
+
+/* Polls and listens until every job has ended. */
+static int wait_all(struct waits *waits, struct client *client, struct error **err)
+{
+    bool gone = false;
     int code = 0;
 
-    while (!wait.ended && !gone && !code) {
-        code = poll_job(&wait, client, complete_when_ready, &found, err);
-        drain_events(&wait, client, wait.ended || !found ? 0 : 200, &gone);
-        if (!found && !wait.ended && !code) {
-            drain_events(&wait, client, seen ? 200 : 0, &gone);
-            if (!seen && !wait.ended) {
-                code = error_set(err, -ENOENT, "There is no job '%s'", id);
-            }
-            wait.ended = true;
+    while (!all_ended(waits) && !gone && !code) {
+        bool some_missing = false;
+
+        code = poll_jobs(waits, client, err);
+        draw(waits);
+        for (unsigned i = 0; i < waits->count; i++) {
+            some_missing = some_missing || (!waits->jobs[i].found && !waits->jobs[i].ended);
         }
-        seen = seen || found;
+        drain_events(waits, client, some_missing || all_ended(waits) ? 0 : 200, &gone);
+        for (unsigned i = 0; i < waits->count && !code; i++) {
+            struct wait *wait = &waits->jobs[i];
+
+            if (wait->ended || wait->found) {
+                continue;
+            }
+            if (!wait->seen) {
+                return error_set(err, -ENOENT, "There is no job '%s'", wait->id);
+            }
+            wait->ended = true;
+        }
     }
-    failure = wait.failure;
-    if (!code && gone && !wait.ended) {
-        code = error_set(err, -ECONNRESET, "The daemon went away while job '%s' was running", id);
+    if (!code && gone && !all_ended(waits)) {
+        code = error_set(err, -ECONNRESET, "The daemon went away while a job was running");
     }
-    if (!code && wait.cancelled) {
-        code = error_set(err, -ECANCELED, "Job '%s' was cancelled", id);
-    } else if (!code && failure) {
-        code = error_set(err, -EIO, "Job '%s' failed: %s", id, failure);
+    return code;
+}
+
+int progress_wait_jobs(struct client *client, char *const *ids, unsigned count, bool complete_when_ready,
+                       struct error **err)
+{
+    g_autofree struct wait *jobs = g_new0(struct wait, count);
+    struct waits waits = {
+        .jobs = jobs, .count = count, .terminal = isatty(STDOUT_FILENO), .complete_when_ready = complete_when_ready};
+
+    for (unsigned i = 0; i < count; i++) {
+        jobs[i].id = ids[i];
+        jobs[i].last_tenth = -1;
     }
-    if (!code && wait.terminal) {
-        printf("\r%s: done\033[K", id);
-    } else if (!code) {
-        printf("%s: done\n", id);
+    int code = wait_all(&waits, client, err);
+    bool waited = !code;
+
+    for (unsigned i = 0; i < count && waited; i++) {
+        int ended = conclude(&waits, &jobs[i], code ? NULL : err);
+        code = code ? code : ended;
     }
-    if (wait.drawn) {
-        putchar('\n');
+    if (waited) {
+        draw(&waits);
     }
     fflush(stdout);
+    for (unsigned i = 0; i < count; i++) {
+        g_free(jobs[i].failure);
+        g_free(jobs[i].line);
+    }
     return code;
 }

@@ -89,7 +89,7 @@ static int run(struct reshape *options, const char *verb, const char *command, s
     if (!code && options->async) {
         printf("%s\n", options->job_id);
     } else if (!code) {
-        code = progress_wait_job(client, options->job_id, !options->ready, err);
+        code = progress_wait_jobs(client, &options->job_id, 1, !options->ready, err);
     }
     return code;
 }
