@@ -6,7 +6,9 @@
  * 1. An edge that is linked holds a reference on its child.
  * 2. A linked edge with a parent has a holder of its own in the ledger, whose claims are its role's; an edge of a stale
  *    parent claims nothing. Root edges have none: what they may do is claimed by their operation.
- * 3. edge->granted never exceeds what was claimed, but for two cases with their reason in the table.
+ * 3. An edge that comes or goes may give operations a role more or less (a new overlay): their claims follow in the
+ *    same step.
+ * 4. edge->granted never exceeds what was claimed, but for two cases with their reason in the table.
  *
  * Changes of shape that can be refused or undone are transaction.c's; it uses edge_link() and edge_unlink() alone.
  */
@@ -100,21 +102,29 @@ static const struct standing_claim *edge_standing(const struct edge *edge)
     return &standing_claims[edge->role][edge->parent->writable];
 }
 
+/* The node whose data the parent relies on. Like an operation, it claims on the image itself and not on the job filters
+ * over it: else who writes to the image and who leans on it through a filter would not meet. */
+static const struct node *edge_shown(const struct edge *edge)
+{
+    return edge->role == EDGE_FILTERED ? edge->child : node_beneath_filters(edge->child);
+}
+
 unsigned edge_standing_claim(const struct edge *edge, struct access_claim *ret)
 {
     if (edge->role == EDGE_ROOT || !edge->child || edge->parent->stale) {
         return 0;
     }
     const struct standing_claim *standing = edge_standing(edge);
+    const struct node *shown = edge_shown(edge);
     *ret = (struct access_claim){
-        .node = edge->child->name, .require = standing->require, .deny = standing->deny, .path = standing->path};
+        .node = shown->name, .require = standing->require, .deny = standing->deny, .path = standing->path};
     return 1;
 }
 
 struct access_holder *edge_holder_create(const struct edge *edge)
 {
     g_autofree char *id =
-        g_strdup_printf("%s -> %s (%s)", edge->parent->name, edge->child->name, edge_role_name(edge->role));
+        g_strdup_printf("%s -> %s (%s)", edge->parent->name, edge_shown(edge)->name, edge_role_name(edge->role));
     return access_holder_create(edge->parent->graph->ledger, "edge", id, edge_role_name(edge->role), NULL, NULL);
 }
 
@@ -139,18 +149,22 @@ int edge_claim_again(struct edge *edge, const char *subject, struct error **err)
 
 int edge_attach(struct node *parent, enum edge_role role, struct node *child, struct edge **ret, struct error **err)
 {
-    g_autofree char *subject =
-        g_strdup_printf("opening node '%s' with '%s' as its %s", parent->name, child->name, edge_role_name(role));
+    g_autofree char *subject = g_strdup_printf("opening node '%s' with '%s' as its %s", parent->name,
+                                               node_beneath_filters(child)->name, edge_role_name(role));
     struct edge *edge = edge_create(parent, role);
     edge_link(edge, child);
     edge->holder = edge_holder_create(edge);
-    int r = edge_claim_again(edge, subject, err);
+    struct access_claim claim;
+    struct access_change change = {.holder = edge->holder, .claims = &claim};
+    change.count = edge_standing_claim(edge, &claim);
+    int r = operations_derive_again(parent->graph, subject, &change, err);
     if (r < 0) {
         access_holder_destroy(edge->holder);
         edge_unlink(edge);
         g_free(edge);
         return r;
     }
+    edge_update_granted(edge);
     node_ref(child);
     if (role == EDGE_FILTERED) {
         node_follow_child(parent);
@@ -165,8 +179,10 @@ struct node *edge_detach(struct edge *edge)
 {
     struct node *child = edge->child;
     g_assert(edge->role != EDGE_ROOT);
+    struct graph *graph = child->graph;
     edge_unlink(edge);
     access_holder_destroy(edge->holder);
     g_free(edge);
+    operations_derive_again(graph, child->name, NULL, NULL); /* fewer claims: cannot be refused */
     return child;
 }

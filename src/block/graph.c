@@ -177,8 +177,8 @@ int coroutine_fn graph_insert_filter(struct graph *graph, struct node *filter, s
     g_assert(!filter->filtered && list_is_empty(&filter->parents));
     graph_drain_begin(graph, touched, G_N_ELEMENTS(touched), NULL, &drain);
     struct transaction *transaction = graph_begin(graph, subject);
-    transaction_move_parents(transaction, over, filter, NULL);
     transaction_attach(transaction, filter, EDGE_FILTERED, over, NULL);
+    transaction_move_parents(transaction, over, filter, NULL);
     int r = graph_commit(transaction, err);
     graph_drain_end(&drain);
     graph_unlock(graph);

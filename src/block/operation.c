@@ -4,7 +4,8 @@
  * base", which overlays, which range, and which edges an operation adopts. The decision is the ledger's.
  *
  * 1. Roles are derived from the graph as it is at that moment, through filters: when an operation begins, and for every
- *    operation again in every commit of a transaction (transaction.c). No list of nodes is kept.
+ *    operation again in every commit of a transaction (transaction.c) and whenever an edge is attached or detached
+ *    (edge.c). No list of nodes is kept.
  * 2. All claims of an operation and all its adoptions are taken in one call of the ledger, or none.
  * 3. An operation holds a reference on each node that it is bound to.
  *
@@ -121,6 +122,34 @@ void operation_set_sources(struct operation *operation, const struct claim_set *
     if (operation->table->sources) {
         access_holder_set_sources(operation->holder, (const char *const *)set->sources->pdata, set->sources->len);
     }
+}
+
+int operations_derive_again(struct graph *graph, const char *subject, const struct access_change *change,
+                            struct error **err)
+{
+    g_autoptr(GArray) changes = g_array_new(FALSE, FALSE, sizeof(struct access_change));
+    g_autoptr(GArray) sets = g_array_new(FALSE, FALSE, sizeof(struct claim_set));
+    if (change) {
+        g_array_append_val(changes, *change);
+    }
+    list_for_each (link, &graph->operations) {
+        struct operation *operation = container_of(link, struct operation, link);
+        if (operation->ended) {
+            continue;
+        }
+        struct claim_set set = operation_derive(operation->table, operation->bound, operation->conditions);
+        struct access_change own = {.holder = operation->holder,
+                                    .claims = (const struct access_claim *)(void *)set.claims->data,
+                                    .count = set.claims->len};
+        g_array_append_val(sets, set);
+        g_array_append_val(changes, own);
+    }
+    int r =
+        access_apply(graph->ledger, subject, (const struct access_change *)(void *)changes->data, changes->len, err);
+    for (unsigned i = 0; i < sets->len; i++) {
+        claim_set_clear(&g_array_index(sets, struct claim_set, i));
+    }
+    return r;
 }
 
 struct node *operation_adopts(const struct claim_table *table, struct node *const *bound, struct node **ret_base)

@@ -88,6 +88,10 @@ struct claim_set {
 };
 struct claim_set operation_derive(const struct claim_table *table, struct node *const *bound, unsigned conditions);
 void claim_set_clear(struct claim_set *set);
+/* The claims of every operation as they follow from the present shape, together with `change` (may be NULL): all or
+ * none. */
+int operations_derive_again(struct graph *graph, const char *subject, const struct access_change *change,
+                            struct error **err);
 void operation_set_sources(struct operation *operation, const struct claim_set *set);
 /* The node that `operation` adopts from, or NULL when it adopts nothing; *ret_base: where the path ends. */
 struct node *operation_adopts(const struct claim_table *table, struct node *const *bound, struct node **ret_base);

@@ -454,14 +454,14 @@ static int coroutine_fn copy_run(struct copy *copy)
     return result;
 }
 
-int coroutine_fn copy_range(struct copy *copy, uint64_t offset, uint64_t bytes)
+int coroutine_fn copy_range(struct copy *copy, uint64_t offset, uint64_t bytes, bool urgent)
 {
     g_assert(copy->in_flight == 0 && is_aligned(offset, copy->config.alignment));
     copy->position = offset;
     copy->end = offset + bytes;
     copy->ahead.bytes = 0;
     copy->dirty = NULL;
-    copy->urgent = false;
+    copy->urgent = urgent;
     return copy_run(copy);
 }
 

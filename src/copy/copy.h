@@ -69,11 +69,12 @@ struct copy *copy_create(const struct copy_config *config);
 void copy_destroy(struct copy *copy); /* nothing is in flight; accepts NULL */
 
 /* Copies [offset, offset + bytes) in order of offset, completing in any order. Returns with nothing in flight:
- * 0, -ECANCELED, or the error that `failed` let through. */
-int coroutine_fn copy_range(struct copy *copy, uint64_t offset, uint64_t bytes);
+ * 0, -ECANCELED, or the error that `failed` let through. urgent: without rest and speed limit (somebody is held up
+ * meanwhile). */
+int coroutine_fn copy_range(struct copy *copy, uint64_t offset, uint64_t bytes, bool urgent);
 /*
- * Copies dirty regions until none is left and nothing is in flight, at the end of one look. urgent: without rest and
- * speed limit (somebody is held up meanwhile). On failure what was taken and not copied is dirty again.
+ * Copies dirty regions until none is left and nothing is in flight, at the end of one look. On failure what was taken
+ * and not copied is dirty again.
  */
 int coroutine_fn copy_dirty(struct copy *copy, struct dirty *dirty, bool urgent);
 

@@ -125,7 +125,7 @@ static int coroutine_fn commit_zero_tail(struct commit *commit)
 
 static int coroutine_fn commit_run_middle(struct commit *commit)
 {
-    int result = copy_range(commit->copy, 0, commit->size);
+    int result = copy_range(commit->copy, 0, commit->size, false);
     return result < 0 ? result : commit_zero_tail(commit);
 }
 

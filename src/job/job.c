@@ -173,7 +173,7 @@ static void coroutine_fn job_rest(struct copy_control *control)
     enum job_status before = job->status;
     g_assert(before == JOB_STATUS_RUNNING || before == JOB_STATUS_READY);
     job_set_status(job, before == JOB_STATUS_READY ? JOB_STATUS_STANDBY : JOB_STATUS_PAUSED);
-    while (control->pauses && !control->cancelled && !job->end_asked) {
+    while (control->pauses && !control->cancelled) {
         loop_sleep_ns(&control->sleep, LONG_NS);
     }
     job_set_status(job, before);

@@ -16,6 +16,7 @@
  *    it out of the chain. Y is never remembered: it is what the bottom's backing edge leads to.
  * 2. What an image of the range does not decide stays where it is; so Y may be written into meanwhile by a commit.
  * 3. Pieces are whole clusters of X.
+ * 4. X may grow meanwhile, by a commit into it: what came is copied in the last step.
  *
  * The life cycle is job.c's; claims come from the schema's table.
  */
@@ -43,7 +44,7 @@ struct stream {
     bool writable; /* a node_writable_begin() of ours */
     struct backend *backend;
     struct copy *copy;
-    uint64_t size; /* bytes to look at; 0 when there is nothing below X */
+    uint64_t size; /* bytes looked at, X's size so far; 0 when there is nothing below X */
 };
 
 /* Y: what the bottom leans on now. */
@@ -86,7 +87,7 @@ static void stream_progress(struct job *job, uint64_t *ret_done, uint64_t *ret_t
 static int coroutine_fn stream_run(struct job *job, struct error **err)
 {
     struct stream *stream = job->state;
-    return copy_range(stream->copy, 0, stream->size);
+    return copy_range(stream->copy, 0, stream->size, false);
 }
 
 /* --- the end --- */
@@ -99,10 +100,11 @@ static int stream_move_edge(struct stream *stream, struct node *base, struct err
     if (node->backing) {
         if (base) {
             /* X has all that the range had: its edge to Y stands for the bottom's, also in the eyes of a commit into Y
-             * that had adopted that one. */
-            const struct edge *bottom = stream->operation->bound[CLAIM_BOTTOM]->backing;
+             * that had adopted that one. Not if its users may still write to what it commits: X would not have that. */
+            struct operation *adopter = stream->operation->bound[CLAIM_BOTTOM]->backing->adopter;
+            bool writes = adopter && adopter->conditions & CLAIM_IF_ACTIVE;
             transaction_move_edge(transaction, node->backing, node_head(base));
-            transaction_adopt(transaction, node->backing, bottom->adopter);
+            transaction_adopt(transaction, node->backing, writes ? NULL : adopter);
         } else {
             transaction_detach(transaction, node->backing);
         }
@@ -133,6 +135,25 @@ static int coroutine_fn stream_relink(struct stream *stream, struct error **err)
     return result;
 }
 
+static int coroutine_fn stream_flush(struct stream *stream, struct error **err)
+{
+    int result = backend_flush(stream->backend);
+    return result < 0 ? error_set_errno(err, result, "Cannot flush node '%s'", stream->node->name) : 0;
+}
+
+/* A commit into X may have made it longer. What it shows there comes from the images of the range, which may be shorter
+ * than Y. Users are held up: nobody makes it longer still. */
+static int coroutine_fn stream_copy_growth(struct stream *stream, struct error **err)
+{
+    uint64_t size = backend_size(stream->backend), from = align_down(stream->size, stream->node->limits.cluster_size);
+    if (size <= stream->size) {
+        return 0;
+    }
+    stream->size = size;
+    int result = copy_range(stream->copy, from, size - from, true);
+    return result < 0 ? result : stream_flush(stream, err);
+}
+
 static int coroutine_fn stream_prepare(struct job *job, struct error **err)
 {
     struct stream *stream = job->state;
@@ -140,13 +161,16 @@ static int coroutine_fn stream_prepare(struct job *job, struct error **err)
     if (!stream->node->backing) {
         return 0;
     }
-    int result = backend_flush(stream->backend);
+    int result = stream_flush(stream, err);
     if (result < 0) {
-        return error_set_errno(err, result, "Cannot flush node '%s'", stream->node->name);
+        return result;
     }
     graph_lock(stream->graph);
-    graph_drain_begin(stream->graph, &stream->node, 1, NULL, &drain);
-    result = job->control.cancelled ? -ECANCELED : stream_relink(stream, err);
+    graph_drain_begin(stream->graph, &stream->node, 1, stream->backend, &drain);
+    result = stream_copy_growth(stream, err);
+    if (result == 0) {
+        result = job->control.cancelled ? -ECANCELED : stream_relink(stream, err);
+    }
     graph_drain_end(&drain);
     graph_unlock(stream->graph);
     return result;
