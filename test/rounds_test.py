@@ -305,3 +305,58 @@ class Rounds(TestCase):
 
     def test_with_two_io_threads(self):
         self.run_rounds(self.rounds(200) // 2, 2)
+
+
+class FirstWrites(TestCase):
+    """A copy-up and the first write to the same cluster meet: the write must win, whatever the order."""
+
+    time_limit = 90
+    builds = ("release",)
+    long_builds = ("release", "asan", "tsan")
+    SIZE = 48 * MIB
+
+    def race(self, start_job, *options):
+        base = self.create_image("base.qcow2", self.SIZE, *options)
+        qemu_io(base, f"write -q -P 200 0 {self.SIZE}")
+        for attempt in range(40 if FULL else 3 if SANITIZED else 8):
+            top = self.create_image(f"top{attempt}.qcow2", None, *options, backing=base)
+            original = self.path("original.raw")
+            qemu_img("convert", "-f", "qcow2", "-O", "raw", top, original)
+            daemon = self.daemon("--object", "iothread,id=io0")
+            daemon.add_chain([("base", base), ("top", top)], discard="unmap")
+            daemon.nbd_server()
+            daemon.export("top", iothread="io0")
+            region = Region(self.directory, f"r{attempt}", self.seed + attempt, 0, self.SIZE, 512, original)
+            client = region.start(daemon.nbd_path, "top", "--reads", "5", "--depth", "32", "--max-blocks", "4")
+            client.wait_progress(1)
+            start_job(daemon)
+            client.stop()
+            region.verify(daemon.nbd_path, "top")
+            daemon.stop()
+            self.daemons.remove(daemon)
+            image_check(top)
+            qemu_img("convert", "-f", "qcow2", "-O", "raw", top, original)
+            region.verify_file(original)
+
+    def stream(self, daemon):
+        daemon.qmp.execute("block-stream", {"job-id": "up", "device": "top"})
+        self.assertIsNone(daemon.qmp.wait_job("up"))
+
+    def test_a_stream_never_overwrites_a_first_write(self):
+        self.race(self.stream)
+
+    def test_a_stream_never_overwrites_a_first_write_in_small_clusters(self):
+        self.race(self.stream, "cluster_size=4096")
+
+    def test_a_stream_that_follows_a_cancelled_one_does_not_either(self):
+        """What the first has copied is there for the second to find, between trims and zeroes of the client."""
+
+        def twice(daemon):
+            daemon.qmp.execute("block-stream", {"job-id": "up", "device": "top", "speed": 64 * MIB})
+            time.sleep(0.1)
+            with contextlib.suppress(QmpError):
+                daemon.qmp.execute("block-job-cancel", device="up")
+            daemon.qmp.wait_job("up")
+            self.stream(daemon)
+
+        self.race(twice, "cluster_size=16384")
