@@ -8,7 +8,8 @@
  *
  * 1. Two pieces that overlap never move at the same time (the range lock `busy`): the later one reads after the
  *    earlier one has written, so an old copy never lands on a newer one.
- * 2. `resting` holds failed pieces that are to be tried again; they are counted neither in flight nor done.
+ * 2. `resting` holds failed pieces that are to be tried again; they are counted neither in flight nor done. What they
+ *    write is read, or looked at, anew.
  * 3. copy_range() and copy_dirty() return with nothing in flight and nothing resting.
  * 4. A cancel is seen at the next look at `control`, and nothing sleeps through one: each wait is woken by it.
  *
@@ -317,16 +318,37 @@ static void coroutine_fn copy_sleep(struct copy *copy, int64_t duration_ns)
 }
 
 /*
+ * A failed piece whose time has come, or NULL. In a dirty copy, zeroes are looked at again like a run of their own,
+ * once the present run is cut up: users may have written there meanwhile, and that may have been copied already.
+ */
+static struct copy_piece *copy_next_resting(struct copy *copy)
+{
+    if (list_is_empty(&copy->resting) || loop_now_ns() < copy->retry_ns) {
+        return NULL;
+    }
+    struct copy_piece *piece = container_of(copy->resting.next, struct copy_piece, link);
+    if (copy->dirty && piece->kind == COPY_ZERO) {
+        if (copy->position == copy->end) {
+            list_remove(&piece->link);
+            copy->position = piece->offset;
+            copy->end = piece->offset + piece->bytes;
+            copy->ahead.bytes = 0;
+            g_free(piece);
+        }
+        return NULL;
+    }
+    list_remove(&piece->link);
+    return piece;
+}
+
+/*
  * Finds the next piece to launch: one that failed before, or a new one. NULL with 0: all is launched. What is to be
  * skipped is skipped here.
  */
 static int coroutine_fn copy_next(struct copy *copy, struct copy_piece **ret)
 {
-    *ret = NULL;
-    if (!list_is_empty(&copy->resting) && loop_now_ns() >= copy->retry_ns) {
-        struct copy_piece *piece = container_of(copy->resting.next, struct copy_piece, link);
-        list_remove(&piece->link);
-        *ret = piece;
+    *ret = copy_next_resting(copy);
+    if (*ret) {
         return 0;
     }
     if (copy->position == copy->end && !copy_next_run(copy)) {

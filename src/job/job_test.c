@@ -4,6 +4,7 @@
 #include "job/chain_testing.h"
 #include "job/commit.h"
 #include "job/stream.h"
+#include "schema/claims.h"
 #include <errno.h>
 
 #define SIZE (40 * TEST_CLUSTER - 512)
@@ -340,6 +341,51 @@ static void a_commit_ignores_by_trying_again(void *unused)
     bench_close(&bench);
 }
 
+/* Writes `value` to a cluster as a client of the node does. */
+static void coroutine_fn client_writes(struct test_bench *bench, struct node *node, uint64_t offset, int value)
+{
+    struct operation_config config = {.kind = "export",
+                                      .id = "client",
+                                      .table = &block_export_add_claims,
+                                      .bound = {[CLAIM_NODE] = node},
+                                      .conditions = CLAIM_IF_WRITABLE};
+    struct operation *operation;
+    g_autofree unsigned char *data = g_malloc(TEST_CLUSTER);
+    struct iovec iov = {memset(data, value, TEST_CLUSTER), TEST_CLUSTER};
+    g_assert_cmpint(operation_begin(bench->graph, &config, &operation, NULL), ==, 0);
+    struct backend *backend = backend_create(bench->graph, "client");
+    g_assert_cmpint(backend_attach(backend, node, operation_granted(operation, node), NULL), ==, 0);
+    g_assert_cmpint(backend_write(backend, offset, TEST_CLUSTER, buffers_one(&iov), 0), ==, 0);
+    backend_destroy(backend);
+    operation_end(operation);
+}
+
+/* What failed as zeroes is written by a client before it is tried again. */
+static void an_old_zero_does_not_land_on_new_data(void *unused)
+{
+    struct test_bench bench;
+    const uint64_t at = 4 * TEST_CLUSTER;
+    bench_open(&bench, 3, SIZE);
+    bench_fill(bench.nodes[2], 0, 10 * TEST_CLUSTER, 0x55);
+    bench_fill(bench.nodes[2], at, TEST_CLUSTER, 0);
+    *bench_faults(bench.nodes[0]) = (struct memory_faults){.write_error = -EIO, .at = at};
+    start_commit(&bench,
+                 (struct block_commit_args){.device = "b", .has_on_error = true, .on_error = BLOCKDEV_ON_ERROR_IGNORE});
+    while (!g_ptr_array_find_with_equal_func(bench.events, "BLOCK_JOB_ERROR j write ignore", g_str_equal, NULL)) {
+        bench_sleep_ms(1);
+    }
+    bench_faults(bench.nodes[0])->write_error = 0;
+    client_writes(&bench, bench.nodes[2], at, 0x77);
+    g_assert_cmpint(job_set_speed(job_of(&bench), 0, NULL), ==, 0); /* it looks around before the time */
+    bench_await(&bench, "j", JOB_STATUS_READY);
+    g_assert_cmpint(job_complete(job_of(&bench), NULL), ==, 0);
+    bench_await(&bench, "j", JOB_STATUS_NULL);
+    g_autofree unsigned char *after = g_malloc(SIZE);
+    bench_view(bench.nodes[0], after, SIZE);
+    g_assert_cmpint(after[at], ==, 0x77);
+    bench_close(&bench);
+}
+
 static void a_header_that_cannot_be_written_changes_nothing(void *unused)
 {
     struct test_bench bench;
@@ -459,6 +505,7 @@ int main(int argc, char **argv)
         {"/job/shutdown-is-quick", shutdown_is_quick},
         {"/job/errors-of-a-stream", errors_of_a_stream},
         {"/job/a-commit-ignores-by-trying-again", a_commit_ignores_by_trying_again},
+        {"/job/an-old-zero-does-not-land-on-new-data", an_old_zero_does_not_land_on_new_data},
         {"/job/a-header-that-cannot-be-written-changes-nothing", a_header_that_cannot_be_written_changes_nothing},
         {"/job/bad-arguments", bad_arguments},
         {"/job/sizes-differ", sizes_differ},
