@@ -57,7 +57,7 @@ int coroutine_fn backend_attach(struct backend *backend, struct node *node, unsi
     }
     graph_unlock(backend->graph);
     int r = old ? error_set(err, -EBUSY, "%s is attached to node '%s' already", backend->owner, old->name) : 0;
-    node_unref(node);
+    node_release(node);
     if (r == 0) {
         backend_tell_changed(backend);
     }
@@ -84,8 +84,8 @@ void coroutine_fn backend_detach(struct backend *backend)
     }
     backend->operation = NULL;
     gate_open(&backend->gate);
-    graph_unlock(backend->graph);
     node_unref(node);
+    graph_unlock(backend->graph);
 }
 
 struct node *backend_node(const struct backend *backend)

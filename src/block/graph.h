@@ -37,7 +37,9 @@ int coroutine_fn graph_delete(struct graph *graph, const char *name, struct erro
 void coroutine_fn graph_delete_all(struct graph *graph);
 
 struct node *node_ref(struct node *node);
-struct node *coroutine_fn node_unref(struct node *node); /* closes with the last; returns NULL */
+/* Closes with the last, which takes it out of the shape: graph->lock is held. Accepts NULL; returns NULL. */
+struct node *coroutine_fn node_unref(struct node *node);
+struct node *coroutine_fn node_release(struct node *node); /* the same, taking the lock if it has to */
 
 /* Counted: makes a node that was opened read-only (a backing file) writable while a job needs it, with its children. */
 int coroutine_fn node_writable_begin(struct node *node, struct error **err);

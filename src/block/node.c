@@ -5,7 +5,8 @@
  *
  * 1. A node lives as long as `references` > 0: the monitor's, one per parent edge or backend, and the caller's.
  * 2. A node whose last reference went has no parents, so no request is inside: it leaves the graph's list at once, its
- *    driver closes it with its children still attached, and then its own references on them go.
+ *    driver closes it with its children still attached, and then its own references on them go. All under graph->lock:
+ *    while the driver writes, the node is still among the parents of its children.
  * 3. writable == (wants_writable || writers > 0), but for a node whose driver failed to stop writing: that stays
  *    writable, which loses nothing.
  * 4. Whoever makes a node writable has made its file child writable first, and the file edge claims accordingly.
@@ -89,8 +90,23 @@ struct node *coroutine_fn node_unref(struct node *node)
     }
     while (!list_is_empty(&dying)) {
         struct node *next = container_of(dying.next, struct node, graph_link);
+        g_assert(!co_mutex_try_lock(&next->graph->lock));
         list_remove(&next->graph_link);
         node_close(next, &dying);
+    }
+    return NULL;
+}
+
+struct node *coroutine_fn node_release(struct node *node)
+{
+    if (node && node->references > 1) {
+        return node_unref(node);
+    }
+    if (node) {
+        struct graph *graph = node->graph;
+        graph_lock(graph);
+        node_unref(node);
+        graph_unlock(graph);
     }
     return NULL;
 }

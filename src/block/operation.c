@@ -47,13 +47,16 @@ static void derive_between(struct derivation *derivation, const struct claim_cla
     }
 }
 
-/* Parents through backing edges, also those that lean on a filter over the node. */
+/* Parents through backing edges, also those that lean on a filter over the node; but for stale ones, whose link nobody
+ * relies on. */
 static void derive_overlays(struct derivation *derivation, const struct claim_clause *clause, struct node *first)
 {
     list_for_each (link, &first->parents) {
         const struct edge *edge = container_of(link, struct edge, child_link);
         if (edge->role == EDGE_BACKING) {
-            claim_add(derivation, clause, edge->parent);
+            if (!edge->parent->stale) {
+                claim_add(derivation, clause, edge->parent);
+            }
         } else if (edge->role == EDGE_FILTERED) {
             derive_overlays(derivation, clause, edge->parent);
         }
@@ -278,7 +281,7 @@ static void forget_adopter(struct operation *operation)
     }
 }
 
-void operation_end(struct operation *operation)
+void coroutine_fn operation_end(struct operation *operation)
 {
     if (!operation) {
         return;
@@ -293,7 +296,7 @@ void operation_end(struct operation *operation)
     memcpy(bound, operation->bound, sizeof(bound));
     operation_free(operation);
     for (unsigned i = 0; i < CLAIM_VARIABLE_COUNT; i++) {
-        node_unref(bound[i]);
+        node_release(bound[i]);
     }
 }
 

@@ -4,6 +4,7 @@
 
 #include "access/access.h"
 #include "base/list.h"
+#include "loop/coroutine.h"
 
 /*
  * An operation: anything that takes claims (a job, an export, a command while it runs). Its claims stand in the
@@ -75,7 +76,8 @@ int operation_begin(struct graph *graph, const struct operation_config *config, 
                     struct error **err);
 /* The decision alone. */
 int operation_check(struct graph *graph, const struct operation_config *config, struct error **err);
-void operation_end(struct operation *operation); /* accepts NULL */
+/* graph->lock is not held. Accepts NULL. */
+void coroutine_fn operation_end(struct operation *operation);
 /* ACCESS_ bits that the operation holds on `node`: what its backends there may be granted. */
 unsigned operation_granted(const struct operation *operation, const struct node *node);
 

@@ -299,7 +299,7 @@ static void coroutine_fn chain_status(void *argument)
         g_assert_cmpuint(extent.bytes, ==, 100);
     }
     g_assert_cmpint(graph_remove_filter(graph, filter, NULL), ==, 0);
-    node_unref(filter);
+    node_release(filter);
     memory_end(graph);
 }
 

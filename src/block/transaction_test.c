@@ -227,7 +227,7 @@ static void coroutine_fn adoption_body(void *argument)
     g_assert_cmpint(graph_remove_filter(graph, filter, NULL), ==, 0);
     g_assert(backend_node(backend) == chain[B] && chain[C]->backing->child == chain[B]);
     g_assert(chain[C]->backing->adopter == job);
-    node_unref(filter);
+    node_release(filter);
     backend_destroy(backend);
     operation_end(job);
     memory_end(graph);

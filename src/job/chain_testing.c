@@ -308,7 +308,7 @@ void coroutine_fn bench_close(struct test_bench *bench)
 {
     jobs_cancel_all_and_wait(bench->jobs);
     for (unsigned i = bench->count; i > 0; i--) {
-        node_unref(bench->nodes[i - 1]);
+        node_release(bench->nodes[i - 1]);
     }
     jobs_destroy(bench->jobs);
     graph_destroy(bench->graph);

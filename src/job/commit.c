@@ -201,7 +201,8 @@ static struct node *commit_fresh_overlay(const struct commit *commit)
 {
     list_for_each (link, &node_head(commit->top)->parents) {
         const struct edge *edge = container_of(link, struct edge, child_link);
-        if (edge->role == EDGE_BACKING && !g_ptr_array_find(commit->overlays, edge->parent, NULL)) {
+        if (edge->role == EDGE_BACKING && !edge->parent->stale &&
+            !g_ptr_array_find(commit->overlays, edge->parent, NULL)) {
             return edge->parent;
         }
     }
@@ -238,7 +239,7 @@ static int coroutine_fn commit_lock(struct commit *commit, struct error **err)
             result = node_writable_begin(fresh, err);
         }
         if (result < 0) {
-            node_unref(fresh);
+            node_release(fresh);
             return result;
         }
         g_ptr_array_add(commit->overlays, fresh);
@@ -250,7 +251,7 @@ static int coroutine_fn commit_write_headers(struct commit *commit, struct relin
 {
     list_for_each (link, &node_head(commit->top)->parents) {
         struct edge *edge = container_of(link, struct edge, child_link);
-        if (edge->role != EDGE_BACKING) {
+        if (edge->role != EDGE_BACKING || edge->parent->stale) {
             continue;
         }
         struct backing_name name;
@@ -382,19 +383,19 @@ static void coroutine_fn commit_destroy(struct commit *commit)
     }
     backend_destroy(commit->source);
     backend_destroy(commit->target);
-    node_unref(commit->filter);
+    node_release(commit->filter);
     dirty_destroy(commit->dirty);
     for (guint i = 0; i < commit->overlays->len; i++) {
         node_writable_end(commit->overlays->pdata[i]);
-        node_unref(commit->overlays->pdata[i]);
+        node_release(commit->overlays->pdata[i]);
     }
     g_ptr_array_free(commit->overlays, TRUE);
     operation_end(commit->operation);
     if (commit->base_writable) {
         node_writable_end(commit->base);
     }
-    node_unref(commit->top);
-    node_unref(commit->base);
+    node_release(commit->top);
+    node_release(commit->base);
     g_free(commit->backing_file);
     g_free(commit);
 }

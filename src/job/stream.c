@@ -58,14 +58,21 @@ static int coroutine_fn stream_extent(void *argument, uint64_t offset, uint64_t 
     struct stream *stream = ((struct job *)argument)->state;
     struct extent extent;
     struct node *base;
+    bool moved;
     do {
-        /* While the request waits for the end of a drain, another job may change what the range is. */
+        /* While the request waits for the end of a drain, another job may change what the range is, and its old base
+         * may be closed. */
         base = stream_base(stream);
+        if (base) {
+            node_ref(base);
+        }
         int result = backend_block_status(stream->backend, base, offset, bytes, &extent);
+        moved = base != stream_base(stream);
+        node_release(base);
         if (result < 0) {
             return result;
         }
-    } while (base != stream_base(stream));
+    } while (moved);
     ret->bytes = extent.bytes;
     if (!(extent.flags & EXTENT_ALLOCATED) || extent.depth == 0) {
         ret->kind = COPY_SKIP;
@@ -186,7 +193,7 @@ static void coroutine_fn stream_destroy(struct stream *stream)
     if (stream->writable) {
         node_writable_end(stream->node);
     }
-    node_unref(stream->node);
+    node_release(stream->node);
     g_free(stream->base_name);
     g_free(stream->backing_file);
     g_free(stream);

@@ -315,7 +315,7 @@ static void coroutine_fn run_case(void *argument)
     int code = graph_delete(crash->graph, "top", NULL);
     g_assert_cmpint(code, ==, 0);
     cut_and_verify(crash);
-    node_unref(disk);
+    node_release(disk);
     graph_destroy(crash->graph);
 }
 

@@ -274,7 +274,7 @@ static void coroutine_fn bench_create(struct bench *bench, const struct qcow2_cr
 
 static void coroutine_fn bench_destroy(struct bench *bench)
 {
-    node_unref(bench->disk_node);
+    node_release(bench->disk_node);
     graph_destroy(bench->graph);
     memory_disk_destroy(bench->disk);
 }
