@@ -137,3 +137,33 @@ class JobMishaps(TestCase):
         self.wait_status(qmp, "c", "null")
         self.assertEqual(self.job_errors(qmp), {"s": None, "c": None})
         self.assertEqual(self.read_export(daemon, "t"), before)
+
+    def test_an_image_that_was_committed_is_no_overlay(self):
+        """After a pivot the old top is still there and points to the base: the base is the top of the chain now."""
+        daemon = self.daemon()
+        chain = self.create_chain(["a", "b", "c"], SIZE)
+        daemon.add_chain(chain)
+        daemon.nbd_server()
+        daemon.export("c")
+        before = self.read_export(daemon, "c")
+        for job, top, base in (("one", "c", "b"), ("two", "b", "a")):
+            daemon.qmp.execute("block-commit", {"job-id": job, "device": top, "base-node": base})
+            self.wait_status(daemon.qmp, job, "ready", "null")
+            daemon.qmp.execute("job-complete", id=job)
+            self.wait_status(daemon.qmp, job, "null")
+        self.assertEqual(self.job_errors(daemon.qmp), {"one": None, "two": None})
+        self.assertEqual(self.read_export(daemon, "c"), before)
+        daemon.stop()
+        self.assertTrue(qemu_img("info", "-f", "qcow2", chain[2][1]).count("b.qcow2"))
+
+    def test_a_name_with_a_colon_is_found_again(self):
+        base, middle, top = "f:a.qcow2", "f:b.qcow2", "c.qcow2"
+        for name, below in ((base, None), (middle, base), (top, middle)):
+            self.create_image(name, SIZE, backing=below and f"./{below}")
+        daemon = self.daemon()
+        daemon.add_chain([("a", base), ("b", middle), ("c", top)])
+        daemon.qmp.execute("block-commit", {"job-id": "j", "device": "c", "top-node": "b", "base-node": "a"})
+        self.wait_status(daemon.qmp, "j", "null")
+        self.assertEqual(self.job_errors(daemon.qmp), {"j": None})
+        daemon.stop()
+        self.assertIn(base, qemu_img("info", "--backing-chain", "-f", "qcow2", self.path(top)))

@@ -70,16 +70,18 @@ void backing_name_clear(struct backing_name *name)
     g_clear_pointer(&name->format, g_free);
 }
 
-/* A relative name is relative to the daemon's directory in memory, but to the overlay's in a header. */
+/* A relative name is relative to the daemon's directory in memory, but to the overlay's in a header; and there, what
+ * stands before a colon would be taken for a protocol. */
 static char *name_from(const struct node *overlay, const char *filename)
 {
-    if (g_path_is_absolute(filename) || strchr(filename, ':')) {
+    if (g_path_is_absolute(filename) || strstr(filename, "://")) {
         return g_strdup(filename);
     }
     g_autofree char *there = g_path_get_dirname(filename);
     g_autofree char *here = g_path_get_dirname(overlay->filename ? overlay->filename : "");
-    if (strcmp(here, there) == 0) {
-        return g_path_get_basename(filename);
+    g_autofree char *alone = g_path_get_basename(filename);
+    if (strcmp(here, there) == 0 && !strchr(alone, ':')) {
+        return g_steal_pointer(&alone);
     }
     return g_canonicalize_filename(filename, NULL);
 }
