@@ -121,7 +121,7 @@ static void coroutine_fn run_input(void *argument)
             abort();
         }
     }
-    node_unref(disk_node);
+    node_release(disk_node);
     graph_destroy(graph);
     memory_disk_destroy(disk);
 }
