@@ -49,6 +49,41 @@ static char *join_denied(json_t *allow)
     return json_array_size(denied) == G_N_ELEMENTS(all) ? g_strdup("everything") : join_actions(denied);
 }
 
+/* Takes `more` into `claim`: what either needs, and what both allow. */
+static void merge_claim(json_t *claim, json_t *more)
+{
+    json_t *require = json_object_get(claim, "require"), *allow = json_object_get(claim, "allow"), *action;
+    auto_json both = json_array();
+    size_t i, j;
+
+    json_array_extend(require, json_object_get(more, "require"));
+    json_array_foreach(allow, i, action)
+    {
+        for (j = 0; j < json_array_size(json_object_get(more, "allow")); j++) {
+            if (json_equal(action, json_array_get(json_object_get(more, "allow"), j))) {
+                json_array_append(both, action);
+            }
+        }
+    }
+    json_object_set(claim, "allow", both);
+}
+
+/* One role may have several clauses on a node; people want to see their sum. */
+static void merge_claims(json_t *claims)
+{
+    for (size_t i = 1; i < json_array_size(claims);) {
+        json_t *claim = json_array_get(claims, i - 1), *next = json_array_get(claims, i);
+
+        if (json_equal(json_object_get(claim, "node"), json_object_get(next, "node")) &&
+            json_equal(json_object_get(claim, "path"), json_object_get(next, "path"))) {
+            merge_claim(claim, next);
+            json_array_remove(claims, i);
+        } else {
+            i++;
+        }
+    }
+}
+
 static void print_holder(json_t *holder, bool edges)
 {
     const char *id = "", *kind = "", *command = "", *adopter = NULL;
