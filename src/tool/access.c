@@ -104,6 +104,7 @@ static void print_holder(json_t *holder, bool edges)
         printf("  (in the hands of %s)", adopter);
     }
     printf("\n");
+    merge_claims(claims);
     json_array_foreach(claims, index, claim)
     {
         const char *node = json_string_value(json_object_get(claim, "node"));
