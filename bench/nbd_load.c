@@ -493,7 +493,9 @@ static void *connection_run(void *argument)
 
     while (!atomic_load_explicit(&stop, memory_order_relaxed) && !connection->exhausted) {
         send_requests(connection);
-        receive_replies(connection);
+        if (connection->free_count < config.depth) {
+            receive_replies(connection);
+        }
     }
     while (connection->free_count < config.depth) {
         receive_replies(connection);

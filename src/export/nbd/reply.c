@@ -21,7 +21,7 @@
 #include <string.h>
 
 /* A batch of so many bytes does not wait for the turn's end. */
-#define BATCH_LARGE (512 * KiB)
+#define BATCH_LARGE (128 * KiB)
 /* Zeroes are looked for in pieces of this size, in reads of at least two of them. */
 #define HOLE_GRANULE (32 * KiB)
 #define CHUNKS_MAX 16
