@@ -26,6 +26,8 @@
 
 /* Budget that an inline transfer takes: one unit, and one for so many bytes. */
 #define BYTES_PER_UNIT (32 * KiB)
+/* What a unix socket takes before its sender waits, if the kernel's limit allows. */
+#define UNIX_SEND_ROOM ((int)MiB)
 
 struct native_connection {
     struct native_end end; /* first */
@@ -135,12 +137,14 @@ static bool fd_is_stream_socket(int fd)
     return getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) == 0 && type == SOCK_STREAM;
 }
 
-static void socket_set_nodelay(int fd)
+static void socket_prepare(int fd)
 {
-    int on = 1;
+    int on = 1, room = UNIX_SEND_ROOM;
 
-    /* Fails on a unix socket, which has no delay to begin with. */
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+    /* TCP finds its room by itself; a unix socket has no delay to switch off, and a fixed room. */
+    if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) < 0) {
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
+    }
 }
 
 struct connection *native_connection_create(int fd)
@@ -148,7 +152,7 @@ struct connection *native_connection_create(int fd)
     struct native_connection *connection = connection_allocate(fd, fd);
 
     connection->socket = true;
-    socket_set_nodelay(fd);
+    socket_prepare(fd);
     return &connection->connection;
 }
 
