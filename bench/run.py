@@ -132,8 +132,16 @@ class Server:
                     return int(line.split()[1]) * 1024
         return 0
 
+    def cpu_seconds(self):
+        with open(f"/proc/{self.process.pid}/stat") as stat:
+            fields = stat.read().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def load(self, *words):
-        return json.loads(run(LOAD, "--unix", self.path, "--export", self.export(), *words))
+        before = self.cpu_seconds()
+        measured = json.loads(run(LOAD, "--unix", self.path, "--export", self.export(), *words))
+        measured["cpu_us"] = (self.cpu_seconds() - before) * 1e6 / max(1, measured["requests"])
+        return measured
 
     def export(self):
         return "disk"
@@ -241,18 +249,21 @@ class Results:
     def __init__(self):
         self.rows = []
 
-    def add(self, title, unit, values, more_is_better=True):
-        """values: server -> list of measurements."""
+    def add(self, title, unit, values, more_is_better=True, cpu_us=None):
+        """values: server -> list of measurements; cpu_us: the same, of the processor's time for a request."""
         row = {"title": title, "unit": unit, "more_is_better": more_is_better, "servers": {}}
         for name, measured in values.items():
             row["servers"][name] = {"median": statistics.median(measured), "min": min(measured), "max": max(measured),
                                     "rounds": measured}
+            if cpu_us:
+                row["servers"][name]["cpu_us"] = statistics.median(cpu_us[name])
         self.rows.append(row)
         print_row(row)
 
 
 def print_head():
-    print(f"{'':58s} {'Interlock':>26s} {'qemu-storage-daemon':>26s} {'':>7s} {'nbdkit':>9s} {'':>7s} {'limit':>9s}")
+    print(f"{'':58s} {'Interlock':>26s} {'qemu-storage-daemon':>26s} {'':>7s} {'nbdkit':>9s} {'':>7s} {'limit':>9s}"
+          f"  CPU per request: ours, theirs, us")
 
 
 def ratio(row, name):
@@ -275,6 +286,9 @@ def print_row(row):
         cells.append(f"{text:>{width}s}")
         if name in ("qemu-storage-daemon", "nbdkit"):
             cells.append(f"{'x' + format(ratio(row, name), '.2f') if measured else '':>7s}")
+    cpu = [row["servers"][name].get("cpu_us") for name in ("interlock", "qemu-storage-daemon") if name in row["servers"]]
+    if cpu and cpu[0]:
+        cells.append(" " + " ".join(f"{number(value):>6s}" for value in cpu))
     print(" ".join(cells), flush=True)
 
 
@@ -294,6 +308,7 @@ def measure_loads(options, directory, results):
                 if options.only and not any(word in f"{image_format}: {title}" for word in options.only):
                     continue
                 values = {server.name: [] for server in servers}
+                cpu_us = {server.name: [] for server in servers}
                 for round_number in range(options.rounds):
                     last = round_number == options.rounds - 1
                     seed += 1
@@ -302,7 +317,10 @@ def measure_loads(options, directory, results):
                         measured = server.load(*told, *(["--verify"] if last and "write" in words else []))
                         values[server.name].append(
                             measured["mib_per_second" if "--block" in words else "per_second"])
-                results.add(f"{image_format}: {title}", "MiB/s" if "--block" in words else "1/s", values)
+                        if not last:  # its verification would count
+                            cpu_us[server.name].append(measured["cpu_us"])
+                unit = "MiB/s" if "--block" in words else "1/s"
+                results.add(f"{image_format}: {title}", unit, values, cpu_us=cpu_us if options.rounds > 1 else None)
             if not options.only:
                 results.add(f"{image_format}: memory after the start", "MiB", before, False)
                 results.add(f"{image_format}: memory after the load", "MiB",
