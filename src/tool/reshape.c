@@ -62,7 +62,10 @@ static json_t *common_arguments(struct reshape *options, const char *verb)
     json_t *arguments = json_object();
 
     if (!options->job_id) {
-        options->job_id = g_strdup_printf("%s-%s", verb, options->nodes[0]);
+        /* An implicit node's name begins with '#', which a job's may not have. */
+        const char *name = options->nodes[0] + (options->nodes[0][0] == '#');
+
+        options->job_id = g_strdup_printf("%s-%s", verb, name);
     }
     json_object_set_new(arguments, "job-id", json_string(options->job_id));
     json_object_set_new(arguments, "device", json_string(options->nodes[0]));
