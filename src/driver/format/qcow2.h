@@ -75,6 +75,7 @@ struct qcow2 {
 
     GArray *known_free;         /* struct qcow2_free_run, all below free_hint */
     uint64_t free_hint;         /* cluster index: none below is free */
+    uint64_t slice_checked;     /* of refcounts, its number + 1: shows no table in use as free */
     uint64_t clean_from;        /* host offset: from here on the file was never written, so reads as zeroes */
     bool barrier_wanted;        /* dirty L2 entries lean on data or refcounts that may not be stable yet */
     uint64_t change_count;      /* counts what sets barrier_wanted */

@@ -118,18 +118,22 @@ static int coroutine_fn cache_take(struct qcow2_cache *cache, struct qcow2_slice
             return -ENOMEM;
         }
     }
-    for (;;) {
+    int failed = 0;
+    for (uint64_t looked_at = 0;; looked_at++) {
         struct qcow2_slice *slice = &cache->slices[cache->hand];
         cache->hand = (cache->hand + 1) % cache->slice_count;
         if (slice->used && slice->referenced) {
             slice->referenced = false;
             continue;
         }
-        if (slice->used && slice->dirty_at) {
-            int code = cache->make_clean ? cache->make_clean(cache->argument) : cache_write_slice(cache, slice);
-            if (code < 0) {
-                return code;
+        if (slice->used && slice->dirty_at && failed == 0) {
+            failed = cache->make_clean ? cache->make_clean(cache->argument) : cache_write_slice(cache, slice);
+        }
+        if (slice->used && slice->dirty_at && failed < 0) {
+            if (looked_at > 2 * (uint64_t)cache->slice_count) {
+                return failed;
             }
+            continue; /* a clean one will do: reads go on where nothing can be written */
         }
         if (slice->used) {
             cache_remove(cache, slice);

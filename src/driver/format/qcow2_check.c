@@ -185,7 +185,8 @@ static int coroutine_fn count_bitmaps(struct count *count)
 {
     const struct qcow2_disk_bitmaps *bitmaps = &count->image->header.bitmaps;
     g_autofree uint8_t *directory = NULL;
-    if (bitmaps->bitmap_count == 0) {
+    bool consistent = count->image->header.autoclear & QCOW2_AUTOCLEAR_BITMAPS;
+    if (!consistent || bitmaps->bitmap_count == 0) { /* else the extension says nothing that holds */
         return 0;
     }
     if (bitmaps->bitmap_count > QCOW2_BITMAPS_MAX || bitmaps->directory_size > QCOW2_BITMAP_DIRECTORY_BYTES_MAX) {

@@ -45,7 +45,7 @@ int coroutine_fn qcow2_mark_corrupt(struct qcow2 *image, const char *format, ...
 
 static bool overlaps(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes)
 {
-    return a < b + b_bytes && b < a + a_bytes;
+    return a_bytes && b_bytes && a < b + b_bytes && b < a + a_bytes;
 }
 
 bool qcow2_overlaps_metadata(const struct qcow2 *image, uint64_t offset, uint64_t bytes)

@@ -210,7 +210,7 @@ static int parse_extension(struct qcow2_header *header, uint32_t type, const uin
 static int parse_extensions(const uint8_t *data, uint64_t bytes, struct qcow2_header *header, struct error **err)
 {
     uint64_t end = (uint64_t)1 << header->cluster_bits;
-    if (header->backing_offset > header->length) {
+    if (header->backing_offset >= header->length) { /* right behind it: there are none */
         end = min_u64(end, header->backing_offset);
     }
     end = min_u64(end, bytes);
@@ -576,6 +576,10 @@ int coroutine_fn qcow2_header_change_backing(struct edge *file, struct qcow2_hea
         return error_set(err, code,
                          "The qcow2 header cluster (%" G_GUINT64_FORMAT " bytes) has no room for the backing file name",
                          cluster_size);
+    }
+    if (code == 0 && header->length > sizeof(struct qcow2_disk_header)) { /* fields that we do not know stay */
+        code = edge_read_memory(file, sizeof(struct qcow2_disk_header), data + sizeof(struct qcow2_disk_header),
+                                header->length - sizeof(struct qcow2_disk_header));
     }
     if (code == 0) {
         code = write_cluster(file, header, data, name_offset, length, built_extensions_end(header, data));

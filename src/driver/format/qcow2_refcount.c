@@ -87,7 +87,8 @@ static int coroutine_fn load_slice(struct qcow2 *image, uint64_t cluster, void *
         return 0;
     }
     /* The reserved bits are below the least cluster size. */
-    if (qcow2_in_cluster(image, block) || block > QCOW2_HOST_OFFSET_MAX) {
+    if (qcow2_in_cluster(image, block) || block > QCOW2_HOST_OFFSET_MAX ||
+        qcow2_overlaps_metadata(image, block, image->cluster_size)) {
         return qcow2_mark_corrupt(image, "refcount table entry %" G_GUINT64_FORMAT " is 0x%" G_GINT64_MODIFIER "x",
                                   table_index, block);
     }
@@ -344,9 +345,10 @@ static int coroutine_fn place_table(struct qcow2 *image, uint64_t clusters)
     struct edge *file = image->node->file;
     uint64_t offset;
     int code = allocate_exactly(image, clusters, true, &offset);
-    if (code == 0) {
-        code = qcow2_cache_write(&image->refcount_cache);
+    if (code < 0) {
+        return code;
     }
+    code = qcow2_cache_write(&image->refcount_cache);
     if (code == 0) {
         code = write_table(image, offset, 0, image->refcount_table_entries);
     }
@@ -354,6 +356,7 @@ static int coroutine_fn place_table(struct qcow2 *image, uint64_t clusters)
         code = edge_flush(file);
     }
     if (code < 0) {
+        qcow2_release(image, offset, clusters);
         return code;
     }
     uint64_t old_offset = image->header.refcount_table_offset;
@@ -392,6 +395,11 @@ static int coroutine_fn grow_table(struct qcow2 *image, uint64_t wanted_entries)
     image->refcount_table_entries = bytes / 8;
     int code = place_table(image, bytes >> image->cluster_bits);
     if (code < 0 && !image->frozen) {
+        for (uint32_t i = old_entries; i < image->refcount_table_entries; i++) {
+            if (image->refcount_table[i]) {
+                qcow2_release(image, image->refcount_table[i], 1);
+            }
+        }
         for (uint32_t i = old_entries; i < image->refcount_table_entries; i++) {
             if (image->refcount_table[i]) {
                 forget_block(image, i);
@@ -476,6 +484,29 @@ static int coroutine_fn take_known(struct qcow2 *image, uint64_t wanted, uint64_
     return 0;
 }
 
+/* Refcounts that are too low would have us overwrite a table in use. Looks once per slice, on the first cluster of it
+ * that may be given out. */
+static int coroutine_fn check_free(struct qcow2 *image, const void *slice, uint64_t cluster)
+{
+    unsigned bits = slice_bits_of(image);
+    uint64_t number = (cluster >> bits) + 1;
+    if (image->slice_checked == number) {
+        return 0;
+    }
+    uint64_t tables = (uint64_t)image->header.l1_size + image->refcount_table_entries;
+    for (uint64_t i = 0; i < tables; i++) {
+        uint64_t offset = i < image->header.l1_size ? image->l1[i] & QCOW2_OFFSET_MASK
+                                                    : image->refcount_table[i - image->header.l1_size];
+        uint64_t at = offset >> image->cluster_bits;
+        if (offset && (at >> bits) + 1 == number &&
+            qcow2_refcount_load(slice, image->header.refcount_order, at & ((UINT64_C(1) << bits) - 1)) == 0) {
+            return qcow2_mark_corrupt(image, "a table in use (0x%" G_GINT64_MODIFIER "x) has refcount 0", offset);
+        }
+    }
+    image->slice_checked = number;
+    return 0;
+}
+
 /* From free_hint on; makes blocks as it comes to regions without one. */
 static int coroutine_fn take_next(struct qcow2 *image, uint64_t wanted, uint64_t *ret_cluster, uint64_t *ret_count)
 {
@@ -493,6 +524,9 @@ static int coroutine_fn take_next(struct qcow2 *image, uint64_t wanted, uint64_t
             if (code == 0) {
                 continue;
             }
+        }
+        if (code == 0) {
+            code = check_free(image, slice, cluster);
         }
         if (code < 0) {
             return code;

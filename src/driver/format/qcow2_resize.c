@@ -62,6 +62,25 @@ static int coroutine_fn write_header(struct qcow2 *image)
     return code == 0 ? edge_flush(image->node->file) : code;
 }
 
+/* Makes the image's size what is given, or leaves it. Takes the lock. */
+static int coroutine_fn write_size(struct qcow2 *image, uint64_t size)
+{
+    uint64_t old = image->header.size;
+    co_mutex_lock(&image->lock);
+    image->header.size = size;
+    int code = write_header(image);
+    if (code < 0) {
+        image->header.size = old;
+        if (write_header(image) < 0 && size < old) {
+            /* The header may show the lesser size: what is written behind that could be lost. */
+            image->frozen = true;
+            atomic_store(&image->corrupt, true);
+        }
+    }
+    co_mutex_unlock(&image->lock);
+    return code;
+}
+
 /* Makes the L1 table long enough for `size`; the header's size stays. The lock is held. */
 static int coroutine_fn grow_l1(struct qcow2 *image, uint64_t size)
 {
@@ -123,9 +142,9 @@ static int coroutine_fn hide(struct node *node, uint64_t from, uint64_t to)
         co_mutex_lock(&image->lock);
         code = qcow2_lookup(image, from, rest, &run);
         co_mutex_unlock(&image->lock);
-        bool shows = run.kind == QCOW2_DATA || run.kind == QCOW2_COMPRESSED_DATA ||
-                     (run.kind == QCOW2_UNALLOCATED && node->backing);
-        if (code == 0 && shows) {
+        bool shows = code == 0 && (run.kind == QCOW2_DATA || run.kind == QCOW2_COMPRESSED_DATA ||
+                                   (run.kind == QCOW2_UNALLOCATED && node->backing));
+        if (shows) {
             code = qcow2_write_zero_data(image, from, rest, 0);
         }
     }
@@ -162,13 +181,9 @@ static int coroutine_fn grow(struct node *node, uint64_t size, struct error **er
         code = qcow2_flush(node);
     }
     if (code == 0) {
-        co_mutex_lock(&image->lock);
-        image->header.size = size;
-        code = write_header(image);
-        co_mutex_unlock(&image->lock);
+        code = write_size(image, size);
     }
     if (code < 0) {
-        image->header.size = old;
         atomic_store(&node->size, old);
         return error_set_errno(err, code, "Could not resize node '%s'", node->name);
     }
@@ -192,13 +207,9 @@ static int coroutine_fn shrink(struct node *node, uint64_t size, struct error **
         code = qcow2_flush(node);
     }
     if (code == 0) {
-        co_mutex_lock(&image->lock);
-        image->header.size = size;
-        code = write_header(image);
-        co_mutex_unlock(&image->lock);
+        code = write_size(image, size);
     }
     if (code < 0) {
-        image->header.size = old;
         return error_set_errno(err, code, "Could not resize node '%s'", node->name);
     }
     atomic_store(&node->size, size);

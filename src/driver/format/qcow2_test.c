@@ -138,6 +138,8 @@ static const struct bad_header bad_headers[] = {
     {"outside of the header", {PATCH(backing_file_offset, UINT64_MAX), PATCH(backing_file_size, 8)}},
     {"outside of the header", {PATCH(backing_file_offset, 8), PATCH(backing_file_size, 8)}},
     {NULL, {PATCH(backing_file_offset, 0x200), PATCH(backing_file_size, 3)}},
+    /* A name right behind the fixed part: there are no extensions. */
+    {NULL, {PATCH(backing_file_offset, 112), PATCH(backing_file_size, 8), {112, 4, 0x2f612f62}, {116, 4, 0x2f632f64}}},
     {"external data file", {PATCH(incompatible_features, 4)}},
     {"extended L2", {PATCH(incompatible_features, 16)}},
     {"a feature from the future", {PATCH(incompatible_features, 64)}},
@@ -427,6 +429,122 @@ static void coroutine_fn try_overlap(void *argument)
     bench_destroy(&bench);
 }
 
+/* Refcounts that are too low, in an image that says nothing of it: no table in use is given out. */
+static void coroutine_fn try_low_refcounts(void *argument)
+{
+    struct bench bench;
+    struct qcow2_create_options options = {.size = 4 * MiB, .cluster_bits = 12};
+    bench_create(&bench, &options);
+    bench_open(&bench, "");
+    g_assert_no_errno(put(&bench, 0, 1, 64 * KiB));
+    bench_close(&bench);
+    uint64_t l1 = disk_word(&bench, offsetof(struct qcow2_disk_header, l1_table_offset));
+    uint64_t l2 = disk_word(&bench, l1) & QCOW2_OFFSET_MASK;
+    uint64_t table = disk_word(&bench, offsetof(struct qcow2_disk_header, refcount_table_offset));
+    memset(bench.disk->now->data + disk_word(&bench, table) + l2 / 4096 * 2, 0, 2);
+    bench_open(&bench, "");
+    g_assert_cmpint(put(&bench, 1 * MiB, 2, 64 * KiB), ==, -EIO);
+    g_assert_cmpint(get(&bench, 0, 64 * KiB), ==, 1);
+    bench_close(&bench);
+    g_assert_cmphex(disk_word(&bench, offsetof(struct qcow2_disk_header, incompatible_features)), ==, 2);
+    bench_destroy(&bench);
+}
+
+/* A refcount table that points at the L1 table, at itself, or off its clusters: nothing is overwritten. */
+static void coroutine_fn try_hostile_refcount_table(void *argument)
+{
+    for (unsigned i = 0; i < 3; i++) {
+        struct bench bench;
+        struct qcow2_create_options options = {.size = 4 * MiB, .cluster_bits = 12};
+        bench_create(&bench, &options);
+        uint64_t l1 = disk_word(&bench, offsetof(struct qcow2_disk_header, l1_table_offset));
+        uint64_t table = disk_word(&bench, offsetof(struct qcow2_disk_header, refcount_table_offset));
+        uint64_t hostile = htobe64(i == 0 ? l1 : i == 1 ? table : l1 + 4096 - 512);
+        memcpy(bench.disk->now->data + table, &hostile, 8);
+        bench_open(&bench, "");
+        g_autofree uint8_t *before = g_memdup2(bench.disk->now->data, bench.disk->now->len);
+        uint64_t bytes = bench.disk->now->len;
+        g_assert_cmpint(put(&bench, 0, 1, 64 * KiB), ==, -EIO);
+        bench_close(&bench);
+        before[offsetof(struct qcow2_disk_header, incompatible_features) + 7] = QCOW2_INCOMPATIBLE_CORRUPT;
+        g_assert_cmpmem(before, bytes, bench.disk->now->data, bytes);
+        bench_destroy(&bench);
+    }
+}
+
+/* Header fields that are unknown here stay when the header is rewritten. */
+static void coroutine_fn try_unknown_fields(void *argument)
+{
+    struct bench bench;
+    struct qcow2_create_options options = {.size = 4 * MiB};
+    bench_create(&bench, &options);
+    uint8_t *header = bench.disk->now->data;
+    header[offsetof(struct qcow2_disk_header, header_length) + 3] = 128;
+    memset(header + 112, 0, 512);
+    memcpy(header + 112, "unknown to us...", 16);
+    bench_open(&bench, "");
+    g_assert_no_errno(bench.node->driver->change_backing(bench.node, "/some/where", "raw", NULL));
+    bench_close(&bench);
+    g_assert_cmpmem(bench.disk->now->data + 112, 16, "unknown to us...", 16);
+    bench_open(&bench, ",\"backing\":null");
+    g_assert_cmpstr(bench.node->header_backing, ==, "/some/where");
+    bench_close(&bench);
+    bench_destroy(&bench);
+}
+
+/* Reads go on when no metadata can be written any more, and writes when they can again. */
+static void coroutine_fn try_full_disk(void *argument)
+{
+    struct bench bench;
+    struct qcow2_create_options options = {.size = 16 * MiB, .cluster_bits = 9};
+    bench_create(&bench, &options);
+    bench_open(&bench, ",\"discard\":\"unmap\",\"l2-cache-size\":1,\"refcount-cache-size\":1");
+    g_assert_no_errno(put(&bench, 0, 1, 4 * MiB));
+    g_assert_no_errno(backend_flush(bench.backend));
+    bench.disk->fail_end = UINT64_MAX;
+    bench.disk->fail_code = -ENOSPC;
+    for (uint64_t at = 0; at < 2 * MiB; at += 256 * KiB) {
+        g_assert_no_errno(backend_write_zeroes(bench.backend, at, 512, 0));
+    }
+    for (uint64_t at = 2 * MiB; at < 4 * MiB; at += 32 * KiB) {
+        g_assert_cmpint(get(&bench, at, 32 * KiB), ==, 1);
+    }
+    g_assert_cmpint(backend_flush(bench.backend), ==, -ENOSPC);
+    bench.disk->fail_end = 0;
+    g_assert_no_errno(backend_flush(bench.backend));
+    g_assert_cmpint(get(&bench, 0, 512), ==, 0);
+    bench_close(&bench);
+    check_with_peer(&bench);
+    bench_destroy(&bench);
+}
+
+/* Shrinking fails at each of its changes in turn: what is written behind the new end afterwards is not lost. */
+static void coroutine_fn try_failed_shrink(void *argument)
+{
+    for (unsigned at = 0, fails = 1; fails; at++) {
+        struct bench bench;
+        struct qcow2_create_options options = {.size = 4 * MiB};
+        bench_create(&bench, &options);
+        bench_open(&bench, "");
+        g_assert_no_errno(put(&bench, 0, 1, 4 * MiB));
+        bench.disk->changes = 0;
+        bench.disk->fail_first = at;
+        bench.disk->fail_end = at + 1;
+        bench.disk->fail_code = -EIO;
+        fails = backend_truncate(bench.backend, 1 * MiB, NULL) < 0;
+        bench.disk->fail_end = 0;
+        g_assert_cmpuint(backend_size(bench.backend), ==, fails ? 4 * MiB : 1 * MiB);
+        bool acknowledged = fails && put(&bench, 3 * MiB, 2, 1 * MiB) == 0 && backend_flush(bench.backend) == 0;
+        g_assert_true(acknowledged || !fails);
+        bench_close(&bench);
+        bench_open(&bench, "");
+        g_assert_true(!fails || get(&bench, 3 * MiB, 1 * MiB) == 2);
+        bench_close(&bench);
+        check_with_peer(&bench);
+        bench_destroy(&bench);
+    }
+}
+
 /* Refcounts of a dirty image are rebuilt: here they are all zero. */
 static void coroutine_fn try_dirty(void *argument)
 {
@@ -439,6 +557,11 @@ static void coroutine_fn try_dirty(void *argument)
     uint64_t table = disk_word(&bench, offsetof(struct qcow2_disk_header, refcount_table_offset));
     memset(bench.disk->now->data + (disk_word(&bench, table) & QCOW2_REFCOUNT_TABLE_MASK), 0, 4096);
     bench.disk->now->data[offsetof(struct qcow2_disk_header, incompatible_features) + 7] = 1;
+    static const struct patch void_bitmaps[] = {
+        {112, 4, QCOW2_EXTENSION_BITMAPS}, {116, 4, 24}, {120, 4, 1}, {128, 8, 64}, {136, 8, UINT64_C(1) << 40}};
+    for (unsigned i = 0; i < G_N_ELEMENTS(void_bitmaps); i++) { /* the autoclear bit is off: nobody believes them */
+        patch(bench.disk->now->data, &void_bitmaps[i]);
+    }
     bench_open(&bench, ",\"read-only\":true"); /* only read: stays as it is */
     g_assert_cmpint(get(&bench, 0, 1 * MiB), ==, 1);
     bench_close(&bench);
@@ -502,6 +625,11 @@ int main(int argc, char **argv)
     g_test_add_data_func("/qcow2/backing-strings", try_backing_strings, run);
     g_test_add_data_func("/qcow2/corruption", try_corruption, run);
     g_test_add_data_func("/qcow2/overlap", try_overlap, run);
+    g_test_add_data_func("/qcow2/low-refcounts", try_low_refcounts, run);
+    g_test_add_data_func("/qcow2/hostile-refcount-table", try_hostile_refcount_table, run);
+    g_test_add_data_func("/qcow2/unknown-header-fields", try_unknown_fields, run);
+    g_test_add_data_func("/qcow2/full-disk", try_full_disk, run);
+    g_test_add_data_func("/qcow2/failed-shrink", try_failed_shrink, run);
     g_test_add_data_func("/qcow2/dirty", try_dirty, run);
     g_test_add_data_func("/qcow2/writable", try_writable, run);
     return g_test_run();

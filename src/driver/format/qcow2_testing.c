@@ -89,6 +89,15 @@ static int coroutine_fn disk_read(struct node *node, uint64_t offset, uint64_t b
     return 0;
 }
 
+/* Counts a change; whether it is one that fails. */
+static bool disk_fails(struct memory_disk *disk)
+{
+    g_mutex_lock(&disk->lock);
+    uint64_t number = disk->changes++;
+    g_mutex_unlock(&disk->lock);
+    return number >= disk->fail_first && number < disk->fail_end;
+}
+
 static int coroutine_fn disk_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from,
                                    unsigned flags)
 {
@@ -96,6 +105,8 @@ static int coroutine_fn disk_write(struct node *node, uint64_t offset, uint64_t 
     if (offset > disk->limit || bytes > disk->limit - offset) {
         return -ENOSPC;
     }
+    int code = disk_fails(disk) ? disk->fail_code : 0;
+    bytes = code < 0 ? bytes / 2 / 512 * 512 : bytes;
     linger(disk);
     struct logged *logged = g_malloc(sizeof(*logged) + bytes);
     *logged = (struct logged){offset, bytes};
@@ -111,7 +122,7 @@ static int coroutine_fn disk_write(struct node *node, uint64_t offset, uint64_t 
     g_mutex_unlock(&disk->lock);
     g_free(logged);
     linger(disk);
-    return 0;
+    return code;
 }
 
 /* What is discarded must not matter to anybody: it becomes garbage. */
@@ -126,6 +137,9 @@ static int coroutine_fn disk_discard(struct node *node, uint64_t offset, uint64_
 static int coroutine_fn disk_flush(struct node *node)
 {
     struct memory_disk *disk = disk_of(node);
+    if (disk_fails(disk)) {
+        return disk->fail_code;
+    }
     linger(disk);
     g_mutex_lock(&disk->lock);
     for (unsigned i = 0; i < disk->log->len; i++) {

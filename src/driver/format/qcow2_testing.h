@@ -23,7 +23,11 @@ struct memory_disk {
     GByteArray *stable;
     GPtrArray *log; /* of GBytes-like struct logged, internal */
     uint64_t limit; /* of its size; writes behind it fail with -ENOSPC */
-    bool yields;    /* requests take several turns of the loop */
+    /* Changes (writes, discards, flushes) are counted; those numbered from fail_first to before fail_end write half of
+     * what they should and fail with fail_code. */
+    uint64_t changes, fail_first, fail_end;
+    int fail_code;
+    bool yields; /* requests take several turns of the loop */
     bool keeps_log;
     uint64_t random;
 };
