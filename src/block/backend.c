@@ -40,6 +40,21 @@ void coroutine_fn backend_destroy(struct backend *backend)
     g_free(backend);
 }
 
+int coroutine_fn backend_attach_locked(struct backend *backend, struct node *node, unsigned granted, struct error **err)
+{
+    struct node *old = backend->root.child;
+    if (old) {
+        return error_set(err, -EBUSY, "%s is attached to node '%s' already", backend->owner, old->name);
+    }
+    gate_close(&backend->gate);
+    gate_settle(&backend->gate);
+    edge_link(&backend->root, node_ref(node_head(node)));
+    backend->root.granted = granted;
+    gate_open(&backend->gate);
+    backend_tell_changed(backend);
+    return 0;
+}
+
 int coroutine_fn backend_attach(struct backend *backend, struct node *node, unsigned granted, struct error **err)
 {
     if (!node) {
@@ -47,20 +62,9 @@ int coroutine_fn backend_attach(struct backend *backend, struct node *node, unsi
     }
     node_ref(node);
     graph_lock(backend->graph);
-    struct node *old = backend->root.child;
-    if (!old) {
-        gate_close(&backend->gate);
-        gate_settle(&backend->gate);
-        edge_link(&backend->root, node_ref(node_head(node)));
-        backend->root.granted = granted;
-        gate_open(&backend->gate);
-    }
+    int r = backend_attach_locked(backend, node, granted, err);
     graph_unlock(backend->graph);
-    int r = old ? error_set(err, -EBUSY, "%s is attached to node '%s' already", backend->owner, old->name) : 0;
     node_release(node);
-    if (r == 0) {
-        backend_tell_changed(backend);
-    }
     return r;
 }
 

@@ -20,6 +20,9 @@ struct operation;
  * printable name ("export e0"). `node` NULL: empty. */
 struct backend *backend_create(struct graph *graph, const char *owner);
 int coroutine_fn backend_attach(struct backend *backend, struct node *node, unsigned granted, struct error **err);
+/* The same for a caller who holds graph->lock, so that what was claimed there and then is what is attached to. */
+int coroutine_fn backend_attach_locked(struct backend *backend, struct node *node, unsigned granted,
+                                       struct error **err);
 /* When a graph change moves the backend to another node, `variable` (an enum claim_variable) of `operation` follows in
  * the same step, and so do its claims: an export's CLAIM_NODE. `operation` NULL ends it; do so before operation_end().
  */

@@ -195,8 +195,9 @@ static void export_backend_changed(void *argument)
     atomic_store(&export->size, backend_size(export->backend));
 }
 
-static int coroutine_fn export_open(struct export *export, const struct block_export_options *options,
-                                    struct error **err)
+/* Takes the claims and attaches, in one step: the last step of a job sees neither or both. graph->lock is held. */
+static int coroutine_fn export_attach(struct export *export, const struct block_export_options *options,
+                                      struct error **err)
 {
     struct graph *graph = export->exports->config.graph;
     struct node *node = graph_find_or_error(graph, options->node_name, err);
@@ -225,14 +226,24 @@ static int coroutine_fn export_open(struct export *export, const struct block_ex
     }
     g_autofree char *owner = g_strdup_printf("export %s", export->id);
     export->backend = backend_create(graph, owner);
-    r = backend_attach(export->backend, node, operation_granted(export->operation, node), err);
-    if (r < 0) {
-        return r;
+    r = backend_attach_locked(export->backend, node, operation_granted(export->operation, node), err);
+    if (r == 0) {
+        backend_follow(export->backend, export->operation, CLAIM_NODE);
+        backend_set_changed(export->backend, export_backend_changed, export);
+        export_backend_changed(export);
     }
-    backend_follow(export->backend, export->operation, CLAIM_NODE);
-    backend_set_changed(export->backend, export_backend_changed, export);
-    export_backend_changed(export);
-    return export->type->open(export, options, err);
+    return r;
+}
+
+static int coroutine_fn export_open(struct export *export, const struct block_export_options *options,
+                                    struct error **err)
+{
+    struct graph *graph = export->exports->config.graph;
+
+    graph_lock(graph);
+    int r = export_attach(export, options, err);
+    graph_unlock(graph);
+    return r < 0 ? r : export->type->open(export, options, err);
 }
 
 int coroutine_fn exports_add(struct exports *exports, const struct block_export_options *options, struct error **err)

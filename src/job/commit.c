@@ -18,7 +18,8 @@
  * 1. The set of overlays is a role: it is derived again under the lock at the end, and each is writable by then.
  * 2. B has T's size at least before anything is copied, and behind T's end reads as zeroes, as its overlays expect.
  * 3. In an active commit the tracking filter is the head of T from before the first look at T until after the pivot.
- * 4. commit_clean() undoes in reverse what commit_prepare_graph() did, from whatever point; it is the only undoing.
+ * 4. commit_clean() undoes in reverse what commit_prepare_graph() did, and the claims, from whatever point; it is the
+ * only undoing.
  *
  * The life cycle is job.c's; claims and adoption come from the schema's table.
  */
@@ -512,8 +513,7 @@ static int coroutine_fn commit_begin_tracking(struct commit *commit, const char 
     return result;
 }
 
-static int coroutine_fn commit_prepare_graph(struct commit *commit, const struct block_commit_args *args,
-                                             struct error **err)
+static int commit_claim(struct commit *commit, const struct block_commit_args *args, struct error **err)
 {
     struct operation_config config = {
         .kind = "job",
@@ -524,11 +524,14 @@ static int coroutine_fn commit_prepare_graph(struct commit *commit, const struct
         .progress = job_percent,
         .argument = &commit->job,
     };
-    int result = operation_begin(commit->graph, &config, &commit->operation, err);
-    if (result == 0) {
-        result = node_writable_begin(commit->base, err);
-        commit->base_writable = result == 0;
-    }
+    return operation_begin(commit->graph, &config, &commit->operation, err);
+}
+
+static int coroutine_fn commit_prepare_graph(struct commit *commit, const struct block_commit_args *args,
+                                             struct error **err)
+{
+    int result = node_writable_begin(commit->base, err);
+    commit->base_writable = result == 0;
     if (result == 0) {
         result = commit_lock(commit, err);
         if (result == 0) {
@@ -579,6 +582,7 @@ int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args 
     commit->mask_protocol = args->has_backing_mask_protocol && args->backing_mask_protocol;
     struct block_commit_args named = *args;
     named.job_id = args->job_id ? args->job_id : "";
+    graph_lock(commit->graph); /* what is claimed is what was found: no other job is in its last step */
     int result = commit_resolve(commit, args, err);
     if (result == 0) {
         commit->active = !commit_fresh_overlay(commit);
@@ -587,6 +591,10 @@ int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args 
     if (result == 0) {
         result = job_check_id(jobs, named.job_id, err);
     }
+    if (result == 0) {
+        result = commit_claim(commit, &named, err);
+    }
+    graph_unlock(commit->graph);
     if (result == 0) {
         result = commit_prepare_graph(commit, &named, err);
     }

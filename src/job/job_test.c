@@ -386,6 +386,28 @@ static void an_old_zero_does_not_land_on_new_data(void *unused)
     bench_close(&bench);
 }
 
+static void starting_entry(void *argument)
+{
+    start_commit(argument, (struct block_commit_args){
+                               .device = "c", .top_node = "b", .base_node = "base", .speed = 1, .has_speed = true});
+}
+
+/* Who holds the graph's lock is about to change the shape: nobody claims by the old one any more. */
+static void a_job_does_not_begin_inside_a_change_of_the_graph(void *unused)
+{
+    struct test_bench bench;
+    bench_open(&bench, 4, SIZE);
+    graph_lock(bench.graph);
+    loop_spawn(loop_self(), starting_entry, &bench);
+    bench_sleep_ms(20);
+    g_assert_true(list_is_empty(&bench.graph->operations));
+    graph_unlock(bench.graph);
+    bench_await(&bench, "j", JOB_STATUS_RUNNING);
+    bench_sleep_ms(20);
+    g_assert_false(list_is_empty(&bench.graph->operations));
+    bench_close(&bench);
+}
+
 static void a_header_that_cannot_be_written_changes_nothing(void *unused)
 {
     struct test_bench bench;
@@ -505,6 +527,7 @@ int main(int argc, char **argv)
         {"/job/shutdown-is-quick", shutdown_is_quick},
         {"/job/errors-of-a-stream", errors_of_a_stream},
         {"/job/a-commit-ignores-by-trying-again", a_commit_ignores_by_trying_again},
+        {"/job/a-job-does-not-begin-inside-a-change-of-the-graph", a_job_does_not_begin_inside_a_change_of_the_graph},
         {"/job/an-old-zero-does-not-land-on-new-data", an_old_zero_does_not_land_on_new_data},
         {"/job/a-header-that-cannot-be-written-changes-nothing", a_header_that_cannot_be_written_changes_nothing},
         {"/job/bad-arguments", bad_arguments},

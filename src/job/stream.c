@@ -304,7 +304,7 @@ static int stream_check_node(const struct stream *stream, const struct block_str
     return result;
 }
 
-static int coroutine_fn stream_prepare_graph(struct stream *stream, const char *id, struct error **err)
+static int stream_claim(struct stream *stream, const char *id, struct error **err)
 {
     struct operation_config config = {
         .kind = "job",
@@ -314,11 +314,13 @@ static int coroutine_fn stream_prepare_graph(struct stream *stream, const char *
         .progress = job_percent,
         .argument = &stream->job,
     };
-    int result = operation_begin(stream->graph, &config, &stream->operation, err);
-    if (result == 0) {
-        result = node_writable_begin(stream->node, err);
-        stream->writable = result == 0;
-    }
+    return operation_begin(stream->graph, &config, &stream->operation, err);
+}
+
+static int coroutine_fn stream_prepare_graph(struct stream *stream, const char *id, struct error **err)
+{
+    int result = node_writable_begin(stream->node, err);
+    stream->writable = result == 0;
     if (result == 0) {
         g_autofree char *owner = g_strdup_printf("block-stream %s", id);
         stream->backend = backend_create(stream->graph, owner);
@@ -362,6 +364,7 @@ int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args 
     stream->graph = jobs_graph(jobs);
     stream->backing_file = g_strdup(args->backing_file);
     stream->mask_protocol = args->has_backing_mask_protocol && args->backing_mask_protocol;
+    graph_lock(stream->graph); /* what is claimed is what was found: no other job is in its last step */
     int result = stream_check_args(args, err);
     if (result == 0) {
         result = stream_resolve(stream, args, err);
@@ -372,6 +375,10 @@ int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args 
     if (result == 0) {
         result = stream_check_node(stream, args, err);
     }
+    if (result == 0) {
+        result = stream_claim(stream, id, err);
+    }
+    graph_unlock(stream->graph);
     if (result == 0) {
         result = stream_prepare_graph(stream, id, err);
     }
