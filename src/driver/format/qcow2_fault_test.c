@@ -126,8 +126,8 @@ static void check_with_peer(struct fault *fault, bool content_known)
     if (content_known) {
         testing_run(true, "qemu-img convert -f qcow2 -O raw %s %s", path, raw);
         good = g_file_get_contents(raw, &content, &bytes, NULL);
-        g_assert_true(good && bytes == fault->size);
-        check_content(fault, "the peer", (uint8_t *)content, bytes);
+        g_assert_true(good && bytes >= fault->size); /* a growth that failed may have reached the disk */
+        check_content(fault, "the peer", (uint8_t *)content, fault->size);
     }
 }
 
