@@ -2,12 +2,13 @@
 """Opening and closing nodes: names, backing chains by name and by header, read-only, image locks between processes,
 windows, holes, direct I/O. What the daemon and the peer have in common is compared with the peer where that is possible."""
 import os
+import shutil
 import tempfile
 import unittest
 
 import nbd
 
-from harness import IS_PEER, KIB, MIB, Daemon, PEER, QmpError, TestCase, qemu_img, qemu_io, run
+from harness import DAEMON, IS_PEER, KIB, MIB, Daemon, PEER, QmpError, TestCase, qemu_img, qemu_io, run
 
 
 def nodes_of(daemon):
@@ -263,6 +264,34 @@ class Opening(TestCase):
         self.daemon.qmp.execute("blockdev-del", {"node-name": "r"})
         with open(path, "rb") as data:
             self.assertEqual(data.read(), bytes(model))
+
+
+class Sync(TestCase):
+    """The kernel reports a page that it could not write once, and may drop it: no later flush succeeds."""
+
+    builds = ("release",)
+
+    def test_a_failed_flush_is_not_forgotten(self):
+        if not shutil.which("strace"):
+            raise unittest.SkipTest("strace is not installed")
+        folder = tempfile.mkdtemp(prefix="il-sync-", dir="/var/tmp")  # in memory there is nothing to sync
+        self.addCleanup(run, "rm", "-rf", folder)
+        path = os.path.join(folder, "data")
+        run("truncate", "-s", "1M", path)
+        inject = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=fdatasync:error=EIO:when=1"]
+        daemon = self.daemon("--engine", "epoll", command=[*inject, *DAEMON])
+        daemon.add_file("f", path)
+        daemon.nbd_server()
+        daemon.export("f")
+        handle = nbd.NBD()
+        handle.connect_uri(daemon.uri("f"))
+        handle.pwrite(b"x" * 4096, 0)
+        for _ in range(20):  # each thread has a first fdatasync of its own, and one that would succeed
+            with self.assertRaises(nbd.Error) as caught:
+                handle.flush()
+            self.assertEqual(caught.exception.errno, "EIO")
+        self.assertEqual(handle.pread(4096, 0), b"x" * 4096)
+        handle.shutdown()
 
 
 class Locks(TestCase):

@@ -12,6 +12,8 @@
  *    and truncation changes it when it is done.
  * 3. A file whose size is no multiple of the direct I/O block may grow to one while it is written; closing cuts it back
  *    to node->size, unless locking is off.
+ * 4. The kernel tells of pages that it could not write once, and may drop them: after one failure to sync a file that
+ *    is not opened for direct I/O, every later one fails too. Who leans on a sync never takes lost data for stable.
  *
  * Directories, character devices, sockets and block devices are refused: what is not a regular file is another
  * driver's.
@@ -29,6 +31,7 @@ struct file_state {
     char *path; /* absolute: it is opened again, wherever the program may stand then */
     bool locking;
     atomic_bool no_zero, no_punch;
+    atomic_int sync_error; /* 0 or a negative errno, see 4. */
     atomic_uint_fast64_t generation;
     struct co_mutex guard; /* the cached extent; only ever tried: who does not get it goes without */
     uint64_t extent_generation, extent_offset, extent_end;
@@ -43,6 +46,20 @@ static struct file_state *file_state(const struct node *node)
 static unsigned open_flags(const struct node *node, bool writable)
 {
     return (writable ? FILE_WRITABLE : 0) | (node->direct ? FILE_DIRECT : 0);
+}
+
+/* See 4. */
+static int coroutine_fn sync_file(struct node *node)
+{
+    struct file_state *state = file_state(node);
+    int r = atomic_load(&state->sync_error);
+    if (r == 0) {
+        r = file_sync(state->file);
+        if (r < 0 && !node->direct) {
+            atomic_store(&state->sync_error, r);
+        }
+    }
+    return r;
 }
 
 /* --- opening and closing --- */
@@ -131,7 +148,7 @@ static int coroutine_fn file_driver_set_writable(struct node *node, bool writabl
     int r = 0;
     if (!writable) {
         cut_tail(node);
-        r = node->no_flush ? 0 : file_sync(state->file);
+        r = node->no_flush ? 0 : sync_file(node);
         if (r < 0) {
             return error_set_errno(err, r, "Cannot flush '%s'", state->path);
         }
@@ -180,6 +197,9 @@ static int coroutine_fn file_driver_write(struct node *node, uint64_t offset, ui
     struct file_state *state = file_state(node);
     int r = file_write(state->file, offset, bytes, from, flags & REQUEST_FUA);
     extents_change(state);
+    if (r == -EIO && flags & REQUEST_FUA && !node->direct) { /* it may have told of pages of others */
+        atomic_store(&state->sync_error, r);
+    }
     return r;
 }
 
@@ -211,7 +231,7 @@ static int coroutine_fn file_driver_write_zeroes(struct node *node, uint64_t off
         r = allocate(node, FILE_ZERO, &state->no_zero, offset, bytes);
     }
     if (r == 0 && (flags & REQUEST_FUA)) {
-        r = file_sync(state->file);
+        r = sync_file(node);
     }
     return r;
 }
@@ -224,7 +244,7 @@ static int coroutine_fn file_driver_discard(struct node *node, uint64_t offset, 
 
 static int coroutine_fn file_driver_flush(struct node *node)
 {
-    return file_sync(file_state(node)->file);
+    return sync_file(node);
 }
 
 static bool find_cached(struct file_state *state, uint64_t offset, bool *ret_data, uint64_t *ret_end)
