@@ -167,3 +167,16 @@ class JobMishaps(TestCase):
         self.assertEqual(self.job_errors(daemon.qmp), {"j": None})
         daemon.stop()
         self.assertIn(base, qemu_img("info", "--backing-chain", "-f", "qcow2", self.path(top)))
+
+    def test_a_format_over_an_image_goes_with_its_other_users(self):
+        """What is opened over an image during its active commit is not left behind on it when its users move."""
+        daemon, _ = self.open_ready_commit()
+        daemon.qmp.execute("blockdev-add", {"driver": "raw", "node-name": "r", "file": "top", "read-only": True})
+        daemon.export("r", writable=False)
+        before = self.read_export(daemon, "r")
+        daemon.qmp.execute("job-complete", id="j")
+        self.wait_status(daemon.qmp, "j", "null")
+        self.assertEqual(self.job_errors(daemon.qmp), {"j": None})
+        self.assertEqual(self.read_export(daemon, "r"), before)
+        edges = {(edge["parent"], edge["role"]): edge["child"] for edge in daemon.qmp.execute("query-graph")["edges"]}
+        self.assertEqual(edges[("r", "file")], "base")

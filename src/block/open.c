@@ -207,7 +207,7 @@ static int coroutine_fn open_file_child(struct opening *opening, struct node *pa
         error_hint(err, "Open '%s' with read-only=on as well", parent->name);
     }
     if (r == 0) {
-        r = edge_attach(parent, EDGE_FILE, child, NULL, err);
+        r = edge_attach(parent, EDGE_FILE, node_head(child), NULL, err);
     }
     node_unref(child);
     return r;
@@ -301,7 +301,7 @@ char *node_backing_path(const struct node *node, struct error **err)
 static const struct node *node_container(const struct node *node)
 {
     while (node->file) {
-        node = node->file->child;
+        node = node_beneath_filters(node->file->child);
     }
     return node;
 }

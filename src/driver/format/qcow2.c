@@ -13,6 +13,7 @@
  */
 #include "driver/format/qcow2.h"
 #include "base/size.h"
+#include "block/graph.h"
 #include "driver/drivers.h"
 #include "driver/format/qcow2_check.h"
 
@@ -160,7 +161,7 @@ static void describe_node(struct qcow2 *image)
     node->limits.cluster_size = image->cluster_size;
     node->limits.zero_alignment = image->cluster_size;
     node->limits.max_transfer = 0;
-    node->filename = g_strdup(node->file->child->filename);
+    node->filename = g_strdup(node_beneath_filters(node->file->child)->filename);
     node->header_backing = g_strdup(image->header.backing_file);
     node->header_backing_format = g_strdup(image->header.backing_format);
 }

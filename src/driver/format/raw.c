@@ -12,6 +12,7 @@
  */
 #include "base/size.h"
 #include "block/driver.h"
+#include "block/graph.h"
 #include "driver/drivers.h"
 #include <errno.h>
 #include <glib.h>
@@ -53,7 +54,7 @@ static int coroutine_fn raw_open(struct node *node, const struct blockdev_option
     state->offset = offset;
     state->fixed = own->has_size;
     atomic_store(&node->size, own->has_size ? own->size : align_up(child - offset, SECTOR));
-    node->filename = g_strdup(node->file->child->filename);
+    node->filename = g_strdup(node_beneath_filters(node->file->child)->filename);
     return 0;
 }
 
