@@ -24,6 +24,8 @@ void coroutine_fn graph_lock(struct graph *graph);
 void coroutine_fn graph_unlock(struct graph *graph);
 
 struct node *graph_find(struct graph *graph, const char *name); /* NULL: none */
+/* May a user give this name to a new node? -EINVAL: not a node-name; -EEXIST: taken. */
+int graph_check_name(struct graph *graph, const char *name, struct error **err);
 /* The same with a DeviceNotFound-like GenericError that names it ("Cannot find node 'x'"). */
 struct node *graph_find_or_error(struct graph *graph, const char *name, struct error **err);
 

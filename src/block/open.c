@@ -65,7 +65,7 @@ static bool name_is_taken(const struct opening *opening, const char *name)
     return graph_find(opening->graph, name) != NULL;
 }
 
-static int name_check(const struct opening *opening, const char *name, struct error **err)
+int graph_check_name(struct graph *graph, const char *name, struct error **err)
 {
     if (!name_is_valid(name)) {
         int r = error_set(err, -EINVAL, "Invalid node-name: '%s'", name);
@@ -75,7 +75,16 @@ static int name_check(const struct opening *opening, const char *name, struct er
     if (strlen(name) > NAME_LIMIT) {
         return error_set(err, -EINVAL, "Node-name '%s' is longer than %d characters", name, NAME_LIMIT);
     }
-    return name_is_taken(opening, name) ? error_set(err, -EEXIST, "Duplicate nodes with node-name='%s'", name) : 0;
+    return graph_find(graph, name) ? error_set(err, -EEXIST, "Duplicate nodes with node-name='%s'", name) : 0;
+}
+
+static int name_check(const struct opening *opening, const char *name, struct error **err)
+{
+    int r = graph_check_name(opening->graph, name, err);
+    if (r == 0 && name_is_taken(opening, name)) {
+        r = error_set(err, -EEXIST, "Duplicate nodes with node-name='%s'", name);
+    }
+    return r;
 }
 
 char *node_name_unused(struct graph *graph, const char *wanted)

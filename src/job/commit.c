@@ -467,10 +467,7 @@ static int commit_check(const struct commit *commit, const struct block_commit_a
         return error_set(err, -EINVAL, "'backing-file' is for the headers of overlays, but '%s' has none",
                          commit->top->name);
     }
-    if (args->filter_node_name && graph_find(commit->graph, args->filter_node_name)) {
-        return error_set(err, -EEXIST, "Duplicate nodes with node-name='%s'", args->filter_node_name);
-    }
-    return 0;
+    return args->filter_node_name ? graph_check_name(commit->graph, args->filter_node_name, err) : 0;
 }
 
 static int coroutine_fn commit_begin_backends(struct commit *commit, const char *id, struct error **err)

@@ -446,6 +446,8 @@ static void bad_arguments(void *unused)
         {{.device = "b", .base = "a.img", .base_node = "a"}, "same time"},
         {{.device = "b", .backing_file = "x"}, "backing-file"},
         {{.device = "b", .filter_node_name = "a"}, "Duplicate nodes"},
+        {{.device = "b", .filter_node_name = ""}, "Invalid node-name: ''"},
+        {{.device = "b", .filter_node_name = "#x"}, "Invalid node-name: '#x'"},
         {{.device = "b", .job_id = "9"}, "Invalid job ID '9'"},
         {{.device = "b", .job_id = ""}, "Invalid job ID ''"},
         {{.device = "b", .has_speed = true, .speed = -1}, "non-negative"},

@@ -292,12 +292,12 @@ static int stream_check_node(const struct stream *stream, const struct block_str
         return error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot be streamed into", node->driver->name,
                          node->name);
     }
-    if (args->filter_node_name && graph_find(stream->graph, args->filter_node_name)) {
-        return error_set(err, -EEXIST, "Duplicate nodes with node-name='%s'", args->filter_node_name);
+    int result = args->filter_node_name ? graph_check_name(stream->graph, args->filter_node_name, err) : 0;
+    if (result < 0) {
+        return result;
     }
     struct backing_name name;
-    int result =
-        relink_name(node, node_backing(stream->bottom), stream->backing_file, stream->mask_protocol, &name, err);
+    result = relink_name(node, node_backing(stream->bottom), stream->backing_file, stream->mask_protocol, &name, err);
     if (result == 0) {
         backing_name_clear(&name);
     }

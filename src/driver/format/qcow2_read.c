@@ -131,13 +131,16 @@ static unsigned extent_flags_of(enum qcow2_kind kind)
     return 0;
 }
 
+/* Runs that one answer joins: the lock is not held for long, however large and empty the image is. */
+#define STATUS_RUNS_MAX 64
+
 int coroutine_fn qcow2_block_status(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret)
 {
     struct qcow2 *image = node->state;
     struct extent extent = {0};
     co_mutex_lock(&image->lock);
     int code = 0;
-    while (extent.bytes < bytes) {
+    for (unsigned runs = 0; extent.bytes < bytes && runs < STATUS_RUNS_MAX; runs++) {
         struct qcow2_run run;
         code = qcow2_lookup(image, offset + extent.bytes, bytes - extent.bytes, &run);
         if (code < 0) {
