@@ -154,7 +154,7 @@ class Round:
 
 class Rounds(TestCase):
     time_limit = 150
-    builds = ("release", "asan")
+    builds = ("release", "asan", "tsan")
     long_builds = ("release", "asan", "tsan")
 
     def start_daemon(self, chain, io_threads):
