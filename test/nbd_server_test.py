@@ -171,7 +171,7 @@ class NbdClients(NbdTestCase):
     def test_fio_with_verification(self):
         daemon = self.served()
         run("fio", "--name=n", "--ioengine=nbd", f"--uri={daemon.uri('n0')}", "--rw=randrw", "--bs=4k",
-            "--iodepth=16", "--size=16M", "--verify=crc32c", "--verify_fatal=1", f"--output={self.path('fio')}")
+            "--iodepth=16", "--size=16M", "--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1", f"--output={self.path('fio')}")
 
     def test_over_tcp(self):
         daemon = self.daemon()
