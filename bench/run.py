@@ -53,7 +53,15 @@ class Qmp:
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(path)
+        give_up = time.perf_counter() + 20
+        while True:  # the NBD server may be there before the monitor is
+            try:
+                self.socket.connect(path)
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                if time.perf_counter() > give_up:
+                    raise
+                time.sleep(0.001)
         self.file = self.socket.makefile("rw")
         self.file.readline()
         self.execute("qmp_capabilities")
@@ -378,6 +386,10 @@ def measure_job(server, job, size, source):
     return size / MIB / seconds
 
 
+def wanted(options, title):
+    return not options.only or any(text in title for text in options.only)
+
+
 def measure_jobs(options, directory, results):
     source = os.path.join(directory, "source")
     size = options.job_size * MIB
@@ -386,7 +398,7 @@ def measure_jobs(options, directory, results):
         for number in range(options.job_size):
             out.write(number.to_bytes(8, "big") + block[8:])
     servers = [kind(directory, "qcow2") for kind in (Interlock, Peer) if kind.is_there()]
-    for job in JOBS:
+    for job in [job for job in JOBS if wanted(options, job[0])]:
         values = {server.name: [] for server in servers}
         for _ in range(options.rounds):
             for server in servers:
@@ -402,7 +414,7 @@ def parse_options():
     parser.add_argument("--size", type=int, help="MiB of the image under load (default 256)")
     parser.add_argument("--job-size", type=int, help="MiB that a job moves (default 1024)")
     parser.add_argument("--format", nargs="+", choices=("raw", "qcow2"), default=("raw", "qcow2"))
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows of load with one of these in their title")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows with one of these in their title")
     parser.add_argument("--without", nargs="+", default=(), metavar="SERVER")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     options = parser.parse_args()
@@ -424,8 +436,9 @@ def main():
     print_head()
     try:
         measure_loads(options, directory, results)
-        if not options.only:
+        if wanted(options, "start"):
             measure_start(options, directory, results)
+        if any(wanted(options, job[0]) for job in JOBS):
             measure_jobs(options, directory, results)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
