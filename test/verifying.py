@@ -49,6 +49,12 @@ class Region:
         run(PROGRAM, *self.options(), "--file", raw, *options)
 
 
+def before_exec():
+    """A SIGTERM that comes before the client's handler stands waits for it."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
 class Client:
     """A running client. It ends when told, or at once when it reads something wrong."""
 
@@ -57,7 +63,7 @@ class Client:
         with open(region.log, "ab") as log:
             self.process = subprocess.Popen(
                 [PROGRAM, *region.options(), *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                preexec_fn=die_with_parent,
+                preexec_fn=before_exec,
             )
 
     def text(self):

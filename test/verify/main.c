@@ -438,12 +438,24 @@ static void open_ledger(struct client *client)
     }
 }
 
+/* Who starts us may have blocked SIGTERM, so that one that comes before the handler stands is not lost and does not
+ * kill. */
+static void catch_term(void)
+{
+    sigset_t term;
+
+    signal(SIGTERM, on_signal);
+    sigemptyset(&term);
+    sigaddset(&term, SIGTERM);
+    sigprocmask(SIG_UNBLOCK, &term, NULL);
+}
+
 int main(int argc, char **argv)
 {
     struct client client = {0};
     int fd = -1;
     parse_options(&argc, &argv);
-    signal(SIGTERM, on_signal);
+    catch_term();
     if (option_file) {
         fd = open(option_file, O_RDONLY | O_CLOEXEC);
         if (fd < 0) {
