@@ -230,18 +230,17 @@ const char *access_holder_id(const struct access_holder *holder)
 void access_holder_set_sources(struct access_holder *holder, const char *const *nodes, unsigned count)
 {
     g_clear_pointer(&holder->sources, g_hash_table_destroy);
-    if (count) {
-        holder->sources = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
-        for (unsigned i = 0; i < count; i++) {
-            g_hash_table_add(holder->sources, g_strdup(nodes[i]));
-        }
+    holder->sources = nodes ? g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL) : NULL;
+    for (unsigned i = 0; i < count; i++) {
+        g_hash_table_add(holder->sources, g_strdup(nodes[i]));
     }
 }
 
 /* --- the decision --- */
 
-/* Are all of `writer`'s sources nodes that `guard` has in its own range? A writer without sources makes its data up
- * (a guest's allocation): it is never from inside. */
+/* Are all of `writer`'s sources nodes that `guard` has in its own range? A writer that has never set
+ * its sources makes its data up (a guest's allocation): it is never from inside. One whose range has become empty
+ * brings nothing in. */
 static bool ledger_inside(const struct access_holder *writer, const struct access_holder *guard)
 {
     GHashTableIter iter;
@@ -424,6 +423,11 @@ static void changes_check(const struct access_change *changes, unsigned count, s
     }
 }
 
+static bool ledger_overridden(struct access_ledger *ledger, const struct refusal *refusal)
+{
+    return ledger->override && ledger->override(refusal_sentence(refusal), ledger->override_argument);
+}
+
 /* Makes the changes; keeps them only if `keep` and nothing clashes. */
 static int changes_try(struct access_ledger *ledger, const char *subject, const struct access_change *changes,
                        unsigned count, bool keep, struct error **err)
@@ -432,19 +436,27 @@ static int changes_try(struct access_ledger *ledger, const char *subject, const 
     struct refusal *refusal = refusal_create(subject);
 
     changes_check_adopters(changes, count, refusal);
-    if (refusal_count(refusal)) {
+    if (refusal_count(refusal) && !(keep && ledger_overridden(ledger, refusal))) {
         return refusal_finish(refusal, err);
     }
     changes_make(changes, count, undo);
     changes_check(changes, count, refusal);
-    if (!keep || refusal_count(refusal)) {
+    if (!keep || (refusal_count(refusal) && !ledger_overridden(ledger, refusal))) {
         changes_undo(ledger, changes, count, undo);
         return refusal_finish(refusal, err);
     }
     for (unsigned i = 0; i < count; i++) {
         entries_free(&undo[i].entries, ledger);
     }
-    return refusal_finish(refusal, err);
+    refusal_finish(refusal, NULL);
+    return 0;
+}
+
+void access_set_override(struct access_ledger *ledger, bool (*override)(const char *sentence, void *argument),
+                         void *argument)
+{
+    ledger->override = override;
+    ledger->override_argument = argument;
 }
 
 int access_apply(struct access_ledger *ledger, const char *subject, const struct access_change *changes, unsigned count,

@@ -55,6 +55,8 @@ struct access_holder {
 struct access_ledger {
     GHashTable *nodes; /* name -> struct ledger_node */
     struct list holders;
+    bool (*override)(const char *sentence, void *argument);
+    void *override_argument;
 };
 
 /* Who answers for a holder's claims: its adopter, or itself. */
@@ -74,6 +76,7 @@ void refusal_add_stale(struct refusal *refusal, const struct ledger_entry *entry
 void refusal_add_adopter(struct refusal *refusal, const struct access_holder *edge,
                          const struct access_holder *adopter);
 unsigned refusal_count(const struct refusal *refusal);
+const char *refusal_sentence(const struct refusal *refusal); /* the first conflict; NULL without one */
 /* Turns it into an error (-EBUSY), or drops it when err is NULL. Frees it. */
 int refusal_finish(struct refusal *refusal, struct error **err);
 

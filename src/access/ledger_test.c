@@ -129,8 +129,34 @@ static void test_from_inside(void)
     g_assert_cmpint(claim_one(inner, ledger, (struct access_claim){"c", M, 0, 0, "top"}, NULL), ==, 0);
     access_holder_set_sources(inner, NULL, 0);
     g_assert_cmpint(claim_one(inner, ledger, (struct access_claim){"c", M, 0, 0, "top"}, NULL), <, 0);
+    access_holder_set_sources(inner, inside, 0); /* its range has become empty: nothing comes from anywhere */
+    g_assert_cmpint(claim_one(inner, ledger, (struct access_claim){"c", M, 0, 0, "top"}, NULL), ==, 0);
     access_holder_destroy(inner);
     access_holder_destroy(outer);
+    access_ledger_destroy(ledger);
+}
+
+static bool count_and_allow(const char *sentence, void *argument)
+{
+    g_assert_nonnull(strstr(sentence, "node 'n'"));
+    return ++*(unsigned *)argument > 1;
+}
+
+static void test_override(void)
+{
+    struct access_ledger *ledger = access_ledger_create();
+    struct access_holder *first = holder(ledger, "job", "first"), *second = holder(ledger, "job", "second");
+    unsigned asked = 0;
+
+    g_assert_cmpint(claim_one(first, ledger, (struct access_claim){"n", R, W, 0, ""}, NULL), ==, 0);
+    access_set_override(ledger, count_and_allow, &asked);
+    g_assert_cmpint(claim_one(second, ledger, (struct access_claim){"n", W, 0, 0, ""}, NULL), <, 0);
+    g_assert_cmpint(claim_one(second, ledger, (struct access_claim){"n", W, 0, 0, ""}, NULL), ==, 0);
+    g_assert_cmpuint(asked, ==, 2);
+    access_set_override(ledger, NULL, NULL);
+    g_assert_cmpint(claim_one(second, ledger, (struct access_claim){"n", W, 0, 0, ""}, NULL), <, 0);
+    access_holder_destroy(second);
+    access_holder_destroy(first);
     access_ledger_destroy(ledger);
 }
 
@@ -215,6 +241,7 @@ int main(int argc, char **argv)
     g_test_add_func("/access/adoption", test_adoption);
     g_test_add_func("/access/exports-share-among-themselves", test_exports_share);
     g_test_add_func("/access/from-inside", test_from_inside);
+    g_test_add_func("/access/override", test_override);
     g_test_add_func("/access/claims-on-one-node", test_claims_on_one_node);
     g_test_add_func("/access/stale", test_stale);
     g_test_add_func("/access/verdict-is-symmetric", test_symmetric);

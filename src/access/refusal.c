@@ -31,6 +31,11 @@ unsigned refusal_count(const struct refusal *refusal)
     return (unsigned)json_array_size(refusal->conflicts);
 }
 
+const char *refusal_sentence(const struct refusal *refusal)
+{
+    return refusal->sentence;
+}
+
 static double holder_age_s(const struct access_holder *holder)
 {
     return (double)((loop_clock_ns() - holder->since_ns) / 1000000) / 1e3;

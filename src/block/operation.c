@@ -122,8 +122,11 @@ void claim_set_clear(struct claim_set *set)
 
 void operation_set_sources(struct operation *operation, const struct claim_set *set)
 {
+    static const char *const none[] = {NULL}; /* an empty array has no memory, and NULL would mean something else */
     if (operation->table->sources) {
-        access_holder_set_sources(operation->holder, (const char *const *)set->sources->pdata, set->sources->len);
+        access_holder_set_sources(operation->holder,
+                                  set->sources->len ? (const char *const *)set->sources->pdata : none,
+                                  set->sources->len);
     }
 }
 

@@ -45,6 +45,7 @@ struct copy {
     struct dirty *dirty; /* of the running copy_dirty() */
     bool urgent;
     unsigned looks;
+    uint64_t pass; /* how far the running copy_dirty() has come in its dirty bitmap */
     /* the run that is being cut up */
     uint64_t position, end;
     struct copy_extent ahead; /* what lies at position; bytes 0: not asked yet */
@@ -297,13 +298,18 @@ static struct copy_piece *copy_cut(struct copy *copy)
     return piece;
 }
 
-/* The next run of the dirty bitmap becomes the run to be cut up. False: there is none. */
+/* The next run of the dirty bitmap becomes the run to be cut up. False: the pass is over. */
 static bool copy_next_run(struct copy *copy)
 {
     uint64_t offset, bytes;
-    if (!copy->dirty || !dirty_take(copy->dirty, copy->end, copy->config.piece, &offset, &bytes)) {
+    if (!copy->dirty || !dirty_take(copy->dirty, copy->pass, copy->config.piece, &offset, &bytes)) {
         return false;
     }
+    if (offset < copy->pass) { /* round the end: it was marked behind our back, and is for the next pass */
+        dirty_mark(copy->dirty, offset, bytes);
+        return false;
+    }
+    copy->pass = offset + bytes;
     copy->position = offset;
     copy->end = offset + bytes;
     copy->ahead.bytes = 0;
@@ -492,6 +498,7 @@ int coroutine_fn copy_dirty(struct copy *copy, struct dirty *dirty, bool urgent)
     g_assert(copy->in_flight == 0);
     copy->position = copy->end = 0;
     copy->ahead.bytes = 0;
+    copy->pass = 0;
     copy->dirty = dirty;
     copy->urgent = urgent;
     int result = copy_run(copy);

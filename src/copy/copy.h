@@ -73,8 +73,9 @@ void copy_destroy(struct copy *copy); /* nothing is in flight; accepts NULL */
  * meanwhile). */
 int coroutine_fn copy_range(struct copy *copy, uint64_t offset, uint64_t bytes, bool urgent);
 /*
- * Copies dirty regions until none is left and nothing is in flight, at the end of one look. On failure what was taken
- * and not copied is dirty again.
+ * One pass: copies every region that is dirty when it begins. What is marked meanwhile behind the place that the pass
+ * has reached stays dirty, so that writing users cannot keep it from ending; without them everything is clean
+ * afterwards. On failure what was taken and not copied is dirty again.
  */
 int coroutine_fn copy_dirty(struct copy *copy, struct dirty *dirty, bool urgent);
 

@@ -177,7 +177,10 @@ static int coroutine_fn commit_run_active(struct commit *commit)
             break;
         }
         if (!ready) {
-            ready = true;
+            ready = dirty_bytes(commit->dirty) <= CONVERGED;
+            if (!ready) {
+                continue;
+            }
             job_ready(job);
         }
         if (job->complete_asked || job->end_asked) {

@@ -140,6 +140,27 @@ static void active_commit_over_a_stream(void *unused)
     }
 }
 
+/* A commit takes away the whole range of a stream inside another one's: what is left of it brings nothing in. */
+static void a_commit_empties_a_nested_stream(void *unused)
+{
+    struct test_bench bench;
+    bench_open(&bench, 5, SIZE);
+    struct guest *guest = guest_start(&bench, bench.nodes[4], guest_loop, false);
+    struct job *outer = begin_stream(&bench, "outer", "d", "base"), *inner = begin_stream(&bench, "inner", "b", "base");
+    struct job *commit = begin_commit(&bench, "commit", "a", "base");
+    bench_await(&bench, "outer", JOB_STATUS_PENDING);
+    bench_await(&bench, "inner", JOB_STATUS_PENDING);
+    bench_await(&bench, "commit", JOB_STATUS_PENDING);
+    g_assert_cmpint(job_finalize(commit, NULL), ==, 0);
+    g_assert_cmpint(job_finalize(inner, NULL), ==, 0);
+    g_assert_cmpint(job_finalize(outer, NULL), ==, 0);
+    g_autofree char *events = bench_events(&bench), *chain = chain_text(bench.nodes[4]);
+    g_assert_null(strstr(events, "aborting"));
+    g_assert_cmpstr(chain, ==, "d base");
+    guest_finish(guest);
+    bench_close(&bench);
+}
+
 /* What the peer's rules and ours refuse: nothing has changed, and the refusal says who. */
 static void refusals(void *unused)
 {
@@ -274,6 +295,7 @@ int main(int argc, char **argv)
     } tests[] = {
         {"/job-meet/pairs-in-both-orders", pairs_in_both_orders},
         {"/job-meet/active-commit-over-a-stream", active_commit_over_a_stream},
+        {"/job-meet/a-commit-empties-a-nested-stream", a_commit_empties_a_nested_stream},
         {"/job-meet/refusals", refusals},
         {"/job-meet/random-rounds", random_rounds},
     };
