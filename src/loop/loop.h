@@ -20,6 +20,7 @@ enum engine_kind {
     ENGINE_AUTO,  /* uring where the kernel allows it, else epoll */
     ENGINE_URING, /* fails where io_uring is refused */
     ENGINE_EPOLL,
+    ENGINE_SIM, /* in the thread's simulated world (loop/sim.h); for tests */
 };
 int engine_parse(const char *name, enum engine_kind *ret, struct error **err);
 
