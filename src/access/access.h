@@ -59,8 +59,8 @@ struct access_holder *access_holder_create(struct access_ledger *ledger, const c
 /* Releases all its claims and its adoptions. NULL is accepted. */
 void access_holder_destroy(struct access_holder *holder);
 const char *access_holder_id(const struct access_holder *holder);
-/* Nodes that this holder's write-metadata pulls data from; copied. An empty list (a stream whose range has been committed
- * away) is not the same as NULL (data from outside the graph). */
+/* Nodes that this holder's write-metadata pulls data from; copied. An empty list (a stream whose range has been
+ * committed away) is not the same as NULL (data from outside the graph). */
 void access_holder_set_sources(struct access_holder *holder, const char *const *nodes, unsigned count);
 
 /* One atomic change of the ledger: new claim sets for any number of holders, new adopters, all or none. */
@@ -80,7 +80,8 @@ int access_test(struct access_ledger *ledger, const char *subject, const struct 
                 struct error **err);
 
 /* Who may let a refused change pass: asked by access_apply() with the sentence of the refusal; true: it is applied
- * nevertheless. NULL, as at the beginning: nobody. For a human's emergency, and for tests that show why a rule is there. */
+ * nevertheless. NULL, as at the beginning: nobody. For a human's emergency, and for tests that show why a rule is
+ * there. */
 void access_set_override(struct access_ledger *ledger, bool (*override)(const char *sentence, void *argument),
                          void *argument);
 

@@ -23,6 +23,7 @@ struct backend *backend_create(struct graph *graph, const char *owner)
     backend->root = (struct edge){.backend = backend, .role = EDGE_ROOT};
     list_init(&backend->root.parent_link);
     list_init(&backend->root.child_link);
+    list_init(&backend->root.adopter_link);
     gate_init(&backend->gate);
     list_append(&graph->backends, &backend->graph_link);
     return backend;

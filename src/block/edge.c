@@ -54,7 +54,17 @@ struct edge *edge_create(struct node *parent, enum edge_role role)
     edge->role = role;
     list_init(&edge->parent_link);
     list_init(&edge->child_link);
+    list_init(&edge->adopter_link);
     return edge;
+}
+
+void edge_set_adopter(struct edge *edge, struct operation *adopter)
+{
+    list_remove(&edge->adopter_link);
+    edge->adopter = adopter;
+    if (adopter) {
+        list_append(&adopter->adopted, &edge->adopter_link);
+    }
 }
 
 /* Where the parent keeps a pointer to edges of this role. */
@@ -181,6 +191,7 @@ struct node *edge_detach(struct edge *edge)
     g_assert(edge->role != EDGE_ROOT);
     struct graph *graph = child->graph;
     edge_unlink(edge);
+    edge_set_adopter(edge, NULL);
     access_holder_destroy(edge->holder);
     g_free(edge);
     operations_derive_again(graph, child->name, NULL, NULL); /* fewer claims: cannot be refused */

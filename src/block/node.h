@@ -43,7 +43,8 @@ struct edge {
     unsigned granted; /* ACCESS_ bits; the request path tests them */
     struct access_holder
         *holder;               /* its standing claims on the child; NULL for a root edge (its operation holds them) */
-    struct operation *adopter; /* whose claims those count as, or NULL */
+    struct operation *adopter; /* whose claims those count as, or NULL; edge_set_adopter() */
+    struct list adopter_link;  /* adopter->adopted */
 };
 
 /* What a request to a node must respect; bytes, powers of two unless said. */

@@ -124,9 +124,8 @@ void operation_set_sources(struct operation *operation, const struct claim_set *
 {
     static const char *const none[] = {NULL}; /* an empty array has no memory, and NULL would mean something else */
     if (operation->table->sources) {
-        access_holder_set_sources(operation->holder,
-                                  set->sources->len ? (const char *const *)set->sources->pdata : none,
-                                  set->sources->len);
+        access_holder_set_sources(
+            operation->holder, set->sources->len ? (const char *const *)set->sources->pdata : none, set->sources->len);
     }
 }
 
@@ -218,7 +217,7 @@ static int operation_take(struct operation *operation, const struct operation_co
     const struct access_change *changes = (const struct access_change *)(void *)adoption.changes->data;
     int r = (keep ? access_apply : access_test)(operation->graph->ledger, subject, changes, adoption.changes->len, err);
     for (unsigned i = 0; r == 0 && keep && i < adoption.edges->len; i++) {
-        ((struct edge *)adoption.edges->pdata[i])->adopter = operation;
+        edge_set_adopter(adoption.edges->pdata[i], operation);
     }
     g_array_free(adoption.changes, TRUE);
     g_ptr_array_free(adoption.edges, TRUE);
@@ -237,6 +236,7 @@ static struct operation *operation_create(struct graph *graph, const struct oper
                                              config->progress, config->argument);
     memcpy(operation->bound, config->bound, sizeof(operation->bound));
     list_init(&operation->link);
+    list_init(&operation->adopted);
     return operation;
 }
 
@@ -273,17 +273,6 @@ int operation_check(struct graph *graph, const struct operation_config *config, 
     return r;
 }
 
-static void forget_adopter(struct operation *operation)
-{
-    list_for_each (node_link, &operation->graph->nodes) {
-        struct node *node = container_of(node_link, struct node, graph_link);
-        list_for_each (link, &node->children) {
-            struct edge *edge = container_of(link, struct edge, parent_link);
-            edge->adopter = edge->adopter == operation ? NULL : edge->adopter;
-        }
-    }
-}
-
 void coroutine_fn operation_end(struct operation *operation)
 {
     if (!operation) {
@@ -293,7 +282,9 @@ void coroutine_fn operation_end(struct operation *operation)
         const struct backend *backend = container_of(link, struct backend, graph_link);
         g_assert(backend->operation != operation);
     }
-    forget_adopter(operation);
+    list_for_each_safe (link, &operation->adopted) {
+        edge_set_adopter(container_of(link, struct edge, adopter_link), NULL);
+    }
     list_remove(&operation->link);
     struct node *bound[CLAIM_VARIABLE_COUNT];
     memcpy(bound, operation->bound, sizeof(bound));

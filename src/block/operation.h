@@ -58,6 +58,7 @@ struct operation {
     const struct claim_table *table;
     struct access_holder *holder;
     struct node *bound[CLAIM_VARIABLE_COUNT];
+    struct list adopted; /* struct edge by adopter_link */
     unsigned conditions; /* CLAIM_IF_ bits, fixed at the start */
     bool ended;          /* by a transaction: claims nothing any more; operation_end() is still to come */
 };

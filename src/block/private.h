@@ -39,6 +39,8 @@ unsigned edge_standing_claim(const struct edge *edge, struct access_claim *ret);
 /* A ledger holder named for parent, child and role; without claims. */
 struct access_holder *edge_holder_create(const struct edge *edge);
 void edge_update_granted(struct edge *edge);
+/* Whose claims the edge's count as (NULL: its own); the ledger is told by the caller. */
+void edge_set_adopter(struct edge *edge, struct operation *adopter);
 /* Links, takes a reference on child, and takes the standing claims, or does nothing. */
 int edge_attach(struct node *parent, enum edge_role role, struct node *child, struct edge **ret, struct error **err);
 /* Unlinks, releases the claims, frees; the caller gets the reference on the returned child. */

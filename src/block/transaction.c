@@ -151,7 +151,7 @@ static void step_do(struct step *step)
         break;
     case STEP_ADOPT:
         step->old_adopter = step->edge->adopter;
-        step->edge->adopter = step->operation;
+        edge_set_adopter(step->edge, step->operation);
         break;
     case STEP_END:
         step->ended_before = step->operation->ended;
@@ -169,7 +169,7 @@ static void step_undo(struct step *step)
         edge_relink(step->edge, step->from);
         access_holder_destroy(step->edge->parent ? step->edge->holder : NULL);
         step->edge->holder = step->old_holder;
-        step->edge->adopter = step->old_adopter;
+        edge_set_adopter(step->edge, step->old_adopter);
         break;
     case STEP_REBIND:
         step->operation->bound[step->variable] = step->from;
@@ -181,7 +181,7 @@ static void step_undo(struct step *step)
         }
         break;
     case STEP_ADOPT:
-        step->edge->adopter = step->old_adopter;
+        edge_set_adopter(step->edge, step->old_adopter);
         break;
     case STEP_END:
         step->operation->ended = step->ended_before;
@@ -275,19 +275,24 @@ static int follow(struct transaction *transaction, struct error **err)
 
 /* Everything that is handed to the ledger; lives until it has answered. */
 struct derived {
-    GHashTable *adopters;  /* edge -> operation, in the new shape */
-    GHashTable *old_edges; /* edge -> adopter before, of edges that are listed */
-    GArray *changes;       /* struct access_change */
-    GArray *sets;          /* struct claim_set, per operation */
-    GPtrArray *claims;     /* struct access_claim, one each, owned */
+    GHashTable *adopters; /* edge -> operation, in the new shape */
+    GHashTable *touched;  /* the set of `edges` */
+    GPtrArray *edges;     /* struct edge: those whose claims are derived again, in the order in which they were met */
+    GPtrArray *old_adopters; /* struct operation or NULL: what they had before, in the same order */
+    GArray *changes;         /* struct access_change */
+    GArray *sets;            /* struct claim_set, per operation */
+    GPtrArray *claims;       /* struct access_claim, one each, owned */
     struct operation *operation;
 };
+
+static void touch_edge(struct derived *derived, struct edge *edge);
 
 static void note_adopter(struct edge *edge, void *argument)
 {
     struct derived *derived = argument;
     if (!g_hash_table_contains(derived->adopters, edge)) {
         g_hash_table_insert(derived->adopters, edge, derived->operation);
+        touch_edge(derived, edge);
     }
 }
 
@@ -312,8 +317,8 @@ static void derive_operation(struct derived *derived, struct operation *operatio
     g_array_append_val(derived->changes, change);
 }
 
-/* The edge's claims and adopter in the new shape, when either may have changed. */
-static void derive_edge(struct derived *derived, struct edge *edge, bool moved)
+/* The edge's claims and adopter in the new shape. */
+static void derive_edge(struct derived *derived, struct edge *edge)
 {
     struct operation *adopter = g_hash_table_lookup(derived->adopters, edge);
     if (!adopter && edge->adopter && !edge->adopter->ended) {
@@ -326,12 +331,9 @@ static void derive_edge(struct derived *derived, struct edge *edge, bool moved)
                                    .set_adopter = true,
                                    .adopter = adopter ? adopter->holder : NULL};
     g_ptr_array_add(derived->claims, claim);
-    if (!moved && adopter == edge->adopter && !edge->parent->stale) {
-        return;
-    }
     g_array_append_val(derived->changes, change);
-    g_hash_table_insert(derived->old_edges, edge, edge->adopter);
-    edge->adopter = adopter;
+    g_ptr_array_add(derived->old_adopters, edge->adopter);
+    edge_set_adopter(edge, adopter);
 }
 
 static void release_holder(struct derived *derived, struct access_holder *holder)
@@ -340,32 +342,81 @@ static void release_holder(struct derived *derived, struct access_holder *holder
     g_array_append_val(derived->changes, change);
 }
 
+/* Each edge once. */
+static void touch_edge(struct derived *derived, struct edge *edge)
+{
+    if (edge->child && edge->parent && g_hash_table_add(derived->touched, edge)) {
+        g_ptr_array_add(derived->edges, edge);
+    }
+}
+
+static void touch_children(struct derived *derived, struct node *node)
+{
+    list_for_each (link, &node->children) {
+        touch_edge(derived, container_of(link, struct edge, parent_link));
+    }
+}
+
+/* What leans on a node through filters claims on the node that they show. */
+static void touch_users(struct derived *derived, struct node *filter)
+{
+    list_for_each (link, &filter->parents) {
+        struct edge *edge = container_of(link, struct edge, child_link);
+        touch_edge(derived, edge);
+        if (edge->role == EDGE_FILTERED) {
+            touch_users(derived, edge->parent);
+        }
+    }
+}
+
+static void touch_step(struct derived *derived, struct step *step)
+{
+    switch (step->kind) {
+    case STEP_MOVE:
+    case STEP_DETACH:
+    case STEP_ATTACH:
+        touch_edge(derived, step->edge);
+        if (step->edge->role == EDGE_FILTERED) {
+            touch_users(derived, step->edge->parent);
+        }
+        break;
+    case STEP_STALE:
+        touch_children(derived, step->to);
+        break;
+    case STEP_END:
+        list_for_each (link, &step->operation->adopted) {
+            touch_edge(derived, container_of(link, struct edge, adopter_link));
+        }
+        break;
+    case STEP_ADOPT:
+        touch_edge(derived, step->edge);
+        break;
+    case STEP_REBIND:
+        break;
+    }
+}
+
+/* The edges whose claims or adopter follow from the steps, and those that came into an operation's chain. */
 static void derive_edges(struct transaction *transaction, struct derived *derived)
 {
-    g_autoptr(GHashTable) moved = g_hash_table_new(NULL, NULL);
     for (unsigned i = 0; i < transaction->steps->len; i++) {
         struct step *step = step_at(transaction, i);
-        if (step->kind > STEP_ATTACH || !step->edge->parent) {
-            continue;
-        }
-        if (step->old_holder) {
+        touch_step(derived, step);
+        if (step->kind <= STEP_ATTACH && step->edge->parent && step->old_holder) {
             release_holder(derived, step->old_holder);
         }
-        g_hash_table_add(moved, step->edge);
     }
-    list_for_each (node_link, &transaction->graph->nodes) {
-        struct node *node = container_of(node_link, struct node, graph_link);
-        list_for_each (link, &node->children) {
-            struct edge *edge = container_of(link, struct edge, parent_link);
-            derive_edge(derived, edge, g_hash_table_contains(moved, edge));
-        }
+    for (unsigned i = 0; i < derived->edges->len; i++) {
+        derive_edge(derived, derived->edges->pdata[i]);
     }
 }
 
 static int ask_ledger(struct transaction *transaction, struct error **err)
 {
     struct derived derived = {.adopters = g_hash_table_new(NULL, NULL),
-                              .old_edges = g_hash_table_new(NULL, NULL),
+                              .touched = g_hash_table_new(NULL, NULL),
+                              .edges = g_ptr_array_new(),
+                              .old_adopters = g_ptr_array_new(),
                               .changes = g_array_new(FALSE, FALSE, sizeof(struct access_change)),
                               .sets = g_array_new(FALSE, FALSE, sizeof(struct claim_set)),
                               .claims = g_ptr_array_new_with_free_func(g_free)};
@@ -376,18 +427,17 @@ static int ask_ledger(struct transaction *transaction, struct error **err)
     int r = access_apply(transaction->graph->ledger, transaction->subject,
                          (const struct access_change *)(void *)derived.changes->data, derived.changes->len, err);
     if (r < 0) {
-        GHashTableIter iter;
-        void *edge, *adopter;
-        g_hash_table_iter_init(&iter, derived.old_edges);
-        while (g_hash_table_iter_next(&iter, &edge, &adopter)) {
-            ((struct edge *)edge)->adopter = adopter;
+        for (unsigned i = 0; i < derived.edges->len; i++) {
+            edge_set_adopter(derived.edges->pdata[i], derived.old_adopters->pdata[i]);
         }
     }
     for (unsigned i = 0; i < derived.sets->len; i++) {
         claim_set_clear(&g_array_index(derived.sets, struct claim_set, i));
     }
     g_hash_table_unref(derived.adopters);
-    g_hash_table_unref(derived.old_edges);
+    g_hash_table_unref(derived.touched);
+    g_ptr_array_free(derived.edges, TRUE);
+    g_ptr_array_free(derived.old_adopters, TRUE);
     g_array_free(derived.changes, TRUE);
     g_array_free(derived.sets, TRUE);
     g_ptr_array_free(derived.claims, TRUE);
@@ -419,6 +469,7 @@ static void settle_edge(struct step *step, GPtrArray *dropped)
     }
     access_holder_destroy(edge->parent ? step->old_holder : NULL);
     if (step->kind == STEP_DETACH) {
+        edge_set_adopter(edge, NULL);
         g_free(edge);
         return;
     }
