@@ -19,7 +19,8 @@ TOPOLOGIES = {
 }
 
 with open(os.path.join(ROOT, "test", "data", "access-scenarios.json"), encoding="utf-8") as data:
-    SCENARIOS = json.load(data)["scenarios"]
+    SCENARIOS = json.load(data)
+OPERATIONS = {"commit", "stream", "export-ro", "export-ro-sh", "export-rw", "export-rw-sh"}
 
 
 def parse(operation):
@@ -86,7 +87,8 @@ class Access(TestCase):
             arguments = {"job-id": name, "device": node, "speed": SLOW}
             daemon.qmp.execute("block-stream", {**arguments, **({"base-node": other} if other else {})})
         else:
-            daemon.export(node, writable="-rw" in kind, name=name, export_id=name)
+            exclusive = {} if kind.endswith("-sh") else {"exclusive": True}
+            daemon.export(node, writable="-rw" in kind, name=name, export_id=name, **exclusive)
 
     def finish(self, daemon, operation, name):
         """Full speed, to the end, without an error."""
@@ -129,7 +131,7 @@ class Access(TestCase):
     def admitted(self, row):
         """Both orders of starting, and of ending."""
         for first_to_end in (0, 1):
-            for operations in ((row["first"], row["second"]), (row["second"], row["first"])):
+            for operations in ((row["a"], row["b"]), (row["b"], row["a"])):
                 with self.subTest(order=operations, first_to_end=operations[first_to_end]):
                     daemon, views = self.open_graph(row["topology"])
                     for name, operation in zip(("one", "two"), operations):
@@ -161,7 +163,7 @@ class Access(TestCase):
         }
 
     def refused(self, row):
-        for operations in ((row["first"], row["second"]), (row["second"], row["first"])):
+        for operations in ((row["a"], row["b"]), (row["b"], row["a"])):
             with self.subTest(order=operations):
                 daemon, views = self.open_graph(row["topology"])
                 self.start(daemon, operations[0], "holder", row["topology"])
@@ -180,8 +182,8 @@ class Access(TestCase):
     def refused_alone(self, row):
         daemon, views = self.open_graph(row["topology"])
         before = self.state(daemon)
-        _, node, other = parse(row["first"])
-        self.assert_refused(rf"\b{other or node}\b", self.start, daemon, row["first"], "asker", row["topology"])
+        _, node, other = parse(row["a"])
+        self.assert_refused(rf"\b{other or node}\b", self.start, daemon, row["a"], "asker", row["topology"])
         self.assertEqual(self.state(daemon), before, "a refused operation left something behind")
         daemon.stop()
         self.daemons.remove(daemon)
@@ -234,9 +236,12 @@ class Access(TestCase):
 
 
 def add_scenarios():
-    functions = {"admit": Access.admitted, "refuse": Access.refused, "refuse alone": Access.refused_alone}
-    for row in SCENARIOS:
-        words = " and ".join(row[key] for key in ("first", "second") if key in row)
+    functions = {"admit": Access.admitted, "refuse": Access.refused, "alone": Access.refused_alone}
+    rows = [{"verdict": verdict, **row} for verdict in functions for row in SCENARIOS[verdict]]
+    for row in rows:
+        if row["topology"] not in TOPOLOGIES or not {row[key].split(" ")[0] for key in ("a", "b") if key in row} <= OPERATIONS:
+            continue  # TOPOLOGIES and OPERATIONS are what there is
+        words = " and ".join(row[key] for key in ("a", "b") if key in row)
         words = words.replace(">", " to ").replace("..", " above ")
         name = f"test_{row['verdict']} {row['topology']} {words}"
         function = functions[row["verdict"]]

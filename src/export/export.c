@@ -206,7 +206,7 @@ static int coroutine_fn export_attach(struct export *export, const struct block_
         .id = export->id,
         .table = &block_export_add_claims,
         .bound[CLAIM_NODE] = node,
-        .conditions = export->writable ? CLAIM_IF_WRITABLE : 0,
+        .conditions = (export->writable ? CLAIM_IF_WRITABLE : 0) | (options->exclusive ? CLAIM_IF_EXCLUSIVE : 0),
     };
     int r;
 
