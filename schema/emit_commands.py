@@ -28,6 +28,14 @@ class Commands:
         parameters.append('struct error **err')
         return f'int coroutine_fn command_{identifier(command.name)}({", ".join(parameters)})'
 
+    def check_prototype(self, command):
+        """A command that takes claims has a second handler: its first half, up to the decision."""
+        parameters = ['struct control *control']
+        if self.arguments(command):
+            parameters.append(f'struct {self.arguments(command)} *args')
+        parameters += ['json_t **ret_claims', 'struct error **err']
+        return f'int coroutine_fn command_{identifier(command.name)}_check({", ".join(parameters)})'
+
     def header(self):
         out = BANNER + '''#ifndef INTERLOCK_SCHEMA_COMMANDS_H
 #define INTERLOCK_SCHEMA_COMMANDS_H
@@ -37,7 +45,8 @@ class Commands:
 
 /*
  * The commands. A handler runs in a coroutine on the control loop, borrows its arguments, and returns 0 with a new
- * *ret (where it returns something), or a negative errno with an error.
+ * *ret (where it returns something), or a negative errno with an error. The _check() of a command that takes claims is
+ * the dry run: struct command has its contract (schema/command.h).
  */
 extern const struct command command_table[];
 extern const unsigned command_table_count;
@@ -51,6 +60,8 @@ extern const unsigned command_table_count;
                 out += self.types.face(name)
             if not command.session:
                 out += self.prototype(command) + ';\n'
+            if command.claims.clauses:
+                out += self.check_prototype(command) + ';\n'
             out += '\n'
         return out + '#endif\n'
 
@@ -92,6 +103,23 @@ extern const unsigned command_table_count;
             body += '    *ret = json_object();\n'
         return out + body + '    return 0;\n}\n\n'
 
+    def check(self, command):
+        """The dry run: the arguments alone for a command that takes no claims."""
+        name, arguments = identifier(command.name), self.arguments(command)
+        out = (f'static int coroutine_fn check_{name}(struct control *control, json_t *arguments, json_t **ret_claims, '
+               f'struct error **err)\n{{\n')
+        if not arguments and not command.claims.clauses:
+            return out + '    return no_arguments(arguments, err);\n}\n\n'
+        if not arguments:
+            return out + (f'    int result = no_arguments(arguments, err);\n'
+                          f'    return result < 0 ? result : command_{name}_check(control, ret_claims, err);\n}}\n\n')
+        out += (f'    struct {arguments} *args = NULL;\n'
+                f'    int result = {arguments}_from_json(arguments, NULL, &args, err);\n'
+                f'    if (result < 0) {{\n        return result;\n    }}\n')
+        if command.claims.clauses:
+            out += f'    result = command_{name}_check(control, args, ret_claims, err);\n'
+        return out + f'    {arguments}_free(args);\n    return result;\n}}\n\n'
+
     def table(self):
         """The table refers to every handler, so it is a file of its own: only whoever has them all links it."""
         out = BANNER + '''#include "schema/claims.h"
@@ -114,15 +142,19 @@ static int no_arguments(json_t *arguments, struct error **err)
         for command in self.schema.commands.values():
             if not command.session:
                 out += self.dispatch(command)
+            out += self.check(command)
         out += 'const struct command command_table[] = {\n'
         for command in sorted(self.schema.commands.values(), key=lambda c: c.name):
             fields = [f'.name = {c_string(command.name)}']
             if not command.session:
                 fields.append(f'.dispatch = dispatch_{identifier(command.name)}')
+            fields.append(f'.check = check_{identifier(command.name)}')
             if command.oob:
                 fields.append('.allow_oob = true')
             if command.claims.clauses:
                 fields.append(f'.claims = &{identifier(command.name)}_claims')
+            else:
+                fields.append(f'.no_claims_because = {c_string(command.claims.reason)}')
             out += '    {' + ', '.join(fields) + '},\n'
         return out + f'}};\nconst unsigned command_table_count = {len(self.schema.commands)};\n'
 
@@ -227,7 +259,8 @@ class Claims:
 '''
         for command in self.commands:
             out += f'extern const struct claim_table {identifier(command.name)}_claims;\n'
-        return out + '\n#endif\n'
+        return out + ('\n/* All of them. */\nextern const struct claim_table *const claim_tables[];\n'
+                      'extern const unsigned claim_table_count;\n\n#endif\n')
 
     def row(self, clause, condition, unless, require, deny, modifiers):
         variables = ['CLAIM_' + v.upper() for v in clause.variables]
@@ -250,4 +283,6 @@ class Claims:
             sources = 'true' if command.claims.sources else 'false'
             out += (f'}};\nconst struct claim_table {name}_claims = {{.operation = {c_string(command.name)}, '
                     f'.clauses = {name}_clauses, .count = {count}, .adopt = {adopt}, .sources = {sources}}};\n\n')
-        return out
+        names = ''.join(f'    &{identifier(command.name)}_claims,\n' for command in self.commands)
+        return out + (f'const struct claim_table *const claim_tables[] = {{\n{names}}};\n'
+                      f'const unsigned claim_table_count = {len(self.commands)};\n')

@@ -96,7 +96,24 @@ class Output(unittest.TestCase):
     def test_session_commands_have_no_handler(self):
         commands = Commands(schema(f'## d\ncommand x {{ session: yes {LOOKS} }}'))
         self.assertNotIn('command_x(', commands.header())
-        self.assertIn('{.name = "x"},', commands.table())
+        self.assertIn('{.name = "x", .check = check_x, .no_claims_because = "it only looks"},', commands.table())
+
+    def test_a_command_with_claims_needs_a_check(self):
+        commands = Commands(schema('''
+            ## d
+            command x { a: str claims { top: require graph } }
+            ## d
+            command y { claims { top: require graph } }'''))
+        self.assertIn('command_x_check(struct control *control, struct x_args *args, json_t **ret_claims, '
+                      'struct error **err);', commands.header())
+        self.assertIn('command_x_check(control, args, ret_claims, err);', commands.table())
+        self.assertIn('command_y_check(control, ret_claims, err);', commands.table())
+
+    def test_a_command_without_claims_is_checked_for_its_arguments(self):
+        table = Commands(schema(f'## d\ncommand x {{ a: str {LOOKS} }}')).table()
+        check = table[table.index('check_x('):table.index('const struct command command_table')]
+        self.assertIn('x_args_from_json(arguments, NULL, &args, err)', check)
+        self.assertNotIn('command_x', check)
 
     def test_introspection(self):
         entries = Introspection(schema(f'''

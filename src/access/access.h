@@ -95,6 +95,8 @@ void access_node_masks(struct access_ledger *ledger, const char *node, unsigned 
 
 /* {"holders": [{id, kind, command, since, state, claims: [{node, require: [], allow: [], path}]}], "stale": [...]} */
 json_t *access_describe(struct access_ledger *ledger);
+/* {node, require: [], allow: [], path}: a claim as it stands there. */
+json_t *access_claim_describe(const struct access_claim *claim);
 const char *access_action_name(enum access_action one_bit);
 /* "read-data, graph" ; g_free() */
 char *access_actions_format(unsigned actions);

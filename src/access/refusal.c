@@ -100,6 +100,7 @@ static json_t *holder_describe(const struct access_holder *holder)
 static void refusal_add(struct refusal *refusal, json_t *conflict, char *sentence, char *remedy)
 {
     json_object_set_new(conflict, "remedy", json_string(remedy));
+    json_object_set_new(conflict, "sentence", json_string(sentence));
     json_array_append_new(refusal->conflicts, conflict);
     if (!refusal->sentence) {
         refusal->sentence = sentence;
@@ -121,9 +122,10 @@ static void refusal_add_clash(struct refusal *refusal, const struct ledger_entry
                                : g_strdup(refusal->subject);
 
     for (unsigned left = actions; left; left &= left - 1) {
-        json_t *conflict = json_pack("{s:s, s:s, s:s, s:s, s:o}", "node", ours->node->name, "action",
-                                     access_action_name(left & -left), "direction", we_require ? "required" : "denied",
-                                     "path", ours->path, "holder", holder_describe(theirs->holder));
+        json_t *conflict =
+            json_pack("{s:s, s:s, s:s, s:s, s:o, s:s}", "node", ours->node->name, "action",
+                      access_action_name(left & -left), "direction", we_require ? "required" : "denied", "path",
+                      ours->path, "holder", holder_describe(theirs->holder), "holder-path", theirs->path);
 
         refusal_add(refusal, conflict,
                     we_require ? g_strdup_printf("%s needs %s on node '%s', which %s does not allow", who, names,
@@ -211,6 +213,12 @@ static json_t *actions_describe(unsigned actions)
     return array;
 }
 
+json_t *access_claim_describe(const struct access_claim *claim)
+{
+    return json_pack("{s:s, s:o, s:o, s:s}", "node", claim->node, "require", actions_describe(claim->require), "allow",
+                     actions_describe(ACCESS_ALL & ~claim->deny), "path", claim->path);
+}
+
 json_t *access_describe(struct access_ledger *ledger)
 {
     json_t *holders = json_array();
@@ -226,9 +234,10 @@ json_t *access_describe(struct access_ledger *ledger)
         list_for_each (entry_link, &holder->entries) {
             const struct ledger_entry *entry = container_of(entry_link, struct ledger_entry, holder_link);
 
-            json_array_append_new(claims, json_pack("{s:s, s:o, s:o, s:s}", "node", entry->node->name, "require",
-                                                    actions_describe(entry->require), "allow",
-                                                    actions_describe(ACCESS_ALL & ~entry->deny), "path", entry->path));
+            const struct access_claim claim = {
+                .node = entry->node->name, .require = entry->require, .deny = entry->deny, .path = entry->path};
+
+            json_array_append_new(claims, access_claim_describe(&claim));
         }
         json_object_set_new(json, "claims", claims);
         json_array_append_new(holders, json);

@@ -102,6 +102,11 @@ int error_move(struct error **err, struct error *from)
     return code;
 }
 
+char *error_format(const struct error *error)
+{
+    return error->hint ? g_strconcat(error->message, "; ", error->hint, NULL) : g_strdup(error->message);
+}
+
 const char *error_class_name(enum error_class class)
 {
     static const char *const names[] = {

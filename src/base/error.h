@@ -42,6 +42,8 @@ void error_prepend(struct error **err, const char *format, ...) __attribute__((f
 void error_hint(struct error **err, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* Moves `from` into *err (or frees it when err is NULL); returns from->code. */
 int error_move(struct error **err, struct error *from);
+/* The sentence with the hint behind it, as clients are shown it; g_free(). */
+char *error_format(const struct error *error);
 const char *error_class_name(enum error_class class);
 void error_free(struct error *error); /* accepts NULL */
 

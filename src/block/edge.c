@@ -119,16 +119,20 @@ static const struct node *edge_shown(const struct edge *edge)
     return edge->role == EDGE_FILTERED ? edge->child : node_beneath_filters(edge->child);
 }
 
-unsigned edge_standing_claim(const struct edge *edge, struct access_claim *ret)
+static unsigned edge_claim(const struct edge *edge, const struct standing_claim *standing, struct access_claim *ret)
 {
     if (edge->role == EDGE_ROOT || !edge->child || edge->parent->stale) {
         return 0;
     }
-    const struct standing_claim *standing = edge_standing(edge);
     const struct node *shown = edge_shown(edge);
     *ret = (struct access_claim){
         .node = shown->name, .require = standing->require, .deny = standing->deny, .path = standing->path};
     return 1;
+}
+
+unsigned edge_standing_claim(const struct edge *edge, struct access_claim *ret)
+{
+    return edge_claim(edge, edge_standing(edge), ret);
 }
 
 struct access_holder *edge_holder_create(const struct edge *edge)
@@ -155,6 +159,14 @@ int edge_claim_again(struct edge *edge, const char *subject, struct error **err)
         edge_update_granted(edge);
     }
     return r;
+}
+
+int edge_writable_check(struct edge *edge, const char *subject, struct error **err)
+{
+    struct access_claim claim;
+    struct access_change change = {.holder = edge->holder, .claims = &claim};
+    change.count = edge_claim(edge, &standing_claims[edge->role][true], &claim);
+    return access_test(edge->parent->graph->ledger, subject, &change, 1, err);
 }
 
 int edge_attach(struct node *parent, enum edge_role role, struct node *child, struct edge **ret, struct error **err)

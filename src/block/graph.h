@@ -46,6 +46,8 @@ struct node *coroutine_fn node_release(struct node *node); /* the same, taking t
 /* Counted: makes a node that was opened read-only (a backing file) writable while a job needs it, with its children. */
 int coroutine_fn node_writable_begin(struct node *node, struct error **err);
 void coroutine_fn node_writable_end(struct node *node);
+/* Would it be refused? Changes nothing. What the host says to opening the file is not foreseen. graph->lock is held. */
+int node_writable_check(struct node *node, struct error **err);
 
 /* Chains. Backing edges, looking through filters. */
 struct node *node_backing(const struct node *node);                     /* next image below, or NULL */

@@ -135,13 +135,40 @@ void node_size_changed(struct node *node)
 
 /* --- writing to a node that was opened read-only --- */
 
+static int node_check_never_writable(const struct node *node, struct error **err)
+{
+    if (!node->never_writable) {
+        return 0;
+    }
+    error_set(err, -EROFS, "Node '%s' is read-only", node->name);
+    error_hint(err, "It was opened with read-only=on, or its storage is read-only; open it with read-only=off");
+    return -EROFS;
+}
+
+static char *node_writing_subject(const struct node *node)
+{
+    return g_strdup_printf("opening node '%s' for writing", node->name);
+}
+
+int node_writable_check(struct node *node, struct error **err)
+{
+    int r = 0;
+    for (node = node_beneath_filters(node); node && !node->writable && r == 0;) {
+        g_autofree char *subject = node_writing_subject(node);
+        r = node_check_never_writable(node, err);
+        if (r == 0 && node->file) {
+            r = edge_writable_check(node->file, subject, err);
+        }
+        node = node->file ? node->file->child : NULL;
+    }
+    return r;
+}
+
 static int coroutine_fn node_start_writing(struct node *node, struct error **err)
 {
-    g_autofree char *subject = g_strdup_printf("opening node '%s' for writing", node->name);
-    int r = 0;
-    if (node->never_writable) {
-        r = error_set(err, -EROFS, "Node '%s' is read-only", node->name);
-        error_hint(err, "It was opened with read-only=on, or its storage is read-only; open it with read-only=off");
+    g_autofree char *subject = node_writing_subject(node);
+    int r = node_check_never_writable(node, err);
+    if (r < 0) {
         return r;
     }
     if (node->file) {

@@ -273,6 +273,19 @@ int operation_check(struct graph *graph, const struct operation_config *config, 
     return r;
 }
 
+int operation_preview(struct graph *graph, const struct operation_config *config, json_t **ret_claims,
+                      struct error **err)
+{
+    struct claim_set set = operation_derive(config->table, config->bound, config->conditions);
+    json_t *claims = json_array();
+    for (unsigned i = 0; i < set.claims->len; i++) {
+        json_array_append_new(claims, access_claim_describe(&g_array_index(set.claims, struct access_claim, i)));
+    }
+    claim_set_clear(&set);
+    *ret_claims = claims;
+    return operation_check(graph, config, err);
+}
+
 void coroutine_fn operation_end(struct operation *operation)
 {
     if (!operation) {

@@ -77,6 +77,10 @@ int operation_begin(struct graph *graph, const struct operation_config *config, 
                     struct error **err);
 /* The decision alone. */
 int operation_check(struct graph *graph, const struct operation_config *config, struct error **err);
+/* The same, with what the operation would claim: *ret_claims becomes a new reference to an array of
+ * access_claim_describe(), whatever the decision. */
+int operation_preview(struct graph *graph, const struct operation_config *config, json_t **ret_claims,
+                      struct error **err);
 /* graph->lock is not held. Accepts NULL. */
 void coroutine_fn operation_end(struct operation *operation);
 /* ACCESS_ bits that the operation holds on `node`: what its backends there may be granted. */

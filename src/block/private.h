@@ -47,6 +47,8 @@ int edge_attach(struct node *parent, enum edge_role role, struct node *child, st
 struct node *edge_detach(struct edge *edge);
 /* Applies the standing claims again after the parent's state changed. */
 int edge_claim_again(struct edge *edge, const char *subject, struct error **err);
+/* Could the parent become writable, as far as this edge's claims go? Changes nothing. */
+int edge_writable_check(struct edge *edge, const char *subject, struct error **err);
 const char *edge_role_name(enum edge_role role);
 
 /* --- backend.c --- */

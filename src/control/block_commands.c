@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Handlers of the commands that make, remove and show nodes: blockdev-add, blockdev-del, query-named-block-nodes,
- * query-graph; and query-access. Each runs in a coroutine on the control loop, is called by the generated dispatcher
+ * query-graph. Each runs in a coroutine on the control loop, is called by the generated dispatcher
  * only, and keeps no state of its own: the graph is control->graph. What is shown is a snapshot under the graph's lock.
  * Decisions (may this be opened, may it go) are src/block's.
  */
-#include "access/access.h"
 #include "block/graph.h"
 #include "control/control.h"
 #include "schema/commands.h"
@@ -51,14 +50,5 @@ int coroutine_fn command_query_graph(struct control *control, struct graph_info 
     graph_unlock(control->graph);
     code = graph_info_from_json(graph, "graph", ret, err);
     json_decref(graph);
-    return code;
-}
-
-int coroutine_fn command_query_access(struct control *control, struct access_info **ret, struct error **err)
-{
-    json_t *access = access_describe(control->graph->ledger);
-    int code = access_info_from_json(access, "access", ret, err);
-
-    json_decref(access);
     return code;
 }

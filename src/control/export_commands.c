@@ -95,6 +95,12 @@ int coroutine_fn command_block_export_add(struct control *control, struct block_
     return exports_add(control->exports, args, err);
 }
 
+int coroutine_fn command_block_export_add_check(struct control *control, struct block_export_options *args,
+                                                json_t **ret_claims, struct error **err)
+{
+    return exports_check_add(control->exports, args, ret_claims, err);
+}
+
 int coroutine_fn command_block_export_del(struct control *control, struct block_export_del_args *args,
                                           struct error **err)
 {

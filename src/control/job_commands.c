@@ -24,11 +24,27 @@ int coroutine_fn command_block_commit(struct control *control, struct block_comm
     return code ? code : commit_start(control->jobs, args, err);
 }
 
+int coroutine_fn command_block_commit_check(struct control *control, struct block_commit_args *args,
+                                            json_t **ret_claims, struct error **err)
+{
+    int code = refuse_when_quitting(control, err);
+
+    return code ? code : commit_check(control->jobs, args, ret_claims, err);
+}
+
 int coroutine_fn command_block_stream(struct control *control, struct block_stream_args *args, struct error **err)
 {
     int code = refuse_when_quitting(control, err);
 
     return code ? code : stream_start(control->jobs, args, err);
+}
+
+int coroutine_fn command_block_stream_check(struct control *control, struct block_stream_args *args,
+                                            json_t **ret_claims, struct error **err)
+{
+    int code = refuse_when_quitting(control, err);
+
+    return code ? code : stream_check(control->jobs, args, ret_claims, err);
 }
 
 int coroutine_fn command_query_jobs(struct control *control, struct job_info_list **ret, struct error **err)

@@ -199,8 +199,7 @@ static json_t *text_json(const char *text)
 
 static json_t *error_json(const struct error *error)
 {
-    g_autofree char *sentence =
-        error->hint ? g_strconcat(error->message, "; ", error->hint, NULL) : g_strdup(error->message);
+    g_autofree char *sentence = error_format(error);
     json_t *json = json_pack("{s:s, s:o}", "class", error_class_name(error->class), "desc", text_json(sentence));
     if (error->data) {
         json_object_set(json, "data", error->data);

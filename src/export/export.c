@@ -161,31 +161,56 @@ static int exports_check(struct exports *exports, const struct block_export_opti
     return type->check(exports, options, err);
 }
 
-static int export_choose_loop(struct export *export, const struct block_export_options *options, struct error **err)
+static int exports_choose_loop(const struct exports *exports, const struct block_export_options *options,
+                               struct loop **ret, struct error **err)
 {
-    const struct exports_config *config = &export->exports->config;
+    const struct exports_config *config = &exports->config;
 
+    *ret = exports->loop;
     if (options->iothread) {
-        struct loop *loop = config->find_iothread ? config->find_iothread(config->argument, options->iothread) : NULL;
-
-        if (!loop) {
+        *ret = config->find_iothread ? config->find_iothread(config->argument, options->iothread) : NULL;
+        if (!*ret) {
             return error_set(err, -ENOENT, "iothread \"%s\" not found", options->iothread);
         }
-        export->loop = loop;
     }
     return 0;
 }
 
 /* A node that was opened read-only is not made writable for a client. */
-static int export_check_writable(const struct export *export, const struct node *node, struct error **err)
+static int exports_check_writable(const struct block_export_options *options, const struct node *node,
+                                  struct error **err)
 {
-    if (!export->writable || (node->wants_writable && !node->never_writable)) {
+    if (!options->writable || (node->wants_writable && !node->never_writable)) {
         return 0;
     }
-    error_set(err, -EROFS, "Export '%s' cannot be writable: block node '%s' is read-only", export->id,
-              export->node_name);
+    error_set(err, -EROFS, "Export '%s' cannot be writable: block node '%s' is read-only", options->id,
+              options->node_name);
     error_hint(err, "Open the node with \"read-only\": false, or export it with \"writable\": false");
     return -EROFS;
+}
+
+/* All that the options decide, up to the claims; graph->lock is held. */
+static int exports_plan(const struct exports *exports, const struct block_export_options *options,
+                        struct operation_config *ret, struct loop **ret_loop, struct error **err)
+{
+    struct node *node = graph_find_or_error(exports->config.graph, options->node_name, err);
+    int r;
+
+    if (!node) {
+        return -ENOENT;
+    }
+    r = exports_choose_loop(exports, options, ret_loop, err);
+    if (r == 0) {
+        r = exports_check_writable(options, node, err);
+    }
+    *ret = (struct operation_config){
+        .kind = "export",
+        .id = options->id,
+        .table = &block_export_add_claims,
+        .bound[CLAIM_NODE] = node,
+        .conditions = (options->writable ? CLAIM_IF_WRITABLE : 0) | (options->exclusive ? CLAIM_IF_EXCLUSIVE : 0),
+    };
+    return r;
 }
 
 static void export_backend_changed(void *argument)
@@ -200,30 +225,16 @@ static int coroutine_fn export_attach(struct export *export, const struct block_
                                       struct error **err)
 {
     struct graph *graph = export->exports->config.graph;
-    struct node *node = graph_find_or_error(graph, options->node_name, err);
-    struct operation_config operation = {
-        .kind = "export",
-        .id = export->id,
-        .table = &block_export_add_claims,
-        .bound[CLAIM_NODE] = node,
-        .conditions = (export->writable ? CLAIM_IF_WRITABLE : 0) | (options->exclusive ? CLAIM_IF_EXCLUSIVE : 0),
-    };
-    int r;
+    struct operation_config operation;
+    int r = exports_plan(export->exports, options, &operation, &export->loop, err);
 
-    if (!node) {
-        return -ENOENT;
-    }
-    r = export_choose_loop(export, options, err);
     if (r == 0) {
-        r = export_check_writable(export, node, err);
+        r = operation_begin(graph, &operation, &export->operation, err);
     }
     if (r < 0) {
         return r;
     }
-    r = operation_begin(graph, &operation, &export->operation, err);
-    if (r < 0) {
-        return r;
-    }
+    struct node *node = operation.bound[CLAIM_NODE];
     g_autofree char *owner = g_strdup_printf("export %s", export->id);
     export->backend = backend_create(graph, owner);
     r = backend_attach_locked(export->backend, node, operation_granted(export->operation, node), err);
@@ -263,6 +274,27 @@ int coroutine_fn exports_add(struct exports *exports, const struct block_export_
     }
     export->opening = false;
     return 0;
+}
+
+int coroutine_fn exports_check_add(struct exports *exports, const struct block_export_options *options,
+                                   json_t **ret_claims, struct error **err)
+{
+    struct graph *graph = exports->config.graph;
+    const struct export_type *type = NULL;
+    struct operation_config operation;
+    struct loop *loop;
+    int r = exports_check(exports, options, &type, err);
+
+    if (r < 0) {
+        return r;
+    }
+    graph_lock(graph);
+    r = exports_plan(exports, options, &operation, &loop, err);
+    if (r == 0) {
+        r = operation_preview(graph, &operation, ret_claims, err);
+    }
+    graph_unlock(graph);
+    return r;
 }
 
 static void export_shut_down(struct export *export)

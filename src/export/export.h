@@ -31,6 +31,9 @@ void exports_destroy(struct exports *exports);
 
 /* block-export-add. -EBUSY with a refusal when its claims clash. */
 int coroutine_fn exports_add(struct exports *exports, const struct block_export_options *options, struct error **err);
+/* The dry run of it, up to the decision; see struct command. */
+int coroutine_fn exports_check_add(struct exports *exports, const struct block_export_options *options,
+                                   json_t **ret_claims, struct error **err);
 /* block-export-del: begins to delete. Safe: -EBUSY while clients are connected. Hard: disconnects them. `deleted` is
  * called when it is gone; until then exports_query() shows it as shutting down. */
 int exports_delete(struct exports *exports, const char *id, enum block_export_remove_mode mode, struct error **err);

@@ -461,7 +461,7 @@ static int commit_resolve(struct commit *commit, const struct block_commit_args 
     return 0;
 }
 
-static int commit_check(const struct commit *commit, const struct block_commit_args *args, struct error **err)
+static int commit_check_args(const struct commit *commit, const struct block_commit_args *args, struct error **err)
 {
     if (args->has_speed && args->speed < 0) {
         return error_set(err, -EINVAL, "Parameter 'speed' expects a non-negative value");
@@ -513,9 +513,38 @@ static int coroutine_fn commit_begin_tracking(struct commit *commit, const char 
     return result;
 }
 
-static int commit_claim(struct commit *commit, const struct block_commit_args *args, struct error **err)
+/* The overlays that are there already; commit_lock() looks at those that come. */
+static int commit_check_overlays(const struct commit *commit, struct error **err)
 {
-    struct operation_config config = {
+    list_for_each (link, &node_head(commit->top)->parents) {
+        const struct edge *edge = container_of(link, struct edge, child_link);
+        int result = 0;
+        if (edge->role == EDGE_BACKING && !edge->parent->stale) {
+            result = commit_check_overlay(commit, edge->parent, err);
+        }
+        if (result < 0) {
+            return result;
+        }
+    }
+    return 0;
+}
+
+/* All that the arguments decide, up to the claims; graph->lock is held. `args` has a job-id. */
+static int commit_plan(struct commit *commit, struct jobs *jobs, const struct block_commit_args *args,
+                       struct operation_config *ret, struct error **err)
+{
+    int result = commit_resolve(commit, args, err);
+    if (result == 0) {
+        commit->active = !commit_fresh_overlay(commit);
+        result = commit_check_args(commit, args, err);
+    }
+    if (result == 0) {
+        result = commit_check_overlays(commit, err);
+    }
+    if (result == 0) {
+        result = job_check_id(jobs, args->job_id, err);
+    }
+    *ret = (struct operation_config){
         .kind = "job",
         .id = args->job_id,
         .table = &block_commit_claims,
@@ -524,7 +553,7 @@ static int commit_claim(struct commit *commit, const struct block_commit_args *a
         .progress = job_percent,
         .argument = &commit->job,
     };
-    return operation_begin(commit->graph, &config, &commit->operation, err);
+    return result;
 }
 
 static int coroutine_fn commit_prepare_graph(struct commit *commit, const struct block_commit_args *args,
@@ -573,26 +602,28 @@ static void commit_launch(struct commit *commit, struct jobs *jobs, const struct
     job_start(job);
 }
 
-int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args *args, struct error **err)
+static struct commit *commit_create(struct jobs *jobs, const struct block_commit_args *args,
+                                    struct block_commit_args *ret_named)
 {
     struct commit *commit = g_new0(struct commit, 1);
     commit->graph = jobs_graph(jobs);
     commit->overlays = g_ptr_array_new();
     commit->backing_file = g_strdup(args->backing_file);
     commit->mask_protocol = args->has_backing_mask_protocol && args->backing_mask_protocol;
-    struct block_commit_args named = *args;
-    named.job_id = args->job_id ? args->job_id : "";
+    *ret_named = *args;
+    ret_named->job_id = args->job_id ? args->job_id : "";
+    return commit;
+}
+
+int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args *args, struct error **err)
+{
+    struct block_commit_args named;
+    struct operation_config config;
+    struct commit *commit = commit_create(jobs, args, &named);
     graph_lock(commit->graph); /* what is claimed is what was found: no other job is in its last step */
-    int result = commit_resolve(commit, args, err);
+    int result = commit_plan(commit, jobs, &named, &config, err);
     if (result == 0) {
-        commit->active = !commit_fresh_overlay(commit);
-        result = commit_check(commit, args, err);
-    }
-    if (result == 0) {
-        result = job_check_id(jobs, named.job_id, err);
-    }
-    if (result == 0) {
-        result = commit_claim(commit, &named, err);
+        result = operation_begin(commit->graph, &config, &commit->operation, err);
     }
     graph_unlock(commit->graph);
     if (result == 0) {
@@ -607,4 +638,23 @@ int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args 
     }
     commit_launch(commit, jobs, &named);
     return 0;
+}
+
+int coroutine_fn commit_check(struct jobs *jobs, const struct block_commit_args *args, json_t **ret_claims,
+                              struct error **err)
+{
+    struct block_commit_args named;
+    struct operation_config config;
+    struct commit *commit = commit_create(jobs, args, &named);
+    graph_lock(commit->graph);
+    int result = commit_plan(commit, jobs, &named, &config, err);
+    if (result == 0) {
+        result = operation_preview(commit->graph, &config, ret_claims, err);
+    }
+    if (result == 0) {
+        result = node_writable_check(commit->base, err);
+    }
+    graph_unlock(commit->graph);
+    commit_destroy(commit);
+    return result;
 }

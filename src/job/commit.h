@@ -11,5 +11,8 @@
  * and waits for job-complete. Control thread. 0, or a refusal that has changed nothing.
  */
 int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args *args, struct error **err);
+/* The dry run of it, up to the decision; see struct command. */
+int coroutine_fn commit_check(struct jobs *jobs, const struct block_commit_args *args, json_t **ret_claims,
+                              struct error **err);
 
 #endif

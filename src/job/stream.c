@@ -304,9 +304,21 @@ static int stream_check_node(const struct stream *stream, const struct block_str
     return result;
 }
 
-static int stream_claim(struct stream *stream, const char *id, struct error **err)
+/* All that the arguments decide, up to the claims; graph->lock is held. */
+static int stream_plan(struct stream *stream, struct jobs *jobs, const char *id, const struct block_stream_args *args,
+                       struct operation_config *ret, struct error **err)
 {
-    struct operation_config config = {
+    int result = stream_check_args(args, err);
+    if (result == 0) {
+        result = stream_resolve(stream, args, err);
+    }
+    if (result == 0) {
+        result = job_check_id(jobs, id, err);
+    }
+    if (result == 0) {
+        result = stream_check_node(stream, args, err);
+    }
+    *ret = (struct operation_config){
         .kind = "job",
         .id = id,
         .table = &block_stream_claims,
@@ -314,7 +326,7 @@ static int stream_claim(struct stream *stream, const char *id, struct error **er
         .progress = job_percent,
         .argument = &stream->job,
     };
-    return operation_begin(stream->graph, &config, &stream->operation, err);
+    return result;
 }
 
 static int coroutine_fn stream_prepare_graph(struct stream *stream, const char *id, struct error **err)
@@ -357,26 +369,24 @@ static void stream_launch(struct stream *stream, struct jobs *jobs, const char *
     job_start(job);
 }
 
-int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args *args, struct error **err)
+static struct stream *stream_create(struct jobs *jobs, const struct block_stream_args *args)
 {
     struct stream *stream = g_new0(struct stream, 1);
-    const char *id = args->job_id ? args->job_id : "";
     stream->graph = jobs_graph(jobs);
     stream->backing_file = g_strdup(args->backing_file);
     stream->mask_protocol = args->has_backing_mask_protocol && args->backing_mask_protocol;
+    return stream;
+}
+
+int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args *args, struct error **err)
+{
+    struct stream *stream = stream_create(jobs, args);
+    struct operation_config config;
+    const char *id = args->job_id ? args->job_id : "";
     graph_lock(stream->graph); /* what is claimed is what was found: no other job is in its last step */
-    int result = stream_check_args(args, err);
+    int result = stream_plan(stream, jobs, id, args, &config, err);
     if (result == 0) {
-        result = stream_resolve(stream, args, err);
-    }
-    if (result == 0) {
-        result = job_check_id(jobs, id, err);
-    }
-    if (result == 0) {
-        result = stream_check_node(stream, args, err);
-    }
-    if (result == 0) {
-        result = stream_claim(stream, id, err);
+        result = operation_begin(stream->graph, &config, &stream->operation, err);
     }
     graph_unlock(stream->graph);
     if (result == 0) {
@@ -391,4 +401,23 @@ int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args 
     }
     stream_launch(stream, jobs, id, args);
     return 0;
+}
+
+int coroutine_fn stream_check(struct jobs *jobs, const struct block_stream_args *args, json_t **ret_claims,
+                              struct error **err)
+{
+    struct stream *stream = stream_create(jobs, args);
+    struct operation_config config;
+    const char *id = args->job_id ? args->job_id : "";
+    graph_lock(stream->graph);
+    int result = stream_plan(stream, jobs, id, args, &config, err);
+    if (result == 0) {
+        result = operation_preview(stream->graph, &config, ret_claims, err);
+    }
+    if (result == 0) {
+        result = node_writable_check(stream->node, err);
+    }
+    graph_unlock(stream->graph);
+    stream_destroy(stream);
+    return result;
 }

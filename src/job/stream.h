@@ -10,5 +10,8 @@
  * base, or on nothing. Control thread. 0, or a refusal that has changed nothing.
  */
 int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args *args, struct error **err);
+/* The dry run of it, up to the decision; see struct command. */
+int coroutine_fn stream_check(struct jobs *jobs, const struct block_stream_args *args, json_t **ret_claims,
+                              struct error **err);
 
 #endif
