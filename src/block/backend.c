@@ -208,48 +208,26 @@ int coroutine_fn backend_block_status(struct backend *backend, struct node *base
 
 /* --- size --- */
 
-static int coroutine_fn truncate_drained(struct backend *backend, struct node *node, uint64_t size, struct error **err)
+int coroutine_fn backend_truncate_locked(struct backend *backend, uint64_t size, struct error **err)
 {
-    uint64_t old = atomic_load(&node->size);
-    unsigned need = size < old ? ACCESS_WRITE_BENEATH : ACCESS_ATTRIBUTES;
-    if (size == old) {
-        return 0;
+    struct drain drain;
+    int r = 0;
+    if (!backend->root.child) {
+        return error_set(err, -ENOMEDIUM, "%s has no medium", backend->owner);
     }
-    if (!(backend->root.granted & need)) {
-        g_autofree char *actions = access_actions_format(need);
-        return error_set(err, -EPERM, "%s was not granted %s on node '%s'", backend->owner, actions, node->name);
+    struct node *node = node_beneath_filters(backend->root.child);
+    graph_drain_begin(backend->graph, &node, 1, NULL, &drain);
+    if (size != backend_size(backend)) {
+        r = edge_resize(&backend->root, size, err);
     }
-    if (!node->writable) {
-        return error_set(err, -EROFS, "Node '%s' is read-only", node->name);
-    }
-    if (size > INT64_MAX) {
-        return error_set(err, -EFBIG, "A size of %" G_GUINT64_FORMAT " bytes is too large for node '%s'", size,
-                         node->name);
-    }
-    if (!node->driver->truncate) {
-        return error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot change its size", node->driver->name,
-                         node->name);
-    }
-    int r = node->driver->truncate(node, size, err);
-    if (r == 0) {
-        atomic_store(&node->size, size);
-        node_size_changed(node);
-    }
+    graph_drain_end(&drain);
     return r;
 }
 
 int coroutine_fn backend_truncate(struct backend *backend, uint64_t size, struct error **err)
 {
-    struct drain drain;
     graph_lock(backend->graph);
-    if (!backend->root.child) {
-        graph_unlock(backend->graph);
-        return error_set(err, -ENOMEDIUM, "%s has no medium", backend->owner);
-    }
-    struct node *node = node_beneath_filters(backend->root.child);
-    graph_drain_begin(backend->graph, &node, 1, NULL, &drain);
-    int r = truncate_drained(backend, node, size, err);
-    graph_drain_end(&drain);
+    int r = backend_truncate_locked(backend, size, err);
     graph_unlock(backend->graph);
     return r;
 }

@@ -48,6 +48,9 @@ int coroutine_fn node_writable_begin(struct node *node, struct error **err);
 void coroutine_fn node_writable_end(struct node *node);
 /* Would it be refused? Changes nothing. What the host says to opening the file is not foreseen. graph->lock is held. */
 int node_writable_check(struct node *node, struct error **err);
+/* The same for a caller who holds graph->lock and has drained the node, which is no filter. */
+int coroutine_fn node_writable_begin_locked(struct node *node, struct error **err);
+void coroutine_fn node_writable_end_locked(struct node *node);
 
 /* Chains. Backing edges, looking through filters. */
 struct node *node_backing(const struct node *node);                     /* next image below, or NULL */

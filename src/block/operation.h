@@ -30,7 +30,12 @@ enum claim_role {
     CLAIM_ROLE_RANGE,    /* (first, second): below first, down to and with second; up to the end if second is unbound */
     CLAIM_ROLE_BELOW,    /* (first): the node that first's backing edge leads to, if any */
 };
-enum claim_condition { CLAIM_IF_ACTIVE = 1 << 0, CLAIM_IF_WRITABLE = 1 << 1, CLAIM_IF_EXCLUSIVE = 1 << 2 };
+enum claim_condition {
+    CLAIM_IF_ACTIVE = 1 << 0,
+    CLAIM_IF_WRITABLE = 1 << 1,
+    CLAIM_IF_EXCLUSIVE = 1 << 2,
+    CLAIM_IF_SHRINK = 1 << 3
+};
 enum claim_adopt {
     CLAIM_ADOPT_NONE,
     CLAIM_ADOPT_CHAIN, /* the backing edges from `top` down to `base` */

@@ -20,9 +20,6 @@ void node_publish(struct node *node);
 void node_follow_child(struct node *filter); /* a filter takes size and limits of what it shows */
 /* After node->size changed: filters above take it, and the backends above are told. */
 void node_size_changed(struct node *node);
-/* The same as node_writable_begin/end(), with graph->lock held by the caller and the node drained. */
-int coroutine_fn node_writable_begin_locked(struct node *node, struct error **err);
-void coroutine_fn node_writable_end_locked(struct node *node);
 /* Printable list of who uses the node, with an operation's claims behind it: "'a' (backing) and export e0"; g_free().
  */
 char *node_users(struct node *node);
@@ -102,6 +99,8 @@ struct node *operation_adopts(const struct claim_table *table, struct node *cons
 
 /* --- request.c --- */
 
+/* edge_truncate() that says why not. Control thread; the child is drained. Filters above and backends are told. */
+int coroutine_fn edge_resize(struct edge *edge, uint64_t size, struct error **err);
 /* May this edge ask for block status? */
 int edge_block_status_check(struct edge *edge);
 /* Without a grant: for the chain walk, whose caller is inside a request already. */

@@ -33,9 +33,10 @@ static int __attribute__((cold)) request_refuse(const struct edge *edge, const c
     g_autofree char *actions = access_actions_format(need);
     const char *user = edge->parent ? edge->parent->name : edge->backend->owner;
 #ifdef INTERLOCK_DEBUG
-    g_error("%s by '%s' on node '%s' without a claim: none of %s was granted", what, user, edge->child->name, actions);
+    g_error("%s by '%s' on node '%s' without a claim: it needs %s", what, user, edge->child->name, actions);
 #else
-    g_critical("%s by '%s' on node '%s' refused: none of %s was granted", what, user, edge->child->name, actions);
+    g_critical("%s by '%s' on node '%s' without a claim is refused: it needs %s", what, user, edge->child->name,
+               actions);
 #endif
     return -EPERM;
 }
@@ -394,27 +395,37 @@ int coroutine_fn edge_block_status(struct edge *edge, uint64_t offset, uint64_t 
     return r < 0 ? r : node_block_status(edge->child, offset, bytes, ret);
 }
 
-int coroutine_fn edge_truncate(struct edge *edge, uint64_t size)
+int coroutine_fn edge_resize(struct edge *edge, uint64_t size, struct error **err)
 {
     struct node *node = edge->child;
     unsigned need = ACCESS_ATTRIBUTES | (size < node_size(node) ? ACCESS_WRITE_BENEATH : 0);
     if ((edge->granted & need) != need) {
-        return request_refuse(edge, "truncate", need);
+        int r = request_refuse(edge, "truncate", need);
+        return error_set_errno(err, r, "Cannot change the size of node '%s'", node->name);
     }
     if (!node->writable) {
-        return -EROFS;
+        return error_set(err, -EROFS, "Node '%s' is read-only", node->name);
     }
     if (size > INT64_MAX) {
-        return -EFBIG;
+        return error_set(err, -EFBIG, "A size of %" G_GUINT64_FORMAT " bytes is too large for node '%s'", size,
+                         node->name);
     }
     if (!node->driver->truncate) {
-        return passes_through(node) ? edge_truncate(node->filtered, size) : -ENOTSUP;
+        return passes_through(node) ? edge_resize(node->filtered, size, err)
+                                    : error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot change its size",
+                                                node->driver->name, node->name);
     }
-    int r = node->driver->truncate(node, size, NULL);
+    int r = node->driver->truncate(node, size, err);
     if (r == 0) {
         atomic_store(&node->size, size);
+        node_size_changed(node);
     }
     return r;
+}
+
+int coroutine_fn edge_truncate(struct edge *edge, uint64_t size)
+{
+    return edge_resize(edge, size, NULL);
 }
 
 uint64_t edge_size(const struct edge *edge)

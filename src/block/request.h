@@ -46,7 +46,7 @@ int coroutine_fn edge_write_zeroes(struct edge *edge, uint64_t offset, uint64_t 
 int coroutine_fn edge_discard(struct edge *edge, uint64_t offset, uint64_t bytes);
 int coroutine_fn edge_flush(struct edge *edge);
 int coroutine_fn edge_block_status(struct edge *edge, uint64_t offset, uint64_t bytes, struct extent *ret);
-/* Sets the size of a protocol child: needs `attributes` (growing) or `write-beneath` as well (shrinking). */
+/* Sets the size of a child: needs `attributes` and, to shrink it, `write-beneath`. Control thread, drained. */
 int coroutine_fn edge_truncate(struct edge *edge, uint64_t size);
 uint64_t edge_size(const struct edge *edge);
 

@@ -48,7 +48,10 @@ int coroutine_fn backend_flush(struct backend *backend);
 /* Of the whole chain below (base NULL), or down to, not including, `base`. */
 int coroutine_fn backend_block_status(struct backend *backend, struct node *base, uint64_t offset, uint64_t bytes,
                                       struct extent *ret);
-/* Grows or shrinks the node. Control thread. */
+/* Grows (needs `attributes`) or shrinks (needs `write-beneath` too) the node, under a drain of its own; what a growth
+ * adds reads as zeroes. Filters above it and their backends follow. Control thread. */
 int coroutine_fn backend_truncate(struct backend *backend, uint64_t size, struct error **err);
+/* The same for a caller who holds graph->lock. */
+int coroutine_fn backend_truncate_locked(struct backend *backend, uint64_t size, struct error **err);
 
 #endif

@@ -4,8 +4,9 @@
  *
  * 1. Growing: the L1 table moves if it is too short: new table, barrier, one write of the header that changes size,
  *    table and length together, barrier, old table freed. Before the size changes on disk, what could show through in
- *    the new area is hidden: the rest of the last cluster is zeroed, and clusters over a longer backing file are
- *    marked zero.
+ *    the new area is hidden: the rest of the last cluster is zeroed, clusters over a longer backing file are marked
+ *    zero, and so are clusters that stand behind the old end already. A crash leaves the old size, and behind it
+ *    clusters that nobody sees, or the new one with the area hidden.
  * 2. Shrinking: clusters behind the new end are freed first, then the header changes; tables stay as they are. Images
  *    with internal snapshots are not shrunk.
  */
@@ -130,34 +131,83 @@ static int coroutine_fn grow_l1(struct qcow2 *image, uint64_t size)
     return 0;
 }
 
-/* Hides what would show in [from, to) of the new area. */
+/* Where what is below may have data: guest offsets before this one. A backing file that the header names and that is
+ * not open may be of any length. */
+static uint64_t end_of_backing(const struct node *node)
+{
+    const struct qcow2 *image = node->state;
+    return node->backing ? edge_size(node->backing) : image->header.backing_file ? UINT64_MAX : 0;
+}
+
+/* Makes a stretch of one kind read as zeroes, if it does not. */
+static int coroutine_fn hide_run(struct node *node, uint64_t offset, const struct qcow2_run *run)
+{
+    struct qcow2 *image = node->state;
+    uint64_t bytes = run->bytes, below = end_of_backing(node);
+    if (run->kind == QCOW2_PLAIN_ZERO || run->kind == QCOW2_ALLOCATED_ZERO) {
+        return 0;
+    }
+    if (run->kind == QCOW2_UNALLOCATED) {
+        if (offset >= below) {
+            return 0;
+        }
+        bytes = min_u64(bytes, below - offset);
+    }
+    if (qcow2_in_cluster(image, offset)) {
+        return qcow2_write_zero_data(image, offset, bytes, 0);
+    }
+    bytes = qcow2_cluster_ceiling(image, bytes);
+    int code = qcow2_write_zeroes(node, offset, bytes, REQUEST_MAY_UNMAP);
+    /* Version 2 has no zero clusters. */
+    return code == -ENOTSUP ? qcow2_write_zero_data(image, offset, bytes, 0) : code;
+}
+
+/* Hides what would show in [from, to) of the new area: the rest of the last cluster, the backing file, and clusters
+ * that stand behind the end already, left by whoever shrank the image or was stopped while growing it. */
 static int coroutine_fn hide(struct node *node, uint64_t from, uint64_t to)
 {
     struct qcow2 *image = node->state;
-    uint64_t rest = qcow2_in_cluster(image, from) ? image->cluster_size - qcow2_in_cluster(image, from) : 0;
-    rest = min_u64(rest, to - from);
-    int code = 0;
-    if (rest) {
+    while (from < to) {
+        /* Part of a cluster comes alone: it is written as data. */
+        uint64_t in_cluster = qcow2_in_cluster(image, from);
+        uint64_t bytes = in_cluster ? min_u64(to - from, image->cluster_size - in_cluster) : to - from;
         struct qcow2_run run;
         co_mutex_lock(&image->lock);
-        code = qcow2_lookup(image, from, rest, &run);
+        int code = qcow2_lookup(image, from, bytes, &run);
         co_mutex_unlock(&image->lock);
-        bool shows = code == 0 && (run.kind == QCOW2_DATA || run.kind == QCOW2_COMPRESSED_DATA ||
-                                   (run.kind == QCOW2_UNALLOCATED && node->backing));
-        if (shows) {
-            code = qcow2_write_zero_data(image, from, rest, 0);
+        if (code == 0) {
+            code = hide_run(node, from, &run);
         }
-    }
-    uint64_t below = node->backing ? edge_size(node->backing) : 0;
-    from += rest;
-    if (code == 0 && min_u64(to, below) > from) {
-        uint64_t bytes = align_up(min_u64(to, below), image->cluster_size) - from;
-        code = qcow2_write_zeroes(node, from, bytes, 0);
-        if (code == -ENOTSUP) { /* version 2 has no zero clusters */
-            code = qcow2_write_zero_data(image, from, bytes, 0);
+        if (code < 0) {
+            return code;
         }
+        from += run.bytes;
     }
-    return code;
+    return 0;
+}
+
+/* Can the part of the last cluster that is new be told from the part that is old? Not if what the old part shows is in
+ * a backing file that is not open. */
+static int coroutine_fn check_last_cluster(struct node *node, uint64_t size, struct error **err)
+{
+    struct qcow2 *image = node->state;
+    struct qcow2_run run;
+    if (node->backing || !image->header.backing_file || !qcow2_in_cluster(image, size)) {
+        return 0;
+    }
+    co_mutex_lock(&image->lock);
+    int code = qcow2_lookup(image, qcow2_cluster_floor(image, size), 1, &run);
+    co_mutex_unlock(&image->lock);
+    if (code < 0) {
+        return error_set_errno(err, code, "Could not resize node '%s'", node->name);
+    }
+    if (run.kind != QCOW2_UNALLOCATED) {
+        return 0;
+    }
+    error_set(err, -ENOTSUP, "Node '%s' cannot grow while its backing file '%s' is not open", node->name,
+              image->header.backing_file);
+    error_hint(err, "The last cluster's data are in that file; open the node with its backing file");
+    return -ENOTSUP;
 }
 
 static int coroutine_fn grow(struct node *node, uint64_t size, struct error **err)
@@ -170,8 +220,12 @@ static int coroutine_fn grow(struct node *node, uint64_t size, struct error **er
                          " bytes",
                          size, node->name, image->cluster_size);
     }
+    int code = check_last_cluster(node, old, err);
+    if (code < 0) {
+        return code;
+    }
     co_mutex_lock(&image->lock);
-    int code = grow_l1(image, size);
+    code = grow_l1(image, size);
     co_mutex_unlock(&image->lock);
     if (code == 0) {
         atomic_store(&node->size, size);
