@@ -11,40 +11,11 @@
  */
 #include "loop/coroutine.h"
 #include "base/size.h"
-#include "loop/coroutine_switch.h"
 #include "loop/loop_private.h"
 #include <glib.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#if defined(__SANITIZE_ADDRESS__)
-#define USE_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define USE_ASAN 1
-#endif
-#endif
-#if defined(__SANITIZE_THREAD__)
-#define USE_TSAN 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define USE_TSAN 1
-#endif
-#endif
-
-#ifdef USE_ASAN
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#include <sanitizer/lsan_interface.h>
-#endif
-#ifdef USE_TSAN
-#include <sanitizer/tsan_interface.h>
-#endif
-#if __has_include(<valgrind/valgrind.h>)
-#include <valgrind/valgrind.h>
-#define USE_VALGRIND 1
-#endif
 
 #if defined(USE_ASAN) || defined(USE_TSAN)
 #define STACK_BYTES (1024 * KiB)
@@ -57,23 +28,6 @@
 #define COLOUR_COUNT 16
 #define COLOUR_BYTES 192
 
-/* Leaves `from`, which goes on when somebody switches back to it. `last`: it never will. */
-static inline void context_switch(struct context *from, struct context *to, bool last)
-{
-#ifdef USE_ASAN
-    void *fake_stack = NULL;
-
-    __sanitizer_start_switch_fiber(last ? NULL : &fake_stack, to->stack_bottom, to->stack_size);
-#endif
-#ifdef USE_TSAN
-    __tsan_switch_to_fiber(to->tool_fiber, 0);
-#endif
-    stack_switch(&from->stack_pointer, to->stack_pointer);
-#ifdef USE_ASAN
-    __sanitizer_finish_switch_fiber(fake_stack, NULL, NULL);
-#endif
-}
-
 static struct context *coroutine_caller_context(struct coroutine *co)
 {
     return co->caller ? &co->caller->context : &co->loop->root;
@@ -82,9 +36,7 @@ static struct context *coroutine_caller_context(struct coroutine *co)
 /* The first function on every coroutine's stack. */
 static void coroutine_main(void)
 {
-#ifdef USE_ASAN
-    __sanitizer_finish_switch_fiber(NULL, NULL, NULL);
-#endif
+    context_arrived();
     struct coroutine *co = loop_current->running;
 
     while (co->entry) {
@@ -104,40 +56,20 @@ static void coroutine_run_ready(struct loop_task *task)
 static struct coroutine *coroutine_map(struct loop *loop)
 {
     static __thread unsigned colour;
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    char *mapping =
-        mmap(NULL, page + STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-    if (mapping == MAP_FAILED || mprotect(mapping, page, PROT_NONE) < 0) {
-        g_error("no memory for a coroutine's stack");
-    }
+    char *stack = stack_map(STACK_BYTES);
     size_t above = align_up(sizeof(struct coroutine), 64) + colour++ % COLOUR_COUNT * COLOUR_BYTES;
-    struct coroutine *co = (struct coroutine *)(mapping + page + STACK_BYTES - above);
+    struct coroutine *co = (struct coroutine *)(stack + STACK_BYTES - above);
 
-    co->mapping = mapping;
+    co->stack = stack;
     co->loop = loop;
     co->ready.run = coroutine_run_ready;
-    co->context.stack_bottom = mapping + page;
-    co->context.stack_size = STACK_BYTES - above;
-    co->context.stack_pointer = stack_prepare(mapping + page, STACK_BYTES - above, coroutine_main);
-#ifdef USE_ASAN
-    __lsan_register_root_region(mapping + page, STACK_BYTES);
-#endif
-#ifdef USE_TSAN
-    co->context.tool_fiber = __tsan_create_fiber(0);
-#endif
-#ifdef USE_VALGRIND
-    co->valgrind_id = VALGRIND_STACK_REGISTER(mapping + page, mapping + page + STACK_BYTES);
-#endif
+    context_init(&co->context, stack, STACK_BYTES - above, coroutine_main);
     return co;
 }
 
 /* `co` is fresh or waits in coroutine_main() for its next entry. */
 static void coroutine_unmap(struct coroutine *co)
 {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    char *mapping = co->mapping;
-
 #ifdef USE_ASAN
     /* A last visit, to have it give up its fake stack. */
     if (co->ended) {
@@ -149,17 +81,9 @@ static void coroutine_unmap(struct coroutine *co)
         context_switch(coroutine_caller_context(co), &co->context, false);
         co->loop->running = caller;
     }
-    __lsan_unregister_root_region(mapping + page, STACK_BYTES);
-    ASAN_UNPOISON_MEMORY_REGION(mapping + page, co->context.stack_size);
 #endif
-#ifdef USE_TSAN
-    __tsan_destroy_fiber(co->context.tool_fiber);
-#endif
-#ifdef USE_VALGRIND
-    VALGRIND_STACK_DEREGISTER(co->valgrind_id);
-#endif
-    stack_discard(co->context.stack_pointer);
-    munmap(mapping, page + STACK_BYTES);
+    context_finish(&co->context);
+    stack_unmap(co->stack, STACK_BYTES);
 }
 
 struct coroutine *coroutine_create(void (*entry)(void *argument), void *argument)
@@ -242,20 +166,7 @@ void coroutine_fn coroutine_pause(void)
 
 void coroutine_loop_init(struct loop *loop)
 {
-#ifdef USE_ASAN
-    pthread_attr_t attributes;
-    void *bottom;
-    size_t size;
-
-    g_assert(pthread_getattr_np(pthread_self(), &attributes) == 0);
-    g_assert(pthread_attr_getstack(&attributes, &bottom, &size) == 0);
-    pthread_attr_destroy(&attributes);
-    loop->root.stack_bottom = bottom;
-    loop->root.stack_size = size;
-#endif
-#ifdef USE_TSAN
-    loop->root.tool_fiber = __tsan_get_current_fiber();
-#endif
+    context_init_here(&loop->root);
 }
 
 void coroutine_loop_finish(struct loop *loop)

@@ -7,6 +7,7 @@
  */
 #include "loop/engine.h"
 #include "loop/loop_private.h"
+#include "loop/sim_private.h"
 #include <errno.h>
 #include <glib.h>
 #include <pthread.h>
@@ -37,6 +38,11 @@ int engine_create(enum engine_kind kind, struct engine **ret, struct error **err
 {
     int r;
 
+    if (kind == ENGINE_SIM || (kind == ENGINE_AUTO && sim_self())) {
+        r = sim_engine_ops.create(ret);
+        return r < 0 ? error_set_errno(err, r, "The thread is in no simulated world") : 0;
+    }
+    g_assert(!sim_self()); /* its wait would stop the world */
     if (kind != ENGINE_EPOLL) {
         r = uring_engine_ops.create(ret);
         if (r >= 0) {
@@ -57,7 +63,10 @@ int engine_create(enum engine_kind kind, struct engine **ret, struct error **err
 
 const struct engine_ops *engine_ops_self(void)
 {
-    return loop_current ? loop_current->engine->ops : &epoll_engine_ops;
+    if (loop_current) {
+        return loop_current->engine->ops;
+    }
+    return sim_self() ? &sim_engine_ops : &epoll_engine_ops;
 }
 
 int64_t native_clock_ns(void)

@@ -110,6 +110,8 @@ struct engine_ops {
     /* Submits what was prepared, waits at most timeout_ns (0: only looks, -1: for ever) for something to
      * happen, and puts whoever was waiting for it on the ready queue. */
     void (*turn)(struct engine *engine, int64_t timeout_ns);
+    /* NULL, or called after each task that a turn has run: others may go on meanwhile. */
+    void (*step)(struct engine *engine);
     /* Any thread, also a signal handler: ends a waiting turn. */
     void (*interrupt)(struct engine *engine);
 
@@ -129,13 +131,13 @@ struct engine {
     const struct engine_ops *ops;
 };
 
-extern const struct engine_ops uring_engine_ops, epoll_engine_ops;
+extern const struct engine_ops uring_engine_ops, epoll_engine_ops, sim_engine_ops;
 extern const struct file_ops file_native_ops;
 extern const struct stream_ops stream_native_ops;
 
 /* The engine of the calling thread's loop; there must be one. */
 struct engine *engine_self(void);
-/* The same, or the real clock's table on a thread without a loop. */
+/* The same, or on a thread without a loop the table of its simulated world, or of the real one. */
 const struct engine_ops *engine_ops_self(void);
 /* Creates an engine of the kind for the calling thread. */
 int engine_create(enum engine_kind kind, struct engine **ret, struct error **err);

@@ -105,6 +105,9 @@ static void loop_run_round(struct loop *loop, struct task_queue *queue)
         loop->budget = LOOP_BUDGET;
         task->run(task);
         task = next;
+        if (loop->preemptible) {
+            loop->engine->ops->step(loop->engine);
+        }
     }
 }
 
@@ -234,7 +237,7 @@ int loop_create(enum engine_kind kind, struct loop **ret, struct error **err)
         return r;
     }
     g_assert(posix_memalign((void **)&loop, 64, sizeof(*loop)) == 0);
-    *loop = (struct loop){.engine = engine, .thread_id = gettid()};
+    *loop = (struct loop){.engine = engine, .preemptible = engine->ops->step, .thread_id = gettid()};
     task_queue_init(&loop->ready);
     task_queue_init(&loop->turn_end);
     coroutine_loop_init(loop);

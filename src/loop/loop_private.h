@@ -2,6 +2,7 @@
 #ifndef INTERLOCK_LOOP_LOOP_PRIVATE_H
 #define INTERLOCK_LOOP_LOOP_PRIVATE_H
 
+#include "loop/context.h"
 #include "loop/coroutine.h"
 #include "loop/engine.h"
 #include "loop/loop.h"
@@ -11,14 +12,6 @@
 #include <sys/types.h>
 
 /* The inside of a loop and of a coroutine, for loop.c, coroutine.c, timer.c and signal.c only. */
-
-/* A thread's or coroutine's place to go on from, and what the tools want to know about its stack. */
-struct context {
-    void *stack_pointer;
-    const void *stack_bottom;
-    size_t stack_size;
-    void *tool_fiber; /* TSan's */
-};
 
 struct coroutine {
     struct context context;
@@ -31,8 +24,7 @@ struct coroutine {
     bool entered;      /* running, or has entered another one */
     bool ended;
     struct coroutine *next_free;
-    void *mapping; /* guard page and stack */
-    unsigned valgrind_id;
+    void *stack; /* its lowest byte */
 };
 
 struct task_queue {
@@ -53,6 +45,7 @@ struct loop {
     bool running_tasks; /* a turn is under way */
     bool hurry;         /* loop_run_coroutine() is done: do not wait any more */
     bool watches_signals;
+    bool preemptible; /* the engine wants to hear of every task that has run */
     pid_t thread_id;
 
     struct loop_timer **timers; /* binary heap from [1] on, the earliest first */

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 /*
  * A simulated world, for tests: several loops interleaved on one thread, disks in memory, a virtual clock. Which loop
@@ -12,8 +13,9 @@
  *
  * sim_create() makes the world of the calling thread; then loop_create(ENGINE_SIM) makes its control loop and
  * loop_thread_start(.., ENGINE_SIM) further ones, which run on fibers of this thread. The code above src/loop does not
- * know. Paths name disks; there are no directories, sockets, signals or locks between processes (file_lock_* say yes).
- * When every loop sleeps and nothing will ever wake one, the program aborts and says so.
+ * know: ENGINE_AUTO is the simulated engine in such a world. Paths name disks; there are no directories, sockets,
+ * signals or locks between processes (file_lock_* say yes). When every loop sleeps and nothing will ever wake one, the
+ * program aborts and says so.
  */
 struct sim;
 
@@ -23,6 +25,7 @@ struct sim_config {
     unsigned short_percent;                 /* of transfers that move only a part of what was asked (whole sectors) */
     unsigned preempt_percent;               /* of ready tasks after which another loop goes on */
     int64_t limit_ns;                       /* virtual time after which the program aborts: it hangs. 0: an hour */
+    FILE *trace;                            /* every decision is written there, a line each. NULL: nowhere */
 };
 #define SIM_SECTOR 512u /* what a power cut keeps or loses whole */
 
@@ -30,13 +33,16 @@ struct sim *sim_create(const struct sim_config *config);
 void sim_destroy(struct sim *sim); /* its loops are gone */
 int64_t sim_now_ns(const struct sim *sim);
 uint64_t sim_random(struct sim *sim); /* from the seed */
+/* A hash of all decisions up to now: two runs with the same hash went the same way. */
+uint64_t sim_trace(const struct sim *sim);
 
 /* Creates the disk, or gives it this content, durably. */
 void sim_disk_set(struct sim *sim, const char *path, const void *data, uint64_t size);
 /* A copy of what a reader would see; g_free(). NULL: there is no such disk. */
 void *sim_disk_get(struct sim *sim, const char *path, uint64_t *ret_size);
 void sim_disk_remove(struct sim *sim, const char *path);
-/* No write may bring the disk over this size: -ENOSPC. UINT64_MAX, as at the beginning: no limit. */
+/* No write or allocation may bring the disk over this size: what fits is written, then -ENOSPC. UINT64_MAX, as at the
+ * beginning: no limit. */
 void sim_disk_set_room(struct sim *sim, const char *path, uint64_t size);
 
 enum sim_access {
@@ -60,9 +66,11 @@ void sim_faults_clear(struct sim *sim);
 uint64_t sim_changes(const struct sim *sim);
 /*
  * When that many changes have been begun the power is cut: no loop ever runs again (their memory is left alone), and
- * `after` is called on the thread's own stack with a new world (this seed + 1), in which each disk is what its last
- * completed sync made durable, plus any part, by sectors, of what was written since, in any order. A write with FUA is
- * durable when it has completed. `after` does not return: it makes loops and looks, then ends the process.
+ * `after` is called on a fresh stack of 8 MiB, without a loop, with a new world (this seed + 1; no faults, all room),
+ * in which each disk is what its last completed sync made durable, plus any part, by sectors, of what was written
+ * since, in any order. A write with FUA is durable when it has completed; that a disk exists is durable at once.
+ * `after` does not return: it makes loops and looks, then ends the process. Where so many changes were begun already,
+ * the power is cut at once. A failing change counts too, and so does an open that empties a disk.
  */
 void sim_cut_power(struct sim *sim, uint64_t at_change, void (*after)(struct sim *world, void *argument),
                    void *argument);
