@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The verbs of the command line against a running daemon: what they print, and their exit status."""
+import json
 import os
 import subprocess
 import time
@@ -126,6 +127,22 @@ class Cli(TestCase):
             self.assertIn(word, text)
         self.assertIn("backing", self.interlock("access", "--edges"))
 
+    def test_access_check_tells_before_it_happens(self):
+        down = ["access", "check", "block-commit", "job-id=x", "device=top", "top-node=a", "base-node=base"]
+        self.assertIn("admitted", self.interlock(*down, "speed=65536", "auto-dismiss=true"))
+        self.interlock("commit", "a", "--into=base", "--speed", str(SLOW), "--async", "--job-id=down")
+        text = self.interlock("access", "check", "block-export-add", "type=nbd", "id=e", "node-name=base", status=1)
+        for word in ("refused", "read-data", "base", "down", "wait for job 'down'"):
+            self.assertIn(word, text)
+        check = json.loads(self.interlock(*down, "--json", status=1))
+        self.assertEqual(check["conflicts"][0]["holder"]["id"], "down")
+        self.assertIn("it only looks", self.interlock("access", "check", "query-jobs"))
+        address = ["addr.type=unix", "addr.data.path=x"]
+        self.assertIn("serves nothing", self.interlock("access", "check", "nbd-server-start", *address))
+        self.assertIn("admitted", self.interlock("access", "check", "job-pause", '{"id": "down"}'))
+        for words in (["gone"], ["job-pause"], ["job-pause", "id"], ["job-pause", "{"], ["job-pause", "id=x", "id.y=x"], []):
+            self.assertIn("interlock access: ", self.interlock("access", "check", *words, status=2))
+
     def test_wrong_use_is_explained(self):
         rows = [
             (["frobnicate"], "frobnicate"),
@@ -133,6 +150,7 @@ class Cli(TestCase):
             (["commit"], "node"),
             (["commit", "gone"], "gone"),
             (["job", "frob"], "frob"),
+            (["access", "frob"], "frob"),
             (["job", "wait"], "ID"),
             (["job", "wait", "gone"], "gone"),
             (["status", "--qmp", "/gone/socket"], "/gone/socket"),

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `interlock access`: who holds what on which node, from query-access. A client of the monitor: it knows no graph and
- * decides nothing. Claims are shown as what a holder needs and what it does not allow others, which is shorter than
- * what it allows; edges' standing claims only on demand.
+ * `interlock access [show|check|matrix]`. This file has the verbs and `show`: who holds what on which node, from
+ * query-access. A client of the monitor: it knows no graph and decides nothing. Claims are shown as what a holder needs
+ * and what it does not allow others, which is shorter than what it allows; edges' standing claims only on demand.
  * The list of action names below is only for that turn-about.
  */
-#include "tool/client.h"
+#include "tool/access.h"
 #include "tool/tool.h"
 #include <errno.h>
 #include <glib.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* "read-data read-metadata", or "-" */
@@ -84,12 +85,28 @@ static void merge_claims(json_t *claims)
     }
 }
 
+void access_print_claims(json_t *claims)
+{
+    size_t index;
+    json_t *claim;
+
+    merge_claims(claims);
+    json_array_foreach(claims, index, claim)
+    {
+        const char *node = json_string_value(json_object_get(claim, "node"));
+        const char *path = json_string_value(json_object_get(claim, "path"));
+        g_autofree char *needs = join_actions(json_object_get(claim, "require"));
+        g_autofree char *denies = join_denied(json_object_get(claim, "allow"));
+
+        printf("    %-16s needs %-40s does not allow %-40s (as %s)\n", node, needs, denies, path ? path : "");
+    }
+}
+
 static void print_holder(json_t *holder, bool edges)
 {
     const char *id = "", *kind = "", *command = "", *adopter = NULL;
     double since = 0;
-    json_t *claims = NULL, *claim;
-    size_t index;
+    json_t *claims = NULL;
 
     json_unpack(holder, "{s:s, s:s, s:s, s:F, s?s, s:o}", "id", &id, "kind", &kind, "command", &command, "since",
                 &since, "adopted-by", &adopter, "claims", &claims);
@@ -104,23 +121,14 @@ static void print_holder(json_t *holder, bool edges)
         printf("  (in the hands of %s)", adopter);
     }
     printf("\n");
-    merge_claims(claims);
-    json_array_foreach(claims, index, claim)
-    {
-        const char *node = json_string_value(json_object_get(claim, "node"));
-        const char *path = json_string_value(json_object_get(claim, "path"));
-        g_autofree char *needs = join_actions(json_object_get(claim, "require"));
-        g_autofree char *denies = join_denied(json_object_get(claim, "allow"));
-
-        printf("    %-16s needs %-40s does not allow %-40s (as %s)\n", node, needs, denies, path ? path : "");
-    }
+    access_print_claims(claims);
 }
 
-static int show(const char *qmp, bool edges, struct error **err)
+static int access_show(const struct access_options *options, int *ret_status, struct error **err)
 {
     auto_client client = NULL;
     auto_json access = NULL;
-    int code = client_connect(qmp, &client, err);
+    int code = client_connect(options->qmp, &client, err);
     size_t index;
     json_t *item;
 
@@ -130,9 +138,13 @@ static int show(const char *qmp, bool edges, struct error **err)
     if (code) {
         return code;
     }
+    if (options->json) {
+        access_print_json(access);
+        return 0;
+    }
     json_array_foreach(json_object_get(access, "holders"), index, item)
     {
-        print_holder(item, edges);
+        print_holder(item, options->edges);
     }
     json_array_foreach(json_object_get(access, "stale"), index, item)
     {
@@ -142,15 +154,59 @@ static int show(const char *qmp, bool edges, struct error **err)
     return 0;
 }
 
+void access_print_json(const json_t *json)
+{
+    char *text = json_dumps(json, JSON_INDENT(2));
+
+    puts(text);
+    free(text);
+}
+
+static const struct access_verb {
+    const char *name, *parameters, *help;
+    int (*run)(const struct access_options *options, int *ret_status, struct error **err);
+} verbs[] = {
+    {"show", "", "who holds what on which node (what no verb means, too)", access_show},
+    {"check", " COMMAND [KEY=VALUE...]",
+     "would this command be admitted now? 0: yes, 1: refused, 2: it cannot be asked", access_check},
+};
+
+static int run(const struct access_options *options, int *ret_status, struct error **err)
+{
+    const char *name = options->words ? options->words[0] : "show";
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(verbs); i++) {
+        if (!strcmp(verbs[i].name, name)) {
+            return verbs[i].run(options, ret_status, err);
+        }
+    }
+    return error_set(err, -EINVAL, "There is no 'access %s'; see 'interlock access --help'", name);
+}
+
 int tool_access(int argc, char **argv)
 {
-    g_autofree char *qmp = NULL;
-    gboolean edges = FALSE;
-    const GOptionEntry own[] = {{"edges", 0, 0, G_OPTION_ARG_NONE, &edges, "also the standing claims of edges", NULL},
-                                {NULL, 0, 0, 0, NULL, NULL, NULL}};
+    struct access_options options = {0};
+    const GOptionEntry own[] = {
+        {"edges", 0, 0, G_OPTION_ARG_NONE, &options.edges, "with show: also the standing claims of edges", NULL},
+        {"json", 0, 0, G_OPTION_ARG_NONE, &options.json, "print data for programs", NULL},
+        {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options.words, NULL, NULL},
+        {NULL, 0, 0, 0, NULL, NULL, NULL}};
+    g_autoptr(GString) summary = g_string_new("Node Access Control: what it holds, and what it would decide. Verbs:");
     struct error *err = NULL;
-    int code = tool_parse(&argc, &argv, own, NULL, "Who holds what on which node of a running daemon.", &qmp, &err);
+    int status = 0, code;
 
-    code = code ? code : show(qmp, edges, &err);
-    return code ? tool_fail("interlock access", err) : 0;
+    for (unsigned i = 0; i < G_N_ELEMENTS(verbs); i++) {
+        g_autofree char *usage = g_strconcat(verbs[i].name, verbs[i].parameters, NULL);
+
+        g_string_append_printf(summary, "\n  %-30s %s", usage, verbs[i].help);
+    }
+    code = tool_parse(&argc, &argv, own, "[VERB]", summary->str, &options.qmp, &err);
+    code = code ? code : run(&options, &status, &err);
+    g_free(options.qmp);
+    g_strfreev(options.words);
+    if (code) {
+        tool_fail("interlock access", err);
+        return status ? status : 1;
+    }
+    return status;
 }

@@ -21,7 +21,7 @@ static const struct sub_command {
     {"commit", NULL, tool_commit, "merge an image down into one below it, live"},
     {"stream", NULL, tool_stream, "pull the data of the images below up into one, live"},
     {"job", NULL, tool_job, "list, wait for, cancel, pause jobs"},
-    {"access", NULL, tool_access, "who holds what on which node"},
+    {"access", NULL, tool_access, "who holds what on which node; would a command be admitted?"},
 };
 
 static void print_help(FILE *to)

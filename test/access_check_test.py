@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""access-check: what it says is what the command then does, and asking changes nothing."""
+import hashlib
+import re
+import time
+
+from harness import IS_PEER, MIB, SLOWNESS, QmpError, TestCase, qemu_img, qemu_io
+
+SLOW = 64 * 1024
+NAMES = ("base", "a", "b", "c", "top")
+
+
+def commit(top, base, **more):
+    return "block-commit", {"job-id": "asked", "device": "top", "top-node": top, "base-node": base, "speed": SLOW, **more}
+
+
+def stream(node, base=None, **more):
+    below = {"base-node": base} if base else {}
+    return "block-stream", {"job-id": "asked", "device": node, "speed": SLOW, **below, **more}
+
+
+def export(node, **more):
+    return "block-export-add", {"type": "nbd", "id": "asked", "name": "asked", "node-name": node, **more}
+
+
+OPERATIONS = {
+    "commit a>base": commit("a", "base"),
+    "commit c>a": commit("c", "a"),
+    "commit c>b": commit("c", "b"),
+    "commit b>base": commit("b", "base"),
+    "commit top>b": commit("top", "b"),
+    "stream top..b": stream("top", "b"),
+    "stream c..a": stream("c", "a"),
+    "stream b..none": stream("b"),
+    "export-ro b": export("b"),
+    "export-ro base": export("base"),
+    "export-rw top": export("top", writable=True),
+    "export-rw top alone": export("top", writable=True, exclusive=True),
+    "export-rw base": export("base", writable=True),
+}
+# Commands and arguments that access control is never asked about: the answer is the command's own error.
+ERRORS = [
+    ("block-commit", {}),
+    ("block-commit", {"device": "top", "bogus": 1}),
+    ("block-commit", {"device": "top", "speed": "fast"}),
+    ("block-commit", {"device": "gone"}),
+    ("block-commit", {"job-id": "j", "device": "top", "top-node": "base", "base-node": "b"}),
+    ("block-commit", {"job-id": "j", "device": "top", "top-node": "c", "base-node": "gone"}),
+    ("block-commit", {"job-id": "1", "device": "top", "top-node": "c", "base-node": "a"}),
+    ("block-commit", {"job-id": "held", "device": "top", "top-node": "c", "base-node": "a"}),
+    ("block-commit", {"job-id": "j", "device": "top", "base-node": "b", "filter-node-name": "top"}),
+    ("block-commit", {"job-id": "j", "device": "top", "base-node": "b", "backing-file": "x"}),
+    ("block-stream", {"job-id": "j", "device": "top", "base-node": "a", "bottom": "b"}),
+    ("block-stream", {"job-id": "j", "device": "gone"}),
+    ("block-export-add", {"type": "nbd", "id": "e", "node-name": "gone"}),
+    ("block-export-add", {"type": "nbd", "id": "/", "node-name": "top"}),
+    ("block-export-add", {"type": "nbd", "id": "e", "node-name": "top", "iothread": "gone"}),
+    ("query-jobs", {"bogus": 1}),
+    ("job-pause", {}),
+    ("access-check", {}),
+    ("qmp_capabilities", {"enable": ["bogus"]}),
+]
+
+
+def without_age(value):
+    """A refusal without what differs from second to second."""
+    if isinstance(value, dict):
+        return {key: without_age(inner) for key, inner in value.items() if key not in ("since", "progress")}
+    if isinstance(value, list):
+        return [without_age(inner) for inner in value]
+    return re.sub(r"since \d+ s(, \d+ %)?", "since", value) if isinstance(value, str) else value
+
+
+class AccessCheck(TestCase):
+    time_limit = 60
+    builds = ("release", "asan")
+
+    def setUp(self):
+        super().setUp()
+        if IS_PEER:
+            self.skipTest("the peer has no access-check")
+        below = None
+        for position, name in enumerate(NAMES):
+            image = self.create_image(f"{name}.qcow2", 8 * MIB, backing=below)
+            qemu_io(image, f"write -q -P {position + 1} {position}M 2M")
+            below = image
+        self.server = self.daemon()
+        self.server.add_chain([(name, self.path(f"{name}.qcow2")) for name in NAMES])
+
+    def check(self, command, arguments):
+        return self.server.qmp.execute("access-check", {"command": command, "arguments": arguments})
+
+    def state(self):
+        """All that asking must leave as it was, the bytes of the images included."""
+        def digest(name):
+            with open(self.path(f"{name}.qcow2"), "rb") as image:
+                return hashlib.sha256(image.read()).hexdigest()
+
+        execute = self.server.qmp.execute
+        return {
+            "access": without_age(execute("query-access")),
+            "graph": execute("query-graph"),
+            "nodes": execute("query-named-block-nodes", {"flat": True}),
+            "jobs": execute("query-jobs"),
+            "exports": execute("query-block-exports"),
+            "files": {name: digest(name) for name in NAMES},
+        }
+
+    def begin(self, operation, name):
+        """Starts an operation of the table under another name and holds it where it is."""
+        command, arguments = OPERATIONS[operation]
+        key = "id" if command == "block-export-add" else "job-id"
+        more = {"name": name} if command == "block-export-add" else {}
+        self.server.qmp.execute(command, {**arguments, **more, key: name})
+        if command != "block-export-add":
+            self.server.qmp.execute("job-pause", {"id": name})
+            self.wait_for(lambda: self.server.qmp.jobs()[name]["status"] in ("paused", "standby"))
+
+    def end(self, operation, name):
+        if OPERATIONS[operation][0] == "block-export-add":
+            self.server.qmp.execute("block-export-del", {"id": name})
+            self.wait_for(lambda: not [e for e in self.server.qmp.execute("query-block-exports") if e["id"] == name])
+        else:
+            self.server.qmp.execute("job-cancel", {"id": name})
+            self.wait_for(lambda: name not in self.server.qmp.jobs())
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 10 * SLOWNESS
+        while not condition():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.002)
+
+    def ask_and_do(self, operation):
+        """Is it admitted? Both the check and the command say so, or neither does."""
+        before = self.state()
+        check = self.check(*OPERATIONS[operation])
+        self.assertEqual(self.state(), before, "asking has changed something")
+        self.assertTrue(check["claims"])
+        try:
+            self.server.qmp.execute(*OPERATIONS[operation])
+        except QmpError as error:
+            self.assertFalse(check["admitted"], error)
+            self.assertEqual(without_age(check["sentence"]), without_age(error.desc))
+            self.assertEqual(without_age(check["conflicts"]), without_age(error.data["conflicts"]))
+            self.assertEqual(self.state(), before, "a refused command has changed something")
+            return False
+        self.assertTrue(check["admitted"], check)
+        self.assertEqual(check["conflicts"], [])
+        self.end(operation, "asked")
+        return True
+
+    def verdicts(self, held):
+        """Each operation beside `held` (None: alone)."""
+        if held:
+            self.begin(held, "held")
+        verdicts = {}
+        for operation in OPERATIONS:
+            with self.subTest(held=held, asked=operation):
+                verdicts[operation] = self.ask_and_do(operation)
+        if held:
+            self.end(held, "held")
+        return verdicts
+
+    def test_the_verdict_is_what_the_command_does_in_both_orders(self):
+        self.server.nbd_server()
+        alone = self.verdicts(None)
+        self.assertFalse(alone["export-rw base"])
+        possible = [operation for operation, admitted in alone.items() if admitted]
+        beside = {held: self.verdicts(held) for held in possible}
+        for one in possible:
+            for other in possible:
+                self.assertEqual(beside[one][other], beside[other][one], f"{one} and {other}: the order decides")
+        self.assertIn(True, beside["commit c>a"].values())
+        self.assertIn(False, beside["commit c>a"].values())
+
+    def test_an_error_is_the_commands_own(self):
+        self.server.nbd_server()
+        self.begin("stream b..none", "held")
+        before = self.state()
+        for command, arguments in ERRORS:
+            with self.subTest(command=command, arguments=arguments):
+                with self.assertRaises(QmpError) as asked:
+                    self.check(command, arguments)
+                if command not in ("access-check", "qmp_capabilities"):
+                    with self.assertRaises(QmpError) as done:
+                        self.server.qmp.execute(command, arguments)
+                    self.assertEqual((asked.exception.error_class, asked.exception.desc),
+                                     (done.exception.error_class, done.exception.desc))
+                self.assertIsNone(asked.exception.data)
+        self.assert_refused("no command", self.check, "gone", {}, error_class="CommandNotFound")
+        self.assert_refused("object", self.check, "query-jobs", [])
+        self.assertEqual(self.state(), before)
+        self.end("stream b..none", "held")
+
+    def test_without_a_server_there_is_no_export(self):
+        self.assert_refused("not running", self.check, *OPERATIONS["export-ro b"])
+
+    def test_what_claims_nothing_is_admitted_with_the_reason(self):
+        for command, arguments in (("query-jobs", {}), ("blockdev-del", {"node-name": "gone"}), ("quit", {})):
+            check = self.check(command, arguments)
+            self.assertTrue(check["admitted"])
+            self.assertEqual((check["claims"], check["conflicts"]), ([], []))
+            self.assertGreater(len(check["reason"].split()), 2)
+        self.assertTrue(self.server.is_alive())
+
+    def test_an_image_that_was_opened_read_only_is_no_base(self):
+        self.server.stop()
+        self.daemons.remove(self.server)
+        self.server = self.daemon()
+        self.server.add_qcow2("base", self.path("base.qcow2"), None, **{"read-only": True})
+        self.server.add_qcow2("a", self.path("a.qcow2"), "base")
+        self.server.add_qcow2("top", self.path("top.qcow2"), "a")
+        command, arguments = commit("a", "base")
+        with self.assertRaises(QmpError) as asked:
+            self.check(command, arguments)
+        with self.assertRaises(QmpError) as done:
+            self.server.qmp.execute(command, arguments)
+        self.assertEqual(asked.exception.desc, done.exception.desc)
+        self.assertIn("read-only", asked.exception.desc)
+
+    def test_a_container_that_somebody_reads_is_no_base(self):
+        """The file below an image: its format would have it for itself once it writes to it."""
+        self.server.stop()
+        self.daemons.remove(self.server)
+        self.server = self.daemon()
+        self.server.nbd_server()
+        self.server.qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "a", "file": {
+            "driver": "file", "filename": self.path("a.qcow2")}})
+        base = next(edge["child"] for edge in self.server.qmp.execute("query-graph")["edges"]
+                    if edge["parent"] == "a" and edge["role"] == "backing")
+        file = next(edge["child"] for edge in self.server.qmp.execute("query-graph")["edges"]
+                    if edge["parent"] == base and edge["role"] == "file")
+        self.server.export(file, writable=False, name="file")
+        arguments = {"job-id": "asked", "device": "a"}
+        check = self.check("block-commit", arguments)
+        error = self.assert_refused("export-file", self.server.qmp.execute, "block-commit", arguments)
+        self.assertFalse(check["admitted"])
+        self.assertEqual(without_age(check["sentence"]), without_age(error.desc))
+
+    def test_the_images_are_untouched(self):
+        """A check and nothing else, on a daemon that is then ended: the files are what they were."""
+        self.server.nbd_server()
+        before = self.state()["files"]
+        for operation in OPERATIONS.values():
+            self.check(*operation)
+        self.server.stop()
+        self.daemons.remove(self.server)
+        for name, digest in before.items():
+            with open(self.path(f"{name}.qcow2"), "rb") as image:
+                self.assertEqual(hashlib.sha256(image.read()).hexdigest(), digest)
+        qemu_img("check", self.path("top.qcow2"))
