@@ -23,6 +23,13 @@ def export(node, **more):
     return "block-export-add", {"type": "nbd", "id": "asked", "name": "asked", "node-name": node, **more}
 
 
+SIZE = 8 * MIB
+
+
+def resize(node, size):
+    return "block_resize", {"node-name": node, "size": size}
+
+
 OPERATIONS = {
     "commit a>base": commit("a", "base"),
     "commit c>a": commit("c", "a"),
@@ -37,7 +44,15 @@ OPERATIONS = {
     "export-rw top": export("top", writable=True),
     "export-rw top alone": export("top", writable=True, exclusive=True),
     "export-rw base": export("base", writable=True),
+    "grow a": resize("a", SIZE),
+    "grow c": resize("c", SIZE),
+    "grow top": resize("top", SIZE + MIB),
+    "shrink a": resize("a", SIZE // 2),
+    "shrink top": resize("top", SIZE // 2),
+    "cbf b": ("change-backing-file", {"device": "top", "image-node-name": "b", "backing-file": "a.qcow2"}),
+    "cbf top": ("change-backing-file", {"device": "top", "image-node-name": "top", "backing-file": "c.qcow2"}),
 }
+MOMENTARY = ("block_resize", "change-backing-file")  # over when the command returns
 # Commands and arguments that access control is never asked about: the answer is the command's own error.
 ERRORS = [
     ("block-commit", {}),
@@ -55,6 +70,10 @@ ERRORS = [
     ("block-export-add", {"type": "nbd", "id": "e", "node-name": "gone"}),
     ("block-export-add", {"type": "nbd", "id": "/", "node-name": "top"}),
     ("block-export-add", {"type": "nbd", "id": "e", "node-name": "top", "iothread": "gone"}),
+    ("block_resize", {"node-name": "gone", "size": 0}),
+    ("block_resize", {"size": 0}),
+    ("change-backing-file", {"device": "a", "image-node-name": "b", "backing-file": "a.qcow2"}),
+    ("change-backing-file", {"device": "a", "image-node-name": "base", "backing-file": "a.qcow2"}),
     ("query-jobs", {"bogus": 1}),
     ("job-pause", {}),
     ("access-check", {}),
@@ -81,7 +100,7 @@ class AccessCheck(TestCase):
             self.skipTest("the peer has no access-check")
         below = None
         for position, name in enumerate(NAMES):
-            image = self.create_image(f"{name}.qcow2", 8 * MIB, backing=below)
+            image = self.create_image(f"{name}.qcow2", SIZE, backing=below)
             qemu_io(image, f"write -q -P {position + 1} {position}M 2M")
             below = image
         self.server = self.daemon()
@@ -117,7 +136,10 @@ class AccessCheck(TestCase):
             self.wait_for(lambda: self.server.qmp.jobs()[name]["status"] in ("paused", "standby"))
 
     def end(self, operation, name):
-        if OPERATIONS[operation][0] == "block-export-add":
+        if OPERATIONS[operation][0] in MOMENTARY:
+            if operation.startswith("shrink"):
+                self.server.qmp.execute("block_resize", {**OPERATIONS[operation][1], "size": SIZE})
+        elif OPERATIONS[operation][0] == "block-export-add":
             self.server.qmp.execute("block-export-del", {"id": name})
             self.wait_for(lambda: not [e for e in self.server.qmp.execute("query-block-exports") if e["id"] == name])
         else:
@@ -165,7 +187,8 @@ class AccessCheck(TestCase):
         self.server.nbd_server()
         alone = self.verdicts(None)
         self.assertFalse(alone["export-rw base"])
-        possible = [operation for operation, admitted in alone.items() if admitted]
+        self.assertFalse(alone["shrink a"])
+        possible = [name for name, admitted in alone.items() if admitted and OPERATIONS[name][0] not in MOMENTARY]
         beside = {held: self.verdicts(held) for held in possible}
         for one in possible:
             for other in possible:
