@@ -85,6 +85,13 @@ int access_test(struct access_ledger *ledger, const char *subject, const struct 
 void access_set_override(struct access_ledger *ledger, bool (*override)(const char *sentence, void *argument),
                          void *argument);
 
+/* For tests that break the rules on purpose: every claim passes through `filter` (which may change require, deny and
+ * modifiers) before it is counted. NULL, as at the beginning and in the daemon: claims are what they are. */
+void access_set_filter(struct access_ledger *ledger,
+                       void (*filter)(const struct access_holder *holder, struct access_claim *claim, void *argument),
+                       void *argument);
+const char *access_holder_command(const struct access_holder *holder);
+
 /* A stale node: requiring read-data, write-data or read-metadata on it is refused with `reason`. Cleared by name. */
 void access_mark_stale(struct access_ledger *ledger, const char *node, const char *reason);
 void access_clear_stale(struct access_ledger *ledger, const char *node);

@@ -113,10 +113,14 @@ static void entry_count(struct ledger_entry *entry, int step)
     count_tracks(entry->node->denied, &entry->node->denied_mask, entry->denied, step);
 }
 
-static void entry_add(struct access_holder *holder, const struct access_claim *claim)
+static void entry_add(struct access_holder *holder, const struct access_claim *made)
 {
     struct ledger_entry *entry = g_new0(struct ledger_entry, 1);
+    struct access_claim own = *made, *claim = &own;
 
+    if (holder->ledger->filter) {
+        holder->ledger->filter(holder, claim, holder->ledger->filter_argument);
+    }
     g_assert(!((claim->require | claim->deny) & ~(unsigned)ACCESS_ALL));
     entry->node = node_get(holder->ledger, claim->node);
     entry->node->uses++;
@@ -220,6 +224,11 @@ void access_holder_destroy(struct access_holder *holder)
     g_free(holder->id);
     g_free(holder->command);
     g_free(holder);
+}
+
+const char *access_holder_command(const struct access_holder *holder)
+{
+    return holder->command;
 }
 
 const char *access_holder_id(const struct access_holder *holder)
@@ -450,6 +459,14 @@ static int changes_try(struct access_ledger *ledger, const char *subject, const 
     }
     refusal_finish(refusal, NULL);
     return 0;
+}
+
+void access_set_filter(struct access_ledger *ledger,
+                       void (*filter)(const struct access_holder *holder, struct access_claim *claim, void *argument),
+                       void *argument)
+{
+    ledger->filter = filter;
+    ledger->filter_argument = argument;
 }
 
 void access_set_override(struct access_ledger *ledger, bool (*override)(const char *sentence, void *argument),

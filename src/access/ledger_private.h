@@ -57,6 +57,8 @@ struct access_ledger {
     struct list holders;
     bool (*override)(const char *sentence, void *argument);
     void *override_argument;
+    void (*filter)(const struct access_holder *holder, struct access_claim *claim, void *argument);
+    void *filter_argument;
 };
 
 /* Who answers for a holder's claims: its adopter, or itself. */

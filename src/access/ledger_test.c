@@ -160,6 +160,28 @@ static void test_override(void)
     access_ledger_destroy(ledger);
 }
 
+static void drop_denials(const struct access_holder *holder, struct access_claim *claim, void *argument)
+{
+    g_assert_cmpstr(access_holder_command(holder), ==, "test-command");
+    claim->deny = 0;
+}
+
+/* A rule that a test breaks on purpose is broken for whoever claims from then on. */
+static void test_filter(void)
+{
+    struct access_ledger *ledger = access_ledger_create();
+    struct access_holder *first = holder(ledger, "job", "first"), *second = holder(ledger, "job", "second");
+
+    access_set_filter(ledger, drop_denials, NULL);
+    g_assert_cmpint(claim_one(first, ledger, (struct access_claim){"n", R, W, 0, ""}, NULL), ==, 0);
+    g_assert_cmpint(claim_one(second, ledger, (struct access_claim){"n", W, 0, 0, ""}, NULL), ==, 0);
+    access_set_filter(ledger, NULL, NULL);
+    g_assert_cmpint(claim_one(first, ledger, (struct access_claim){"n", R, W, 0, ""}, NULL), <, 0);
+    access_holder_destroy(second);
+    access_holder_destroy(first);
+    access_ledger_destroy(ledger);
+}
+
 /* Several claims of one holder on one node: taken, replaced and given back as one set. */
 static void test_claims_on_one_node(void)
 {
@@ -242,6 +264,7 @@ int main(int argc, char **argv)
     g_test_add_func("/access/exports-share-among-themselves", test_exports_share);
     g_test_add_func("/access/from-inside", test_from_inside);
     g_test_add_func("/access/override", test_override);
+    g_test_add_func("/access/filter", test_filter);
     g_test_add_func("/access/claims-on-one-node", test_claims_on_one_node);
     g_test_add_func("/access/stale", test_stale);
     g_test_add_func("/access/verdict-is-symmetric", test_symmetric);
