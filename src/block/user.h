@@ -24,8 +24,8 @@ int coroutine_fn backend_attach(struct backend *backend, struct node *node, unsi
 int coroutine_fn backend_attach_locked(struct backend *backend, struct node *node, unsigned granted,
                                        struct error **err);
 /* When a graph change moves the backend to another node, `variable` (an enum claim_variable) of `operation` follows in
- * the same step, and so do its claims: an export's CLAIM_NODE. `operation` NULL ends it; do so before operation_end().
- */
+ * the same step, and so do its claims: an export's CLAIM_NODE. `operation` NULL ends it; so does detaching. It ends
+ * before operation_end(), but not sooner: claims that stay behind on a node that became stale refuse the change. */
 void backend_follow(struct backend *backend, struct operation *operation, unsigned variable);
 /* Under a drain of its own; empty afterwards. */
 void coroutine_fn backend_detach(struct backend *backend);

@@ -94,14 +94,14 @@ static struct export *export_create(struct exports *exports, const struct export
     return export;
 }
 
-/* Ends what is there of an export, in reverse order of exports_add(). */
+/* Ends what is there of an export, in reverse order of exports_add(). While its backend waits to be detached a job may
+ * still move it: its claims follow until then, or they would hold on to a node that has become stale. */
 static void coroutine_fn export_destroy(struct export *export)
 {
     struct exports *exports = export->exports;
 
     if (export->backend) {
         backend_set_changed(export->backend, NULL, NULL);
-        backend_follow(export->backend, NULL, 0);
         backend_destroy(export->backend);
     }
     operation_end(export->operation);

@@ -488,14 +488,23 @@ struct guest *coroutine_fn guest_start(struct test_bench *bench, struct node *no
     return guest;
 }
 
-void coroutine_fn guest_finish(struct guest *guest)
+void coroutine_fn guest_stop(struct guest *guest)
 {
     atomic_store(&guest->stop, true);
     while (atomic_load(&guest->running)) {
         bench_sleep_ms(1);
     }
+}
+
+void coroutine_fn guest_finish(struct guest *guest)
+{
+    guest_stop(guest);
     guest_verify(guest, 0, guest->size);
-    backend_follow(guest->backend, NULL, CLAIM_NODE);
+    guest_leave(guest);
+}
+
+void coroutine_fn guest_leave(struct guest *guest)
+{
     backend_destroy(guest->backend);
     operation_end(guest->operation);
     g_free(guest->model);

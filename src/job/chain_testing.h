@@ -60,7 +60,10 @@ struct guest {
     bool read_only;
 };
 struct guest *coroutine_fn guest_start(struct test_bench *bench, struct node *node, struct loop *loop, bool read_only);
-/* Stops it and compares everything once more. */
+/* Stops it, compares everything once more, and lets it leave. */
 void coroutine_fn guest_finish(struct guest *guest);
+/* Its first and its last step alone. */
+void coroutine_fn guest_stop(struct guest *guest);
+void coroutine_fn guest_leave(struct guest *guest);
 
 #endif

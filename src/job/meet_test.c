@@ -140,6 +140,37 @@ static void active_commit_over_a_stream(void *unused)
     }
 }
 
+static void finalize_entry(void *argument)
+{
+    job_finalize(argument, NULL);
+}
+
+/* A client that leaves while an active commit makes its last step does not make it fail. */
+static void a_client_leaves_in_the_last_step(void *unused)
+{
+    for (unsigned round = 0; round < 12; round++) {
+        struct test_bench bench;
+        bench_open(&bench, 3, SIZE);
+        struct guest *guest = guest_start(&bench, bench.nodes[2], guest_loop, true);
+        struct job *commit = begin_commit(&bench, "commit", "b", "a");
+        bench_await(&bench, "commit", JOB_STATUS_READY);
+        g_assert_cmpint(job_complete(commit, NULL), ==, 0);
+        bench_await(&bench, "commit", JOB_STATUS_PENDING);
+        guest_stop(guest);
+        loop_spawn(control_loop, finalize_entry, commit);
+        for (unsigned i = 0; i < round; i++) {
+            coroutine_pause();
+        }
+        guest_leave(guest);
+        bench_await(&bench, "commit", JOB_STATUS_NULL);
+        g_autofree char *events = bench_events(&bench);
+        if (strstr(events, "aborting")) {
+            g_error("round %u: %s", round, events);
+        }
+        bench_close(&bench);
+    }
+}
+
 /* A commit takes away the whole range of a stream inside another one's: what is left of it brings nothing in. */
 static void a_commit_empties_a_nested_stream(void *unused)
 {
@@ -296,6 +327,7 @@ int main(int argc, char **argv)
         {"/job-meet/pairs-in-both-orders", pairs_in_both_orders},
         {"/job-meet/active-commit-over-a-stream", active_commit_over_a_stream},
         {"/job-meet/a-commit-empties-a-nested-stream", a_commit_empties_a_nested_stream},
+        {"/job-meet/a-client-leaves-in-the-last-step", a_client_leaves_in_the_last_step},
         {"/job-meet/refusals", refusals},
         {"/job-meet/random-rounds", random_rounds},
     };
