@@ -5,7 +5,7 @@ import json
 
 from emit_commands import subject_text
 from emit_types import BANNER, c_string
-from language import ListOf
+from language import ACCESS_OPTIONS, ListOf
 
 JSON_TYPES = {'str': 'string', 'int': 'int', 'number': 'number', 'bool': 'boolean', 'null': 'null', 'any': 'value'}
 
@@ -68,19 +68,28 @@ class Introspection:
         return {'name': declaration.name, 'meta-type': 'alternate',
                 'members': [{'type': self.reference(choice.type)} for choice in declaration.members]}
 
-    def arguments(self, holder, suffix):
-        if getattr(holder, 'takes', None):
-            return self.reference(holder.takes)
-        if not holder.members:
+    def arguments(self, holder, suffix, more=()):
+        """The name of the object that a command or event carries; `more`: members besides its own."""
+        takes = getattr(holder, 'takes', None)
+        if takes and not more:
+            return self.reference(takes)
+        if not takes and not holder.members and not more:
             return self.empty()
         name = holder.name + suffix
-        self.entries[name] = {'name': name, 'meta-type': 'object', 'members': self.members(holder.members)}
+        self.entries[name] = {}
+        if takes:
+            entry = getattr(self, 'describe_' + self.schema.types[takes].meta)(self.schema.types[takes])
+        else:
+            entry = {'meta-type': 'object', 'members': self.members(holder.members)}
+        entry['members'] = entry['members'] + self.members(more)
+        self.entries[name] = {**entry, 'name': name}
         return name
 
     def all(self):
         top = []
         for command in self.schema.commands.values():
-            entry = {'name': command.name, 'meta-type': 'command', 'arg-type': self.arguments(command, '-arguments'),
+            more = self.schema.access_members(command)
+            entry = {'name': command.name, 'meta-type': 'command', 'arg-type': self.arguments(command, '-arguments', more),
                      'ret-type': self.reference(command.returns) if command.returns else self.empty()}
             if command.oob:
                 entry['allow-oob'] = True
@@ -144,6 +153,8 @@ class Reference:
         out = f'### {command.name}\n\n{command.doc}\n\n' + self.member_table(command.members)
         if command.takes:
             out += f'Takes {self.type_text(command.takes)}.\n\n'
+        if self.schema.access_members(command):
+            out += f'Takes also the members of {self.type_text(ACCESS_OPTIONS)}.\n\n'
         if command.returns:
             out += f'Returns {self.type_text(command.returns)}.\n\n'
         if command.oob:

@@ -17,6 +17,8 @@ CONDITIONS = ('active', 'writable', 'exclusive', 'shrink')
 VARIABLES = ('node', 'top', 'base', 'target', 'bottom', 'overlay')
 # Roles and how many variables they take.
 ROLES = {'between': 2, 'overlays': 1, 'range': 2, 'below': 1}
+# The struct whose members every command with claims takes besides its own.
+ACCESS_OPTIONS = 'access-options'
 COMMAND_KEYS = ('takes', 'returns', 'oob', 'session', 'claims')
 INT64_MAX = (1 << 63) - 1
 INT64_MIN = -(1 << 63)
@@ -467,12 +469,34 @@ class Schema:
             self.check_type(declaration.returns, declaration.where)
             if self.meta(declaration.returns) not in ('struct', 'union', 'list', 'any'):
                 raise SchemaError(declaration.where, 'a command returns a struct, a union, a list or any')
+        self.check_access_options(declaration)
         claims = declaration.claims
         used = {v for clause in claims.clauses for v in clause.variables}
         if claims.adopt and not {'top', 'base'} <= used:
             raise SchemaError(claims.where, 'adopt chain(top, base) needs claims on top and base')
         if claims.sources and not any(clause.role == 'range' for clause in claims.clauses):
             raise SchemaError(claims.where, 'sources range needs a range')
+
+
+    def access_members(self, command):
+        """The members that a command takes because it claims something."""
+        options = self.types.get(ACCESS_OPTIONS)
+        return options.members if options and command.claims.clauses else []
+
+    def check_access_options(self, declaration):
+        members = self.access_members(declaration)
+        if any(not member.optional for member in members):
+            raise SchemaError(self.types[ACCESS_OPTIONS].where, f'members of {ACCESS_OPTIONS} are optional')
+        if members and declaration.returns:
+            raise SchemaError(declaration.where, 'a command with claims returns nothing: it may be answered before it begins')
+        own = list(declaration.members)
+        if declaration.takes:
+            taken = self.types[declaration.takes]
+            own += taken.members + [m for b in getattr(taken, 'branches', []) for m in self.types[b.type].members]
+        taken_names = {member.name for member in own}
+        for member in members:
+            if member.name in taken_names:
+                raise SchemaError(declaration.where, f'{member.name} is a member of {ACCESS_OPTIONS} already')
 
 
 def load(files):

@@ -70,6 +70,7 @@ struct access_change {
     unsigned count;
     bool set_adopter;
     struct access_holder *adopter; /* with set_adopter: who adopts `holder` (an edge) from now on, or NULL */
+    bool arrives; /* somebody new, who does not overtake those that wait (queue.h). One change of a call at most. */
 };
 /* -EBUSY and a refusal (error->data has every conflict) when the result would clash; then nothing has changed.
  * `subject` names what is refused ("block-commit j2"). An edge that has another adopter is a conflict too. */
@@ -81,7 +82,8 @@ int access_test(struct access_ledger *ledger, const char *subject, const struct 
 
 /* Who may let a refused change pass: asked by access_apply() with the sentence of the refusal; true: it is applied
  * nevertheless. NULL, as at the beginning: nobody. For a human's emergency, and for tests that show why a rule is
- * there. */
+ * there. What was overridden stays tolerated between the holders that it was about, as long as both live: no later
+ * change is refused because of these two. An edge keeps the adopter that it has. */
 void access_set_override(struct access_ledger *ledger, bool (*override)(const char *sentence, void *argument),
                          void *argument);
 
@@ -91,6 +93,18 @@ void access_set_filter(struct access_ledger *ledger,
                        void (*filter)(const struct access_holder *holder, struct access_claim *claim, void *argument),
                        void *argument);
 const char *access_holder_command(const struct access_holder *holder);
+/* `heir`, which takes the place of `holder` (an edge that moved), tolerates whom that one does. */
+void access_holder_inherit(struct access_holder *heir, const struct access_holder *holder);
+/* Who has adopted it, or NULL. */
+const struct access_holder *access_holder_adopter(const struct access_holder *holder);
+
+/* Called after each change of what is claimed, adopted, waiting or stale; not after a refused one. It is called in the
+ * midst of other things: it takes note and does no more. NULL: nobody. */
+void access_set_changed(struct access_ledger *ledger, void (*changed)(void *argument), void *argument);
+/* What to say about a node besides its name ("backing of top, base.qcow2"), for refusals; g_free(), or NULL: nothing.
+ */
+void access_set_describe_node(struct access_ledger *ledger, char *(*describe)(const char *node, void *argument),
+                              void *argument);
 
 /* A stale node: requiring read-data, write-data or read-metadata on it is refused with `reason`. Cleared by name. */
 void access_mark_stale(struct access_ledger *ledger, const char *node, const char *reason);
@@ -100,7 +114,8 @@ const char *access_stale_reason(struct access_ledger *ledger, const char *node);
 /* What all holders together require / deny on a node (the image locks are derived from it). */
 void access_node_masks(struct access_ledger *ledger, const char *node, unsigned *ret_require, unsigned *ret_deny);
 
-/* {"holders": [{id, kind, command, since, state, claims: [{node, require: [], allow: [], path}]}], "stale": [...]} */
+/* {"holders": [{id, kind, command, since, state, claims: [{node, require: [], allow: [], path}]}], "stale": [...],
+ * "waiting": [{id, kind, command, since, timeout, behind: [], claims}]} */
 json_t *access_describe(struct access_ledger *ledger);
 /* {node, require: [], allow: [], path}: a claim as it stands there. */
 json_t *access_claim_describe(const struct access_claim *claim);

@@ -7,7 +7,9 @@
  *    exactly the tracks with a count.
  * 2. No two entries on a node clash unless their holders have the same owner.
  * 3. access_apply() changes everything or nothing; a refused change leaves counts, entries and adopters as they were.
- * 4. A decision takes the own group's share out of the counts and tests masks: it never walks the other holders of a
+ * 4. What a human has overridden is tolerated between the two holders until one of them ends; an edge that moves hands
+ *    its tolerances on. While there are any, decisions look at the entries behind a mask.
+ * 5. A decision takes the own group's share out of the counts and tests masks: it never walks the other holders of a
  *    node (only the refusal's explanation and the two-holder test of "from inside" do), and never other nodes.
  *
  * It knows no graph: which nodes a role means is worked out by src/block/operation.c.
@@ -22,6 +24,7 @@ struct access_ledger *access_ledger_create(void)
 
     ledger->nodes = g_hash_table_new(g_str_hash, g_str_equal);
     list_init(&ledger->holders);
+    list_init(&ledger->waiting);
     return ledger;
 }
 
@@ -33,7 +36,7 @@ void access_ledger_destroy(struct access_ledger *ledger)
     if (!ledger) {
         return;
     }
-    g_assert(list_is_empty(&ledger->holders));
+    g_assert(list_is_empty(&ledger->holders) && list_is_empty(&ledger->waiting));
     g_hash_table_iter_init(&iter, ledger->nodes);
     while (g_hash_table_iter_next(&iter, NULL, (void **)&node)) {
         g_assert(list_is_empty(&node->entries));
@@ -113,7 +116,7 @@ static void entry_count(struct ledger_entry *entry, int step)
     count_tracks(entry->node->denied, &entry->node->denied_mask, entry->denied, step);
 }
 
-static void entry_add(struct access_holder *holder, const struct access_claim *made)
+static struct ledger_entry *entry_create(struct access_holder *holder, const struct access_claim *made)
 {
     struct ledger_entry *entry = g_new0(struct ledger_entry, 1);
     struct access_claim own = *made, *claim = &own;
@@ -131,9 +134,9 @@ static void entry_add(struct access_holder *holder, const struct access_claim *m
     entry->required = required_tracks(claim);
     entry->denied = denied_tracks(claim);
     entry->path = claim->path ? claim->path : "";
-    list_append(&entry->node->entries, &entry->node_link);
-    list_append(&holder->entries, &entry->holder_link);
-    entry_count(entry, 1);
+    list_init(&entry->node_link);
+    list_init(&entry->holder_link);
+    return entry;
 }
 
 static void entry_attach(struct ledger_entry *entry)
@@ -163,6 +166,13 @@ static void entries_free(struct list *entries, struct access_ledger *ledger)
     }
 }
 
+void holder_add_shadow_entry(struct access_holder *holder, const struct access_claim *claim)
+{
+    struct ledger_entry *entry = entry_create(holder, claim);
+
+    list_append(&holder->entries, &entry->holder_link);
+}
+
 /* Detaches all entries of a holder into `to` (by holder_link). */
 static void holder_take_entries(struct access_holder *holder, struct list *to)
 {
@@ -176,8 +186,15 @@ static void holder_take_entries(struct access_holder *holder, struct list *to)
 
 /* --- holders --- */
 
-struct access_holder *access_holder_create(struct access_ledger *ledger, const char *kind, const char *id,
-                                           const char *command, int (*progress)(void *argument), void *argument)
+void ledger_changed(struct access_ledger *ledger)
+{
+    if (ledger->changed) {
+        ledger->changed(ledger->changed_argument);
+    }
+}
+
+static struct access_holder *holder_create(struct access_ledger *ledger, const char *kind, const char *id,
+                                           const char *command)
 {
     struct access_holder *holder = g_new0(struct access_holder, 1);
 
@@ -185,13 +202,41 @@ struct access_holder *access_holder_create(struct access_ledger *ledger, const c
     holder->kind = g_strdup(kind);
     holder->id = g_strdup(id);
     holder->command = g_strdup(command);
-    holder->progress = progress;
-    holder->argument = argument;
     holder->since_ns = loop_clock_ns();
+    list_init(&holder->ledger_link);
     list_init(&holder->entries);
     list_init(&holder->adopted);
     list_init(&holder->adopter_link);
+    return holder;
+}
+
+struct access_holder *access_holder_create(struct access_ledger *ledger, const char *kind, const char *id,
+                                           const char *command, int (*progress)(void *argument), void *argument)
+{
+    struct access_holder *holder = holder_create(ledger, kind, id, command);
+
+    holder->progress = progress;
+    holder->argument = argument;
     list_append(&ledger->holders, &holder->ledger_link);
+    return holder;
+}
+
+/* `progress` stays away: its argument may be gone before the shadow is. */
+struct access_holder *holder_create_shadow(struct access_ledger *ledger, const struct access_holder *like)
+{
+    struct access_holder *holder = holder_create(ledger, like->kind, like->id, like->command);
+
+    holder->waiting = true;
+    if (like->sources) {
+        GHashTableIter iter;
+        const char *source;
+
+        holder->sources = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
+        g_hash_table_iter_init(&iter, like->sources);
+        while (g_hash_table_iter_next(&iter, (void **)&source, NULL)) {
+            g_hash_table_add(holder->sources, g_strdup(source));
+        }
+    }
     return holder;
 }
 
@@ -205,25 +250,51 @@ static void holder_set_adopter(struct access_holder *holder, struct access_holde
     }
 }
 
-void access_holder_destroy(struct access_holder *holder)
+static void holder_free(struct access_holder *holder)
 {
-    struct list entries = LIST_INIT(entries);
-
-    if (!holder) {
-        return;
-    }
-    list_for_each_safe (link, &holder->adopted) {
-        holder_set_adopter(container_of(link, struct access_holder, adopter_link), NULL);
-    }
-    holder_set_adopter(holder, NULL);
-    holder_take_entries(holder, &entries);
-    entries_free(&entries, holder->ledger);
     list_remove(&holder->ledger_link);
+    ledger_forget_tolerances(holder);
     g_clear_pointer(&holder->sources, g_hash_table_destroy);
     g_free(holder->kind);
     g_free(holder->id);
     g_free(holder->command);
     g_free(holder);
+}
+
+void holder_destroy_shadow(struct access_holder *holder)
+{
+    if (holder) {
+        entries_free(&holder->entries, holder->ledger);
+        holder_free(holder);
+    }
+}
+
+void access_holder_destroy(struct access_holder *holder)
+{
+    struct list entries = LIST_INIT(entries);
+    struct access_ledger *ledger;
+    bool changed;
+
+    if (!holder) {
+        return;
+    }
+    ledger = holder->ledger;
+    changed = !list_is_empty(&holder->entries) || !list_is_empty(&holder->adopted);
+    list_for_each_safe (link, &holder->adopted) {
+        holder_set_adopter(container_of(link, struct access_holder, adopter_link), NULL);
+    }
+    holder_set_adopter(holder, NULL);
+    holder_take_entries(holder, &entries);
+    entries_free(&entries, ledger);
+    holder_free(holder);
+    if (changed) {
+        ledger_changed(ledger);
+    }
+}
+
+const struct access_holder *access_holder_adopter(const struct access_holder *holder)
+{
+    return holder->adopter;
 }
 
 const char *access_holder_command(const struct access_holder *holder)
@@ -288,13 +359,14 @@ unsigned ledger_clash(const struct ledger_entry *requiring, const struct ledger_
     return actions;
 }
 
-/* The slow half, only where a mask has spoken: is there really somebody, or only writes from inside? */
+/* The slow half, only where a mask has spoken: is there really somebody, or only writes from inside, or somebody that a
+ * human lets stand there? */
 static bool entry_really_clashes(const struct ledger_entry *entry)
 {
     list_for_each (link, &entry->node->entries) {
         const struct ledger_entry *other = container_of(link, struct ledger_entry, node_link);
 
-        if (holder_owner(other->holder) != holder_owner(entry->holder) &&
+        if (!ledger_tolerates(other->holder, entry->holder) &&
             (ledger_clash(entry, other) || ledger_clash(other, entry))) {
             return true;
         }
@@ -306,13 +378,16 @@ static bool entry_clashes(const struct ledger_entry *entry)
 {
     unsigned both = (entry->required & entry->node->denied_mask) | (entry->denied & entry->node->required_mask);
 
-    return both && (both != 1u << TRACK_WRITE_METADATA_OUTSIDE || entry_really_clashes(entry));
+    bool exact = both != 1u << TRACK_WRITE_METADATA_OUTSIDE && !entry->holder->ledger->tolerances;
+
+    return both && (exact || entry_really_clashes(entry));
 }
 
 static bool entry_is_stale(const struct ledger_entry *entry)
 {
     return entry->node->stale_reason &&
-           (entry->require & (ACCESS_READ_DATA | ACCESS_READ_METADATA | ACCESS_WRITE_DATA));
+           (entry->require & (ACCESS_READ_DATA | ACCESS_READ_METADATA | ACCESS_WRITE_DATA)) &&
+           !ledger_tolerates_stale(entry);
 }
 
 static void group_count(struct access_holder *owner, int step)
@@ -377,9 +452,9 @@ static void changes_make(const struct access_change *changes, unsigned count, st
         undo[i].adopter = holder->adopter;
         holder_take_entries(holder, &undo[i].entries);
         for (unsigned j = 0; j < changes[i].count; j++) {
-            entry_add(holder, &changes[i].claims[j]);
+            entry_attach(entry_create(holder, &changes[i].claims[j]));
         }
-        if (changes[i].set_adopter) {
+        if (changes[i].set_adopter && !holder->contested) {
             holder_set_adopter(holder, changes[i].adopter);
         }
     }
@@ -406,16 +481,15 @@ static void changes_undo(struct access_ledger *ledger, const struct access_chang
     }
 }
 
-/* An edge has one adopter at most: a change may take it over only from nobody or from its own adopter. */
-static void changes_check_adopters(const struct access_change *changes, unsigned count, struct refusal *refusal)
+/* An edge has one adopter at most: a change may take it over only from nobody or from its own adopter. One that it may
+ * not is marked, and stays where it is. */
+static void changes_contest(const struct access_change *changes, unsigned count)
 {
     for (unsigned i = 0; i < count; i++) {
         const struct access_change *change = &changes[i];
 
-        if (change->set_adopter && change->adopter && change->holder->adopter &&
-            change->holder->adopter != change->adopter) {
-            refusal_add_adopter(refusal, change->holder, change->holder->adopter);
-        }
+        change->holder->contested = change->set_adopter && change->adopter && change->holder->adopter &&
+                                    change->holder->adopter != change->adopter;
     }
 }
 
@@ -426,8 +500,14 @@ static void changes_check(const struct access_change *changes, unsigned count, s
     for (unsigned i = 0; i < count; i++) {
         struct access_holder *owner = holder_owner(changes[i].holder);
 
-        if (g_hash_table_add(seen, owner)) {
+        if (!changes[i].holder->contested && g_hash_table_add(seen, owner)) {
             group_clashes(owner, refusal);
+        }
+    }
+    for (unsigned i = 0; i < count; i++) {
+        if (changes[i].holder->contested) {
+            refusal_add_adopter(refusal, changes[i].holder, changes[i].adopter, changes[i].holder->adopter);
+            changes[i].holder->contested = false;
         }
     }
 }
@@ -437,27 +517,60 @@ static bool ledger_overridden(struct access_ledger *ledger, const struct refusal
     return ledger->override && ledger->override(refusal_sentence(refusal), ledger->override_argument);
 }
 
+static const struct access_change *changes_arriving(const struct access_change *changes, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++) {
+        if (changes[i].arrives) {
+            return &changes[i];
+        }
+    }
+    return NULL;
+}
+
 /* Makes the changes; keeps them only if `keep` and nothing clashes. */
 static int changes_try(struct access_ledger *ledger, const char *subject, const struct access_change *changes,
                        unsigned count, bool keep, struct error **err)
 {
     g_autofree struct change_undo *undo = g_new0(struct change_undo, count + 1);
-    struct refusal *refusal = refusal_create(subject);
+    const struct access_change *arriving = changes_arriving(changes, count);
+    struct access_ticket *asker = arriving ? queue_asker(ledger) : NULL;
+    struct refusal *refusal;
+    bool refused;
 
-    changes_check_adopters(changes, count, refusal);
-    if (refusal_count(refusal) && !(keep && ledger_overridden(ledger, refusal))) {
-        return refusal_finish(refusal, err);
+    if (asker && asker->closed) {
+        return error_set(err, -ECANCELED, "%s was cancelled while it waited", subject);
     }
+    refusal = refusal_create(subject,
+                             arriving     ? arriving->holder
+                             : count == 1 ? changes->holder
+                                          : NULL,
+                             arriving != NULL);
+    if (asker && keep) {
+        queue_asked(asker, changes, count, refusal);
+    }
+    changes_contest(changes, count);
     changes_make(changes, count, undo);
     changes_check(changes, count, refusal);
-    if (!keep || (refusal_count(refusal) && !ledger_overridden(ledger, refusal))) {
+    if (arriving) {
+        queue_check(ledger, asker, changes, count, refusal);
+    }
+    refused = refusal_count(refusal) && !(keep && ledger_overridden(ledger, refusal));
+    if (!keep || refused) {
         changes_undo(ledger, changes, count, undo);
+        if (refused && keep && asker) {
+            queue_refused(asker, refusal_is_for_good(refusal));
+        }
         return refusal_finish(refusal, err);
     }
+    refusal_tolerate(refusal);
     for (unsigned i = 0; i < count; i++) {
         entries_free(&undo[i].entries, ledger);
     }
     refusal_finish(refusal, NULL);
+    if (asker) {
+        queue_granted(asker);
+    }
+    ledger_changed(ledger);
     return 0;
 }
 
@@ -467,6 +580,19 @@ void access_set_filter(struct access_ledger *ledger,
 {
     ledger->filter = filter;
     ledger->filter_argument = argument;
+}
+
+void access_set_changed(struct access_ledger *ledger, void (*changed)(void *argument), void *argument)
+{
+    ledger->changed = changed;
+    ledger->changed_argument = argument;
+}
+
+void access_set_describe_node(struct access_ledger *ledger, char *(*describe)(const char *node, void *argument),
+                              void *argument)
+{
+    ledger->describe_node = describe;
+    ledger->describe_argument = argument;
 }
 
 void access_set_override(struct access_ledger *ledger, bool (*override)(const char *sentence, void *argument),
@@ -496,6 +622,7 @@ void access_mark_stale(struct access_ledger *ledger, const char *name, const cha
 
     g_free(node->stale_reason);
     node->stale_reason = g_strdup(reason);
+    ledger_changed(ledger);
 }
 
 void access_clear_stale(struct access_ledger *ledger, const char *name)
@@ -505,6 +632,7 @@ void access_clear_stale(struct access_ledger *ledger, const char *name)
     if (node) {
         g_clear_pointer(&node->stale_reason, g_free);
         node_put(ledger, node);
+        ledger_changed(ledger);
     }
 }
 

@@ -19,7 +19,7 @@ static struct access_holder *holder(struct access_ledger *ledger, const char *ki
 static int claim_one(struct access_holder *holder, struct access_ledger *ledger, struct access_claim claim,
                      struct error **err)
 {
-    struct access_change change = {.holder = holder, .claims = &claim, .count = 1};
+    struct access_change change = {.holder = holder, .claims = &claim, .count = 1, .arrives = true};
 
     return access_apply(ledger, access_holder_id(holder), &change, 1, err);
 }
@@ -33,7 +33,9 @@ static void test_conflict_explained(void)
     g_assert_cmpint(claim_one(backup, ledger, (struct access_claim){"base", R, W, 0, "node"}, &err), ==, 0);
     g_assert_cmpint(claim_one(commit, ledger, (struct access_claim){"base", W, 0, 0, "base"}, &err), <, 0);
     g_assert_nonnull(strstr(err->message, "j2 needs write-data on node 'base', which test-command j1"));
-    g_assert_nonnull(strstr(err->hint, "cancel it"));
+    g_assert_cmpstr(err->hint, ==, "wait for it, cancel it, or pass on-conflict=wait");
+    g_assert_cmpstr(json_string_value(json_object_get(err->data, "operation")), ==, "test-command");
+    g_assert_cmpstr(json_string_value(json_object_get(err->data, "id")), ==, "j2");
     g_assert_cmpint((int)json_array_size(json_object_get(err->data, "conflicts")), ==, 1);
     access_holder_destroy(backup);
     g_assert_cmpint(claim_one(commit, ledger, (struct access_claim){"base", W, 0, 0, "base"}, NULL), ==, 0);
@@ -82,12 +84,18 @@ static void test_adoption(void)
     g_assert_cmpint(claim_one(sibling, ledger, standing, NULL), ==, 0);
     g_assert_cmpint(access_apply(ledger, "j", adopt, 2, &err), <, 0);
     g_assert_nonnull(strstr(err->message, "s -> base"));
+    g_clear_pointer(&err, error_free);
     access_holder_destroy(sibling);
     g_assert_cmpint(access_apply(ledger, "j", adopt, 2, NULL), ==, 0);
     adopt[0].holder = other;
     adopt[0].count = 0;
     adopt[1].adopter = other;
-    g_assert_cmpint(access_apply(ledger, "k", adopt, 2, NULL), <, 0);
+    g_assert_cmpint(access_apply(ledger, "k", adopt, 2, &err), <, 0);
+    g_assert_nonnull(strstr(err->message, "needs the edge a -> base (backing), which test-command j (running since"));
+    g_clear_pointer(&err, error_free);
+    /* Who stumbles over an adopted edge hears of its adopter. */
+    g_assert_cmpint(claim_one(other, ledger, (struct access_claim){"base", W, 0, 0, "node"}, &err), <, 0);
+    g_assert_nonnull(strstr(err->message, "the edge a -> base (backing), in the hands of test-command j (running"));
     access_holder_destroy(other);
     access_holder_destroy(commit);
     access_holder_destroy(edge);
@@ -142,19 +150,28 @@ static bool count_and_allow(const char *sentence, void *argument)
     return ++*(unsigned *)argument > 1;
 }
 
+/* What was let pass stays: the two may claim again, whoever asks, and nobody else profits. */
 static void test_override(void)
 {
     struct access_ledger *ledger = access_ledger_create();
     struct access_holder *first = holder(ledger, "job", "first"), *second = holder(ledger, "job", "second");
+    struct access_holder *third = holder(ledger, "job", "third");
+    struct access_claim write = {"n", W, 0, 0, ""};
     unsigned asked = 0;
 
     g_assert_cmpint(claim_one(first, ledger, (struct access_claim){"n", R, W, 0, ""}, NULL), ==, 0);
     access_set_override(ledger, count_and_allow, &asked);
-    g_assert_cmpint(claim_one(second, ledger, (struct access_claim){"n", W, 0, 0, ""}, NULL), <, 0);
-    g_assert_cmpint(claim_one(second, ledger, (struct access_claim){"n", W, 0, 0, ""}, NULL), ==, 0);
+    g_assert_cmpint(claim_one(second, ledger, write, NULL), <, 0);
+    g_assert_cmpint(claim_one(second, ledger, write, NULL), ==, 0);
     g_assert_cmpuint(asked, ==, 2);
     access_set_override(ledger, NULL, NULL);
-    g_assert_cmpint(claim_one(second, ledger, (struct access_claim){"n", W, 0, 0, ""}, NULL), <, 0);
+    g_assert_cmpint(claim_one(second, ledger, write, NULL), ==, 0);
+    g_assert_cmpint(claim_one(first, ledger, (struct access_claim){"n", R, W, 0, ""}, NULL), ==, 0);
+    g_assert_cmpint(claim_one(third, ledger, write, NULL), <, 0);
+    access_holder_destroy(second);
+    second = holder(ledger, "job", "second");
+    g_assert_cmpint(claim_one(second, ledger, write, NULL), <, 0);
+    access_holder_destroy(third);
     access_holder_destroy(second);
     access_holder_destroy(first);
     access_ledger_destroy(ledger);
@@ -179,6 +196,57 @@ static void test_filter(void)
     g_assert_cmpint(claim_one(first, ledger, (struct access_claim){"n", R, W, 0, ""}, NULL), <, 0);
     access_holder_destroy(second);
     access_holder_destroy(first);
+    access_ledger_destroy(ledger);
+}
+
+static bool allow(const char *sentence, void *argument)
+{
+    return true;
+}
+
+/* An edge whose adopter does not let go of it keeps him, and the one that was let in stands beside both. */
+static void test_override_of_an_adopter(void)
+{
+    struct access_ledger *ledger = access_ledger_create();
+    struct access_holder *edge = holder(ledger, "edge", "a -> base (backing)"), *moved;
+    struct access_holder *one = holder(ledger, "job", "one"), *two = holder(ledger, "job", "two");
+    struct access_claim standing = {"base", R, W, 0, "backing"}, write = {"base", W, W, 0, "base"};
+    struct access_change adopt[] = {
+        {.holder = one, .claims = &write, .count = 1, .arrives = true},
+        {.holder = edge, .claims = &standing, .count = 1, .set_adopter = true, .adopter = one}};
+
+    g_assert_cmpint(access_apply(ledger, "one", adopt, 2, NULL), ==, 0);
+    adopt[0].holder = adopt[1].adopter = two;
+    g_assert_cmpint(access_apply(ledger, "two", adopt, 2, NULL), <, 0);
+    access_set_override(ledger, allow, NULL);
+    g_assert_cmpint(access_apply(ledger, "two", adopt, 2, NULL), ==, 0);
+    access_set_override(ledger, NULL, NULL);
+    g_assert_true(access_holder_adopter(edge) == one);
+    access_holder_destroy(one);
+    g_assert_null(access_holder_adopter(edge));
+    g_assert_cmpint(claim_one(two, ledger, write, NULL), ==, 0);
+    moved = holder(ledger, "edge", "a -> base (backing)");
+    access_holder_inherit(moved, edge);
+    access_holder_destroy(edge);
+    g_assert_cmpint(claim_one(moved, ledger, standing, NULL), ==, 0);
+    access_holder_destroy(two);
+    access_holder_destroy(moved);
+    access_ledger_destroy(ledger);
+}
+
+static void test_override_of_staleness(void)
+{
+    struct access_ledger *ledger = access_ledger_create();
+    struct access_holder *reader = holder(ledger, "export", "e");
+    struct access_claim read = {"t", R, 0, 0, "node"};
+
+    access_mark_stale(ledger, "t", "it was committed to base by j");
+    access_set_override(ledger, allow, NULL);
+    g_assert_cmpint(claim_one(reader, ledger, read, NULL), ==, 0);
+    access_set_override(ledger, NULL, NULL);
+    g_assert_cmpint(claim_one(reader, ledger, read, NULL), ==, 0);
+    access_holder_destroy(reader);
+    access_clear_stale(ledger, "t");
     access_ledger_destroy(ledger);
 }
 
@@ -265,6 +333,8 @@ int main(int argc, char **argv)
     g_test_add_func("/access/from-inside", test_from_inside);
     g_test_add_func("/access/override", test_override);
     g_test_add_func("/access/filter", test_filter);
+    g_test_add_func("/access/override-of-an-adopter", test_override_of_an_adopter);
+    g_test_add_func("/access/override-of-staleness", test_override_of_staleness);
     g_test_add_func("/access/claims-on-one-node", test_claims_on_one_node);
     g_test_add_func("/access/stale", test_stale);
     g_test_add_func("/access/verdict-is-symmetric", test_symmetric);

@@ -112,6 +112,14 @@ json_t *coroutine_fn graph_describe_node_flat(struct node *node)
     return describe_node(node, true);
 }
 
+char *node_describe_origin(const struct node *node)
+{
+    if (!node->opened_for) {
+        return NULL;
+    }
+    return node->filename ? g_strdup_printf("%s, %s", node->opened_for, node->filename) : g_strdup(node->opened_for);
+}
+
 /* --- the whole graph --- */
 
 static json_t *describe_actions(unsigned actions)

@@ -177,7 +177,7 @@ int edge_attach(struct node *parent, enum edge_role role, struct node *child, st
     edge_link(edge, child);
     edge->holder = edge_holder_create(edge);
     struct access_claim claim;
-    struct access_change change = {.holder = edge->holder, .claims = &claim};
+    struct access_change change = {.holder = edge->holder, .claims = &claim, .arrives = true};
     change.count = edge_standing_claim(edge, &claim);
     int r = operations_derive_again(parent->graph, subject, &change, err);
     if (r < 0) {

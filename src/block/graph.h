@@ -105,6 +105,9 @@ int coroutine_fn graph_remove_filter(struct graph *graph, struct node *filter, s
 int coroutine_fn graph_create_node(struct graph *graph, const struct driver *driver, const char *name,
                                    const char *opened_for, struct node **ret, struct error **err);
 
+/* Where a node comes from that no user named ("backing of top, base.qcow2", "filter of block-commit j1"); NULL: a user
+ * did. g_free(). */
+char *node_describe_origin(const struct node *node);
 /* query-named-block-nodes, and the picture. */
 struct block_device_info_list;
 json_t *coroutine_fn graph_describe_node(struct node *node);

@@ -210,14 +210,18 @@ static int operation_take(struct operation *operation, const struct operation_co
                                 .edges = g_ptr_array_new()};
     struct access_change own = {.holder = operation->holder,
                                 .claims = (const struct access_claim *)(void *)set.claims->data,
-                                .count = set.claims->len};
+                                .count = set.claims->len,
+                                .arrives = true};
     g_array_append_val(adoption.changes, own);
     adoption_collect(&adoption, operation);
     operation_set_sources(operation, &set);
     const struct access_change *changes = (const struct access_change *)(void *)adoption.changes->data;
     int r = (keep ? access_apply : access_test)(operation->graph->ledger, subject, changes, adoption.changes->len, err);
     for (unsigned i = 0; r == 0 && keep && i < adoption.edges->len; i++) {
-        edge_set_adopter(adoption.edges->pdata[i], operation);
+        struct edge *edge = adoption.edges->pdata[i];
+        if (access_holder_adopter(edge->holder) == operation->holder) { /* not if another's is tolerated there */
+            edge_set_adopter(edge, operation);
+        }
     }
     g_array_free(adoption.changes, TRUE);
     g_ptr_array_free(adoption.edges, TRUE);

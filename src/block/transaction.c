@@ -137,6 +137,9 @@ static void step_do(struct step *step)
         edge_relink(step->edge, step->to);
         if (step->edge->parent) {
             step->edge->holder = step->to ? edge_holder_create(step->edge) : NULL;
+            if (step->edge->holder && step->old_holder) {
+                access_holder_inherit(step->edge->holder, step->old_holder);
+            }
         }
         break;
     case STEP_REBIND:

@@ -26,7 +26,11 @@ struct control {
     struct jobs *jobs;
     struct exports *exports;
     struct iothreads *iothreads;
-    bool quitting; /* commands that begin something new are refused from now on */
+    struct list runs;    /* struct run: handlers of commands with claims that are running (dispatch.c) */
+    struct list waiting; /* struct waiting: operations that wait for their claims (waiting.c) */
+    unsigned changes;    /* of the ledger, counted */
+    bool allow_override; /* --allow-override */
+    bool quitting;       /* commands that begin something new are refused from now on */
 };
 
 /* Sets the loop and the command table, and no monitors. */

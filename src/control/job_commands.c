@@ -6,6 +6,7 @@
  * src/job/state.c.
  */
 #include "control/control.h"
+#include "control/waiting.h"
 #include "job/commit.h"
 #include "job/job.h"
 #include "job/stream.h"
@@ -77,6 +78,9 @@ int coroutine_fn command_job_resume(struct control *control, struct job_resume_a
 
 int coroutine_fn command_job_cancel(struct control *control, struct job_cancel_args *args, struct error **err)
 {
+    if (waiting_cancel(control, "job", args->id)) {
+        return 0;
+    }
     struct job *job = jobs_find_or_error(control->jobs, args->id, err);
 
     return job ? job_cancel(job, true, err) : -ENOENT;
@@ -123,6 +127,9 @@ int coroutine_fn command_block_job_resume(struct control *control, struct block_
 int coroutine_fn command_block_job_cancel(struct control *control, struct block_job_cancel_args *args,
                                           struct error **err)
 {
+    if (waiting_cancel(control, "job", args->device)) {
+        return 0;
+    }
     struct job *job = jobs_find_block_or_error(control->jobs, args->device, err);
 
     return job ? job_cancel(job, args->force, err) : -ENOENT;

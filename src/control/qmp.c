@@ -17,6 +17,8 @@ void control_init(struct control *control, struct loop *loop, const struct comma
     control->commands = commands;
     control->command_count = command_count;
     list_init(&control->monitors);
+    list_init(&control->runs);
+    list_init(&control->waiting);
 }
 
 const struct command *control_find_command(const struct control *control, const char *name)

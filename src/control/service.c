@@ -8,8 +8,10 @@
  */
 #include "control/service.h"
 #include "block/graph.h"
+#include "control/dispatch.h"
 #include "control/iothread.h"
 #include "control/monitor.h"
+#include "control/waiting.h"
 #include "export/export.h"
 #include "job/job.h"
 #include "schema/commands.h"
@@ -47,6 +49,7 @@ struct control *service_create(struct loop *loop, enum engine_kind engine)
 
     control_init(control, loop, command_table, command_table_count);
     control->graph = graph_create();
+    dispatch_init(control);
     control->iothreads = iothreads_create(engine);
     control->jobs = jobs_create(control->graph, emit, control);
     exports.graph = control->graph;
@@ -60,6 +63,7 @@ void service_quit(struct control *control, enum shutdown_cause cause)
     if (!control->quitting) {
         control->quitting = true;
         control_emit(control, event_shutdown(false, cause));
+        waiting_cancel_all(control);
     }
     loop_stop(control->loop);
 }
@@ -67,6 +71,7 @@ void service_quit(struct control *control, enum shutdown_cause cause)
 void coroutine_fn service_shutdown(struct control *control)
 {
     control->quitting = true;
+    waiting_shutdown(control);
     jobs_cancel_all_and_wait(control->jobs);
     exports_shutdown(control->exports);
     graph_delete_all(control->graph);
@@ -75,6 +80,7 @@ void coroutine_fn service_shutdown(struct control *control)
 
 void service_destroy(struct control *control)
 {
+    dispatch_finish(control);
     exports_destroy(control->exports);
     jobs_destroy(control->jobs);
     graph_destroy(control->graph);

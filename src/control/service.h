@@ -12,7 +12,8 @@
 struct control *service_create(struct loop *loop, enum engine_kind engine);
 /* Any time, control loop: ends the program in order; loop_run() returns and service_shutdown() is to follow. */
 void service_quit(struct control *control, enum shutdown_cause cause);
-/* Refuses new work, cancels jobs and waits for them, removes exports, closes nodes, says goodbye to the monitors. */
+/* Refuses new work, ends what waits, cancels jobs and waits for them, removes exports, closes nodes, says goodbye to
+ * the monitors. */
 void coroutine_fn service_shutdown(struct control *control);
 /* After service_shutdown(): asserts that nothing is left. */
 void service_destroy(struct control *control);

@@ -17,6 +17,7 @@
  */
 #include "control/session.h"
 
+#include "control/dispatch.h"
 #include "control/json_stream.h"
 #include "loop/loop.h"
 #include "schema/commands.h"
@@ -306,7 +307,7 @@ static int coroutine_fn request_run(struct session *session, const struct reques
         *ret = result == 0 ? json_object() : NULL;
     } else {
         g_assert(command->dispatch);
-        result = command->dispatch(session->control, arguments, ret, err);
+        result = dispatch_command(session->control, command, arguments, ret, err);
     }
     json_decref(none);
     return result;

@@ -9,6 +9,7 @@
  * It does not know monitors: events leave through exports_config.
  */
 #include "export/export.h"
+#include "access/queue.h"
 #include "block/graph.h"
 #include "block/operation.h"
 #include "block/user.h"
@@ -149,6 +150,10 @@ static int exports_check(struct exports *exports, const struct block_export_opti
         error_set(err, -EINVAL, "Invalid block export id '%.64s'", options->id);
         error_hint(err, "An id begins with a letter and consists of letters, digits, '-', '.' and '_'");
         return -EINVAL;
+    }
+    if (access_id_waits(exports->config.graph->ledger, options->id)) {
+        return error_set(err, -EEXIST, "Block export id '%s' is already in use by an operation that waits for its turn",
+                         options->id);
     }
     if (exports_find(exports, options->id)) {
         return error_set(err, -EEXIST, "Block export id '%s' is already in use", options->id);

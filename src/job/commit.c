@@ -497,7 +497,7 @@ static int coroutine_fn commit_begin_tracking(struct commit *commit, const char 
                                               struct error **err)
 {
     g_autofree char *made_name = name ? NULL : g_strdup_printf("#commit-%s", id);
-    g_autofree char *opened_for = g_strdup_printf("block-commit %s", id);
+    g_autofree char *opened_for = g_strdup_printf("filter of block-commit %s", id);
     uint64_t granularity = max_u64(DIRTY_GRANULARITY_MIN, commit->base->limits.cluster_size);
     int result = dirty_create(atomic_load(&commit->top->size), granularity, &commit->dirty);
     if (result < 0) {

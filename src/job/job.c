@@ -15,8 +15,9 @@
  *
  * What a job does to the graph is in commit.c and stream.c; moving data is copy/'s.
  */
+#include "access/queue.h"
 #include "base/size.h"
-#include "block/operation.h"
+#include "block/graph.h"
 #include "job/policy.h"
 #include "job/state.h"
 #include "loop/loop.h"
@@ -153,6 +154,9 @@ int job_check_id(struct jobs *jobs, const char *id, struct error **err)
                    id[0] ? "An ID begins with a letter and goes on with letters, digits, '-', '.' and '_'"
                          : "Give a job-id: a node has no name of a device to take it from");
         return code;
+    }
+    if (access_id_waits(jobs->graph->ledger, id)) {
+        return error_set(err, -EEXIST, "Job ID '%s' already in use by an operation that waits for its turn", id);
     }
     if (jobs_find(jobs, id)) {
         return error_set(err, -EEXIST, "Job ID '%s' already in use", id);

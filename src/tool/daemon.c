@@ -124,6 +124,7 @@ static int run(struct daemon *daemon, struct loop *loop)
     static const int signals[] = {SIGTERM, SIGINT, SIGHUP};
 
     daemon->control = service_create(loop, daemon->options->engine);
+    daemon->control->allow_override = daemon->options->allow_override;
     for (unsigned i = 0; i < G_N_ELEMENTS(signals); i++) {
         loop_watch_signal(signals[i], handle_signal, daemon->control);
     }

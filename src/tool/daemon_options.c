@@ -294,7 +294,9 @@ static void print_help(void)
            "  --daemonize             go into the background once everything is set up\n"
            "  --pidfile PATH          write the process number there\n"
            "  --engine auto|uring|epoll\n"
-           "                          how to do I/O (default: auto, io_uring where the kernel allows it)\n\n"
+           "                          how to do I/O (default: auto, io_uring where the kernel allows it)\n"
+           "  --allow-override        let commands pass that are refused, if they say why (\"override\"); data may be "
+           "lost\n\n"
            "doc/reference.md has the commands that a monitor takes.\n");
 }
 
@@ -331,13 +333,19 @@ static void add_step(struct daemon_options *options, const char *name, const cha
 
 int daemon_options_parse(int argc, char **argv, struct daemon_options **ret, bool *ret_done, struct error **err)
 {
-    static const struct option names[] = {
-        {"help", no_argument, NULL, 'h'},           {"version", no_argument, NULL, 'V'},
-        {"blockdev", required_argument, NULL, 's'}, {"export", required_argument, NULL, 's'},
-        {"object", required_argument, NULL, 's'},   {"nbd-server", required_argument, NULL, 's'},
-        {"chardev", required_argument, NULL, 's'},  {"monitor", required_argument, NULL, 's'},
-        {"daemonize", no_argument, NULL, 'd'},      {"pidfile", required_argument, NULL, 'p'},
-        {"engine", required_argument, NULL, 'e'},   {NULL, 0, NULL, 0}};
+    static const struct option names[] = {{"help", no_argument, NULL, 'h'},
+                                          {"version", no_argument, NULL, 'V'},
+                                          {"blockdev", required_argument, NULL, 's'},
+                                          {"export", required_argument, NULL, 's'},
+                                          {"object", required_argument, NULL, 's'},
+                                          {"nbd-server", required_argument, NULL, 's'},
+                                          {"chardev", required_argument, NULL, 's'},
+                                          {"monitor", required_argument, NULL, 's'},
+                                          {"daemonize", no_argument, NULL, 'd'},
+                                          {"pidfile", required_argument, NULL, 'p'},
+                                          {"engine", required_argument, NULL, 'e'},
+                                          {"allow-override", no_argument, NULL, 'o'},
+                                          {NULL, 0, NULL, 0}};
     struct daemon_options *options = g_new0(struct daemon_options, 1);
     int code = 0, index, option;
 
@@ -363,6 +371,9 @@ int daemon_options_parse(int argc, char **argv, struct daemon_options **ret, boo
         case 'p':
             g_free(options->pidfile);
             options->pidfile = g_strdup(optarg);
+            break;
+        case 'o':
+            options->allow_override = true;
             break;
         case 'e':
             code = engine_parse(optarg, &options->engine, err);

@@ -12,6 +12,7 @@ struct daemon_step;
 struct daemon_options {
     enum engine_kind engine;
     bool daemonize;
+    bool allow_override;
     char *pidfile;
     GPtrArray *steps;     /* struct daemon_step */
     GHashTable *chardevs; /* id -> struct chardev, filled as the steps run */
