@@ -117,7 +117,7 @@ class Cli(TestCase):
     def test_a_refusal_names_the_holder_and_the_remedy(self):
         self.interlock("commit", "a", "--into=base", "--speed", str(SLOW), "--async", "--job-id=down")
         text = self.interlock("commit", "b", "--into=base", status=1)
-        for word in ("down", "base", "wait"):
+        for word in ("down", "node 'a'", "wait"):
             self.assertIn(word, text)
 
     def test_access_lists_who_holds_what(self):
@@ -132,7 +132,7 @@ class Cli(TestCase):
         self.assertIn("admitted", self.interlock(*down, "speed=65536", "auto-dismiss=true"))
         self.interlock("commit", "a", "--into=base", "--speed", str(SLOW), "--async", "--job-id=down")
         text = self.interlock("access", "check", "block-export-add", "type=nbd", "id=e", "node-name=base", status=1)
-        for word in ("refused", "read-data", "base", "down", "wait for job 'down'"):
+        for word in ("refused", "read-data", "base", "down", "wait for it, cancel it"):
             self.assertIn(word, text)
         check = json.loads(self.interlock(*down, "--json", status=1))
         self.assertEqual(check["conflicts"][0]["holder"]["id"], "down")

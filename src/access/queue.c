@@ -165,6 +165,24 @@ void queue_check(struct access_ledger *ledger, const struct access_ticket *asker
     }
 }
 
+/* A command has no id of its own, but the name of the node that it is about: one is made up, for access-cancel. */
+static void name_command(struct access_ticket *ticket, const struct access_holder *before)
+{
+    struct access_holder *shadow = ticket->shadow;
+    char *id;
+
+    if (strcmp(shadow->kind, "command") != 0) {
+        return;
+    }
+    id = before ? g_strdup(before->id) : g_strdup_printf("%s-%s", shadow->command, shadow->id);
+    for (unsigned i = 2; !before && access_id_waits(ticket->ledger, id); i++) {
+        g_free(id);
+        id = g_strdup_printf("%s-%s-%u", shadow->command, shadow->id, i);
+    }
+    g_free(shadow->id);
+    shadow->id = id;
+}
+
 /* How long it has been asking stays. */
 void queue_asked(struct access_ticket *asker, const struct access_change *changes, unsigned count,
                  struct refusal *refusal)
@@ -179,6 +197,7 @@ void queue_asked(struct access_ticket *asker, const struct access_change *change
             for (unsigned j = 0; j < changes[i].count; j++) {
                 holder_add_shadow_entry(asker->shadow, &changes[i].claims[j]);
             }
+            name_command(asker, before);
         } else if (changes[i].set_adopter && changes[i].adopter) {
             g_hash_table_add(asker->edges, g_strdup(changes[i].holder->id));
         }

@@ -75,6 +75,9 @@ static char *holder_name(const struct access_holder *holder)
     if (holder_is(holder, "edge")) {
         return g_strdup_printf("the edge %s", holder->id);
     }
+    if (holder->waiting && holder_is(holder, "command")) {
+        return g_strdup(holder->id);
+    }
     return g_strdup_printf("%s %s", holder_is(holder, "export") ? holder->kind : holder->command, holder->id);
 }
 

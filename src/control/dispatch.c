@@ -155,6 +155,17 @@ static void split(json_t *arguments, json_t **ret_own, json_t **ret_options)
     }
 }
 
+json_t *dispatch_own_arguments(const struct command *command, json_t *arguments)
+{
+    json_t *own, *options;
+    if (!command->claims) {
+        return json_incref(arguments);
+    }
+    split(arguments, &own, &options);
+    json_decref(options);
+    return own;
+}
+
 static int check_options(const struct control *control, const struct access_options *options, struct error **err)
 {
     bool wait = options->on_conflict == ACCESS_ON_CONFLICT_WAIT;
