@@ -168,9 +168,11 @@ static int coroutine_fn memory_truncate(struct node *node, uint64_t size, struct
 {
     struct memory *memory = node->state;
     uint64_t clusters = div_up(size, TEST_CLUSTER), old = atomic_load(&node->size);
-    memory->data = g_realloc(memory->data, clusters * TEST_CLUSTER);
+    memory->data = g_realloc(memory->data, clusters * TEST_CLUSTER + 1);
     memory->states = g_realloc(memory->states, clusters + 1);
-    memset(memory->data + old, 0, clusters * TEST_CLUSTER - old);
+    if (size > old) {
+        memset(memory->data + old, 0, clusters * TEST_CLUSTER - old);
+    }
     for (uint64_t at = memory->clusters; at < clusters; at++) {
         memory->states[at] = node->backing ? CLUSTER_ZERO : CLUSTER_NONE;
     }
