@@ -2,7 +2,7 @@
 """Commands, events and claims as C: commands.h/.c, command_table.c, events.h/.c, claims.h/.c."""
 
 from emit_types import BANNER, Types, c_string, comment, identifier, member_name, type_name
-from language import ACTIONS
+from language import ACTIONS, CONDITIONS
 
 
 class Commands:
@@ -259,8 +259,21 @@ class Claims:
 '''
         for command in self.commands:
             out += f'extern const struct claim_table {identifier(command.name)}_claims;\n'
-        return out + ('\n/* All of them. */\nextern const struct claim_table *const claim_tables[];\n'
-                      'extern const unsigned claim_table_count;\n\n#endif\n')
+        return out + '''
+/* All of them. */
+extern const struct claim_table *const claim_tables[];
+extern const unsigned claim_table_count;
+
+/* How the schema calls each condition. */
+struct claim_condition_word {
+    unsigned condition; /* CLAIM_IF_ */
+    const char *word;
+};
+extern const struct claim_condition_word claim_condition_words[];
+extern const unsigned claim_condition_count;
+
+#endif
+'''
 
     def row(self, clause, condition, unless, require, deny, modifiers):
         variables = ['CLAIM_' + v.upper() for v in clause.variables]
@@ -284,5 +297,8 @@ class Claims:
             out += (f'}};\nconst struct claim_table {name}_claims = {{.operation = {c_string(command.name)}, '
                     f'.clauses = {name}_clauses, .count = {count}, .adopt = {adopt}, .sources = {sources}}};\n\n')
         names = ''.join(f'    &{identifier(command.name)}_claims,\n' for command in self.commands)
+        words = ''.join(f'    {{CLAIM_IF_{word.upper()}, "{word}"}},\n' for word in CONDITIONS)
         return out + (f'const struct claim_table *const claim_tables[] = {{\n{names}}};\n'
-                      f'const unsigned claim_table_count = {len(self.commands)};\n')
+                      f'const unsigned claim_table_count = {len(self.commands)};\n\n'
+                      f'const struct claim_condition_word claim_condition_words[] = {{\n{words}}};\n'
+                      f'const unsigned claim_condition_count = {len(CONDITIONS)};\n')

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """access-check: what it says is what the command then does, and asking changes nothing."""
 import hashlib
+import json
 import re
 import time
 
-from harness import IS_PEER, MIB, SLOWNESS, QmpError, TestCase, qemu_img, qemu_io
+from harness import IS_PEER, MIB, PROGRAM, SLOWNESS, QmpError, TestCase, qemu_img, qemu_io, run
 
 SLOW = 64 * 1024
 NAMES = ("base", "a", "b", "c", "top")
@@ -30,6 +31,7 @@ def resize(node, size):
     return "block_resize", {"node-name": node, "size": size}
 
 
+# By the names that the operation matrix has for them.
 OPERATIONS = {
     "commit a>base": commit("a", "base"),
     "commit c>a": commit("c", "a"),
@@ -39,14 +41,14 @@ OPERATIONS = {
     "stream top..b": stream("top", "b"),
     "stream c..a": stream("c", "a"),
     "stream b..none": stream("b"),
-    "export-ro b": export("b"),
-    "export-ro base": export("base"),
-    "export-rw top": export("top", writable=True),
-    "export-rw top alone": export("top", writable=True, exclusive=True),
-    "export-rw base": export("base", writable=True),
-    "grow a": resize("a", SIZE),
-    "grow c": resize("c", SIZE),
-    "grow top": resize("top", SIZE + MIB),
+    "export-ro-sh b": export("b"),
+    "export-ro-sh base": export("base"),
+    "export-rw-sh top": export("top", writable=True),
+    "export-rw top": export("top", writable=True, exclusive=True),
+    "export-rw-sh base": export("base", writable=True),
+    "resize a": resize("a", SIZE),
+    "resize c": resize("c", SIZE),
+    "resize top": resize("top", SIZE + MIB),
     "shrink a": resize("a", SIZE // 2),
     "shrink top": resize("top", SIZE // 2),
     "cbf b": ("change-backing-file", {"device": "top", "image-node-name": "b", "backing-file": "a.qcow2"}),
@@ -185,16 +187,28 @@ class AccessCheck(TestCase):
 
     def test_the_verdict_is_what_the_command_does_in_both_orders(self):
         self.server.nbd_server()
-        alone = self.verdicts(None)
-        self.assertFalse(alone["export-rw base"])
+        alone = self.alone = self.verdicts(None)
+        self.assertFalse(alone["export-rw-sh base"])
         self.assertFalse(alone["shrink a"])
         possible = [name for name, admitted in alone.items() if admitted and OPERATIONS[name][0] not in MOMENTARY]
         beside = {held: self.verdicts(held) for held in possible}
         for one in possible:
             for other in possible:
                 self.assertEqual(beside[one][other], beside[other][one], f"{one} and {other}: the order decides")
-        self.assertIn(True, beside["commit c>a"].values())
-        self.assertIn(False, beside["commit c>a"].values())
+        self.compare_with_the_matrix(beside)
+
+    def compare_with_the_matrix(self, beside):
+        matrix = json.loads(run(PROGRAM, "access", "matrix", "--json").stdout)
+        compared = set()
+        for row in matrix["pairs"]:
+            for instance in row["instances"]:
+                for held, asked in (("first", "second"), ("second", "first")):
+                    held, asked = instance[held], instance[asked]
+                    if instance["graph"] == "chain" and held in beside and asked in OPERATIONS:
+                        self.assertEqual(beside[held][asked], row["admitted"], f"{held} beside {asked}")
+                        compared.add((held, asked, row["admitted"]))
+        self.assertEqual({admitted for _, _, admitted in compared}, {True, False})
+        self.assertEqual(len(compared), len(beside) * sum(self.alone.values()))
 
     def test_an_error_is_the_commands_own(self):
         self.server.nbd_server()
@@ -216,7 +230,7 @@ class AccessCheck(TestCase):
         self.end("stream b..none", "held")
 
     def test_without_a_server_there_is_no_export(self):
-        self.assert_refused("not running", self.check, *OPERATIONS["export-ro b"])
+        self.assert_refused("not running", self.check, *OPERATIONS["export-ro-sh b"])
 
     def test_what_claims_nothing_is_admitted_with_the_reason(self):
         for command, arguments in (("query-jobs", {}), ("blockdev-del", {"node-name": "gone"}), ("quit", {})):

@@ -169,6 +169,8 @@ static const struct access_verb {
     {"show", "", "who holds what on which node (what no verb means, too)", access_show},
     {"check", " COMMAND [KEY=VALUE...]",
      "would this command be admitted now? 0: yes, 1: refused, 2: it cannot be asked", access_check},
+    {"matrix", "", "which operations may run side by side, by the relation of their nodes (asks no daemon)",
+     access_matrix},
 };
 
 static int run(const struct access_options *options, int *ret_status, struct error **err)
@@ -188,6 +190,7 @@ int tool_access(int argc, char **argv)
     struct access_options options = {0};
     const GOptionEntry own[] = {
         {"edges", 0, 0, G_OPTION_ARG_NONE, &options.edges, "with show: also the standing claims of edges", NULL},
+        {"markdown", 0, 0, G_OPTION_ARG_NONE, &options.markdown, "with matrix: tables for the manual", NULL},
         {"json", 0, 0, G_OPTION_ARG_NONE, &options.json, "print data for programs", NULL},
         {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options.words, NULL, NULL},
         {NULL, 0, 0, 0, NULL, NULL, NULL}};

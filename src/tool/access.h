@@ -16,6 +16,7 @@ struct access_options {
  * A verb. 0 or an error; *ret_status is the exit status (0 already; with an error, 0 stands for 1).
  */
 int access_check(const struct access_options *options, int *ret_status, struct error **err);
+int access_matrix(const struct access_options *options, int *ret_status, struct error **err);
 
 /* A line for each claim of an array as query-access has it. Merges clauses of one role in place. */
 void access_print_claims(json_t *claims);
