@@ -110,7 +110,7 @@ struct engine_ops {
     /* Submits what was prepared, waits at most timeout_ns (0: only looks, -1: for ever) for something to
      * happen, and puts whoever was waiting for it on the ready queue. */
     void (*turn)(struct engine *engine, int64_t timeout_ns);
-    /* NULL, or called after each task that a turn has run: others may go on meanwhile. */
+    /* NULL, or called after each task that a turn has run, and before a mutex is locked: others may go on meanwhile. */
     void (*step)(struct engine *engine);
     /* Any thread, also a signal handler: ends a waiting turn. */
     void (*interrupt)(struct engine *engine);

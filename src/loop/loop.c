@@ -105,9 +105,7 @@ static void loop_run_round(struct loop *loop, struct task_queue *queue)
         loop->budget = LOOP_BUDGET;
         task->run(task);
         task = next;
-        if (loop->preemptible) {
-            loop->engine->ops->step(loop->engine);
-        }
+        loop_step(loop);
     }
 }
 

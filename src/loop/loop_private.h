@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-/* The inside of a loop and of a coroutine, for loop.c, coroutine.c, timer.c and signal.c only. */
+/* The inside of a loop and of a coroutine, for src/loop only. */
 
 struct coroutine {
     struct context context;
@@ -45,7 +45,7 @@ struct loop {
     bool running_tasks; /* a turn is under way */
     bool hurry;         /* loop_run_coroutine() is done: do not wait any more */
     bool watches_signals;
-    bool preemptible; /* the engine wants to hear of every task that has run */
+    bool preemptible; /* its engine has a step */
     pid_t thread_id;
 
     struct loop_timer **timers; /* binary heap from [1] on, the earliest first */
@@ -76,6 +76,14 @@ static inline void task_queue_append(struct task_queue *queue, struct loop_task 
     task->next = NULL;
     *queue->last = task;
     queue->last = &task->next;
+}
+
+/* A simulated world may let another thread go on here: between tasks, and in coroutines where no guard is held. */
+static inline void loop_step(struct loop *loop)
+{
+    if (__builtin_expect(loop->preemptible, false)) {
+        loop->engine->ops->step(loop->engine);
+    }
 }
 
 /* coroutine.c */

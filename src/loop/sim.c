@@ -8,7 +8,8 @@
  * 2. nothing is decided by an address, a hash of one, or the machine's clock: the same seed makes the same steps;
  * 3. a new thread runs until its first visit to the engine before its starter goes on, as loop_thread_start() waits
  *    for it without a loop's help;
- * 4. threads are left only in the engine and between tasks, where no guard (pthread mutex) is held;
+ * 4. threads are left only in the engine, between tasks and before a coroutine locks a mutex: no guard (pthread mutex)
+ *    is held there;
  * 5. every visit to the engine takes a little virtual time, so a loop that polls sees time pass.
  * Files are sim_file.c, what is on disks sim_disk.c. There are no sockets.
  */
@@ -25,6 +26,8 @@
 #define STACK_BYTES (2 * MiB)
 /* For who goes on after a power cut: as a program's main stack. */
 #define AFTER_STACK_BYTES (8 * MiB)
+/* Of preemptions after which a thread gets its processor back only after several transfers' time. */
+#define NAP_PERCENT 10
 /* The machine has been up for a while, and the year is 2026. */
 #define START_NS (INT64_C(1000) * 1000000000)
 #define START_US (INT64_C(1767225600) * 1000000)
@@ -46,6 +49,7 @@ struct sim_thread {
     struct sim_thread *starter; /* waits for the first visit to the engine */
     struct sim_thread *joins;   /* waits for this one's end */
     int64_t wake_ns;
+    int64_t resume_ns; /* has lost its processor until then */
     bool interrupted, ended;
     struct list done; /* struct sim_wait that ended */
     unsigned waits;   /* all that have not been woken */
@@ -142,6 +146,18 @@ static void sim_happen(struct sim *sim)
     }
 }
 
+void sim_happen_some(struct sim *sim)
+{
+    list_for_each_safe (link, &sim->events) {
+        struct sim_event *event = container_of(link, struct sim_event, link);
+
+        if (sim_chance(sim, 50)) {
+            list_remove(link);
+            event->happen(event);
+        }
+    }
+}
+
 static void wait_happen(struct sim_event *event)
 {
     struct sim_wait *wait = container_of(event, struct sim_wait, event);
@@ -191,7 +207,7 @@ static _Noreturn void sim_abort(const struct sim *sim, const char *why)
 
 static bool thread_can_go_on(const struct sim_thread *thread)
 {
-    if (thread->ended) {
+    if (thread->ended || thread->resume_ns > thread->sim->now_ns) {
         return false;
     }
     if (thread->joins) {
@@ -212,7 +228,7 @@ static int64_t sim_next_ns(const struct sim *sim)
         const struct sim_thread *thread = container_of(link, struct sim_thread, link);
 
         if (!thread->ended && !thread->joins) {
-            next_ns = MIN(next_ns, thread->wake_ns);
+            next_ns = MIN(next_ns, MAX(thread->wake_ns, thread->resume_ns));
         }
     }
     return next_ns;
@@ -347,7 +363,12 @@ static void sim_step(struct engine *engine)
     struct sim_thread *thread = engine_thread(engine);
 
     if (sim_chance(thread->sim, thread->sim->config.preempt_percent)) {
-        thread->wake_ns = thread->sim->now_ns;
+        struct sim *sim = thread->sim;
+
+        thread->wake_ns = sim->now_ns;
+        if (sim_chance(sim, NAP_PERCENT)) {
+            thread->resume_ns = sim->now_ns + 10 * sim_draw_latency(sim);
+        }
         thread_give_way(thread);
     }
 }

@@ -23,7 +23,7 @@ struct sim_config {
     uint64_t seed;
     int64_t latency_min_ns, latency_max_ns; /* of each transfer, sync, piece of work; drawn evenly. 0, 0: 1 to 100 us */
     unsigned short_percent;                 /* of transfers that move only a part of what was asked (whole sectors) */
-    unsigned preempt_percent;               /* of ready tasks after which another loop goes on */
+    unsigned preempt_percent;               /* of ready tasks, and of co_mutex_lock(), at which others may go on */
     int64_t limit_ns;                       /* virtual time after which the program aborts: it hangs. 0: an hour */
     FILE *trace;                            /* every decision is written there, a line each. NULL: nowhere */
 };

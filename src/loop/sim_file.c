@@ -668,18 +668,30 @@ const struct file_ops sim_file_ops = {
 
 /* ---- the power cut ---- */
 
+static void write_what_is_left(struct transfer *transfer)
+{
+    struct sim *sim = transfer->request.file->sim;
+
+    for (unsigned piece = 0; piece < 2; piece++) {
+        uint64_t from, to;
+
+        transfer_piece(transfer, piece, &from, &to);
+        if (transfer->change[piece] || from >= to || sim_chance(sim, 50)) {
+            continue;
+        }
+        g_autofree uint8_t *data = g_malloc(to - from);
+
+        buffers_copy_out(buffers_advance(transfer->memory, from), data, to - from);
+        write_part(transfer->request.file->disk, sim, transfer->offset + from, data, to - from);
+    }
+}
+
 void sim_files_cut(struct sim *sim, struct sim *after)
 {
     /* Of what was under way, some has reached the disk. */
+    sim_happen_some(sim);
     list_for_each (link, &sim->writes) {
-        struct transfer *transfer = container_of(link, struct transfer, link);
-
-        if (sim_chance(sim, 50)) {
-            g_autofree uint8_t *data = g_malloc(transfer->bytes + 1);
-
-            buffers_copy_out(transfer->memory, data, transfer->bytes);
-            write_part(transfer->request.file->disk, sim, transfer->offset, data, transfer->bytes);
-        }
+        write_what_is_left(container_of(link, struct transfer, link));
     }
     list_for_each (link, &sim->disks) {
         struct sim_disk *disk = container_of(link, struct sim_disk, link);

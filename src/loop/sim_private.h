@@ -44,6 +44,8 @@ bool sim_chance(struct sim *sim, unsigned percent);
 /* From now on: how long something takes. */
 int64_t sim_draw_latency(struct sim *sim);
 void sim_event_add(struct sim *sim, struct sim_event *event, int64_t at_ns);
+/* Lets each event that was to come happen now, or never. */
+void sim_happen_some(struct sim *sim);
 /* Lets others go on until then. */
 void coroutine_fn sim_sleep_until(struct sim *sim, int64_t at_ns);
 /* Something was decided: goes into the trace. */

@@ -10,6 +10,7 @@
  * The guards are held for a few instructions, never across a yield. The range lock is range_lock.c.
  */
 #include "loop/sync.h"
+#include "loop/loop_private.h"
 #include <glib.h>
 
 enum { MUTEX_FREE, MUTEX_HELD, MUTEX_WAITED };
@@ -90,6 +91,9 @@ static void coroutine_fn mutex_lock_slow(struct co_mutex *mutex)
 
 void coroutine_fn co_mutex_lock(struct co_mutex *mutex)
 {
+    if (loop_current) {
+        loop_step(loop_current);
+    }
     if (!co_mutex_try_lock(mutex)) {
         mutex_lock_slow(mutex);
     }
