@@ -67,6 +67,9 @@ ERRORS = [
     ("block-commit", {"job-id": "held", "device": "top", "top-node": "c", "base-node": "a"}),
     ("block-commit", {"job-id": "j", "device": "top", "base-node": "b", "filter-node-name": "top"}),
     ("block-commit", {"job-id": "j", "device": "top", "base-node": "b", "backing-file": "x"}),
+    ("block-commit", {"job-id": "j", "device": "top", "on-conflict": "bogus"}),
+    ("block-commit", {"job-id": "j", "device": "top", "on-conflict-timeout": 1}),
+    ("block-commit", {"job-id": "j", "device": "top", "override": "just so"}),
     ("block-stream", {"job-id": "j", "device": "top", "base-node": "a", "bottom": "b"}),
     ("block-stream", {"job-id": "j", "device": "gone"}),
     ("block-export-add", {"type": "nbd", "id": "e", "node-name": "gone"}),
@@ -228,6 +231,25 @@ class AccessCheck(TestCase):
         self.assert_refused("object", self.check, "query-jobs", [])
         self.assertEqual(self.state(), before)
         self.end("stream b..none", "held")
+
+    def test_who_waits_is_not_overtaken(self):
+        """Also the one who asks sees those that wait, and no other. The options of waiting are no arguments."""
+        self.server.nbd_server()
+        self.begin("export-ro-sh base", "held")
+        command, arguments = commit("c", "base")
+        self.assertFalse(self.check(command, {**arguments, "on-conflict": "wait"})["admitted"])
+        self.server.qmp.execute(command, {**arguments, "job-id": "waiter", "on-conflict": "wait"})
+        before = self.state()
+        for operation in ("stream b..none", "commit top>b", "export-rw-sh top"):
+            with self.subTest(asked=operation):
+                check = self.check(*OPERATIONS[operation])
+                blocked = operation != "export-rw-sh top"
+                self.assertEqual(check["admitted"], not blocked)
+                self.assertEqual([conflict["holder"]["id"] for conflict in check["conflicts"][:1]], ["waiter"] * blocked)
+        self.assertEqual(self.state(), before)
+        self.server.qmp.execute("access-cancel", {"id": "waiter"})
+        self.assertTrue(self.check(*OPERATIONS["commit top>b"])["admitted"])
+        self.end("export-ro-sh base", "held")
 
     def test_without_a_server_there_is_no_export(self):
         self.assert_refused("not running", self.check, *OPERATIONS["export-ro-sh b"])

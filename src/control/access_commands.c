@@ -54,7 +54,7 @@ int coroutine_fn command_access_check(struct control *control, struct access_che
 {
     const struct command *command = control_find_command(control, args->command);
     auto_error error = NULL;
-    json_t *claims = NULL, *arguments, *own;
+    json_t *claims = NULL, *arguments;
 
     if (!command) {
         return error_set_class(err, ERROR_COMMAND_NOT_FOUND, -ENOENT, "there is no command '%s'", args->command);
@@ -63,9 +63,7 @@ int coroutine_fn command_access_check(struct control *control, struct access_che
         return error_set(err, -EINVAL, "arguments: must be an object");
     }
     arguments = args->arguments ? json_incref(args->arguments) : json_object();
-    own = dispatch_own_arguments(command, arguments);
-    command->check(control, own, &claims, &error);
-    json_decref(own);
+    dispatch_check(control, command, arguments, &claims, &error);
     json_decref(arguments);
     if (error && !refusal_conflicts(error)) {
         json_decref(claims);

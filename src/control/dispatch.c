@@ -155,17 +155,6 @@ static void split(json_t *arguments, json_t **ret_own, json_t **ret_options)
     }
 }
 
-json_t *dispatch_own_arguments(const struct command *command, json_t *arguments)
-{
-    json_t *own, *options;
-    if (!command->claims) {
-        return json_incref(arguments);
-    }
-    split(arguments, &own, &options);
-    json_decref(options);
-    return own;
-}
-
 static int check_options(const struct control *control, const struct access_options *options, struct error **err)
 {
     bool wait = options->on_conflict == ACCESS_ON_CONFLICT_WAIT;
@@ -216,29 +205,63 @@ static int coroutine_fn run_with_options(struct control *control, const struct c
     return result < 0 ? error_move(err, error) : 0;
 }
 
+/* The arguments of a command with claims: its own, and the access options. On success both are the caller's. */
+static int read_arguments(const struct control *control, json_t *arguments, json_t **ret_own,
+                          struct access_options **ret_options, struct error **err)
+{
+    struct access_options *options = NULL;
+    json_t *own, *access;
+    split(arguments, &own, &access);
+    int result = access_options_from_json(access, NULL, &options, err);
+    json_decref(access);
+    if (result == 0) {
+        result = check_options(control, options, err);
+    }
+    if (result < 0) {
+        access_options_free(options);
+        json_decref(own);
+        return result;
+    }
+    *ret_own = own;
+    *ret_options = options;
+    return 0;
+}
+
 int coroutine_fn dispatch_command(struct control *control, const struct command *command, json_t *arguments,
                                   json_t **ret, struct error **err)
 {
+    struct access_options *options;
+    json_t *own;
     int result;
     if (!command->claims) {
         result = command->dispatch(control, arguments, ret, err);
     } else {
-        struct access_options *options = NULL;
-        json_t *own, *access;
-        split(arguments, &own, &access);
-        result = access_options_from_json(access, NULL, &options, err);
-        if (result == 0) {
-            result = check_options(control, options, err);
-        }
+        result = read_arguments(control, arguments, &own, &options, err);
         if (result == 0) {
             result = run_with_options(control, command, own, options, ret, err);
+            access_options_free(options);
+            json_decref(own);
         }
-        access_options_free(options);
-        json_decref(access);
-        json_decref(own);
     }
     if (result < 0) {
         complete_refusal(command, arguments, err);
+    }
+    return result;
+}
+
+int coroutine_fn dispatch_check(struct control *control, const struct command *command, json_t *arguments,
+                                json_t **ret_claims, struct error **err)
+{
+    struct access_options *options;
+    json_t *own;
+    if (!command->claims) {
+        return command->check(control, arguments, ret_claims, err);
+    }
+    int result = read_arguments(control, arguments, &own, &options, err);
+    if (result == 0) {
+        result = command->check(control, own, ret_claims, err);
+        access_options_free(options);
+        json_decref(own);
     }
     return result;
 }

@@ -14,8 +14,9 @@
 /* Runs the command, to its end or until it has to wait; `arguments` (an object) is borrowed. As command->dispatch. */
 int coroutine_fn dispatch_command(struct control *control, const struct command *command, json_t *arguments,
                                   json_t **ret, struct error **err);
-/* The command's own arguments, without the access options; a new reference. */
-json_t *dispatch_own_arguments(const struct command *command, json_t *arguments);
+/* The dry run of the same; as command->check. What the access options would make of a refusal is not asked. */
+int coroutine_fn dispatch_check(struct control *control, const struct command *command, json_t *arguments,
+                                json_t **ret_claims, struct error **err);
 /* The ledger asks who asks, and tells of changes; once there is a graph. Until dispatch_finish(). */
 void dispatch_init(struct control *control);
 void dispatch_finish(struct control *control);
