@@ -3,6 +3,7 @@
 #include "base/size.h"
 #include "job/chain_testing.h"
 #include "job/commit.h"
+#include "job/resize.h"
 #include "job/stream.h"
 #include <errno.h>
 
@@ -222,6 +223,23 @@ static void refusals(void *unused)
     }
 }
 
+/* Below a stream's feet the node does not get shorter; longer it may get. */
+static void a_stream_is_not_cut_short(void *unused)
+{
+    struct test_bench bench;
+    bench_open(&bench, 3, SIZE);
+    struct job *stream = begin_stream(&bench, "stream", "b", NULL);
+    struct block_resize_args shrink = {.node_name = (char *)"b", .size = SIZE / 2},
+                             grow = {.node_name = (char *)"b", .size = SIZE + 512};
+    auto_error error = NULL;
+    g_assert_cmpint(resize_node(bench.graph, &shrink, &error), ==, -EBUSY);
+    g_assert_nonnull(strstr(error->message, "block-stream stream"));
+    g_assert_cmpint(resize_node(bench.graph, &grow, NULL), ==, 0);
+    bench_await(&bench, "stream", JOB_STATUS_PENDING);
+    g_assert_cmpint(job_finalize(stream, NULL), ==, 0);
+    bench_close(&bench);
+}
+
 /* --- random rounds --- */
 
 static void try_start(struct test_bench *bench, unsigned number)
@@ -329,6 +347,7 @@ int main(int argc, char **argv)
         {"/job-meet/a-commit-empties-a-nested-stream", a_commit_empties_a_nested_stream},
         {"/job-meet/a-client-leaves-in-the-last-step", a_client_leaves_in_the_last_step},
         {"/job-meet/refusals", refusals},
+        {"/job-meet/a-stream-is-not-cut-short", a_stream_is_not_cut_short},
         {"/job-meet/random-rounds", random_rounds},
     };
     g_test_init(&argc, &argv, NULL);
