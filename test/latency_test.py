@@ -9,12 +9,9 @@ A sweep is one life of a daemon in which all this is done once. Noise of the mac
 wait makes every sweep slow: each command is judged by the best of its sweeps, so another sweep is only made when it is
 needed.
 """
-import contextlib
-import multiprocessing
-import os
-import random
 import time
 
+from guest import Guest
 from harness import FULL, IS_PEER, KIB, MIB, SLOWNESS, QmpError, TestCase, nbd_handle
 
 LIMIT = 0.05 * SLOWNESS  # seconds until an answer
@@ -30,70 +27,18 @@ JOBS = {
     "commit": ([("commit", "n2", "n1")], [("commit", "n5", "n4"), ("stream", "n6", "n3")]),
     "stream": ([("stream", "n4", "n2")], [("commit", "n1", "n0"), ("commit", "n3", "n2")]),
     "active commit": ([("commit", "n6", "n4")], [("commit", "n2", "n1"), ("stream", "n3", "n1")]),
+    "a ready commit": ([("commit", "n6", "n4")], [("commit", "n2", "n1"), ("stream", "n3", "n1")]),
     "all together": ([("commit", "n1", "n0"), ("stream", "n4", "n2"), ("commit", "n6", "n5")], [("commit", "n3", "n2")]),
 }
-
-
-def guest_life(uri, seed, pipe):
-    """In a process of its own: one request after the other. For each message it tells how it went since the last."""
-    choose = random.Random(seed)
-    with nbd_handle(uri) as handle:
-        blocks = handle.get_size() // (4 * KIB)
-        data = os.urandom(4 * KIB)
-        count, longest, began = 0, 0.0, time.monotonic()
-        while True:
-            if pipe.poll():
-                if pipe.recv() == "end":
-                    break
-                pipe.send((count / (time.monotonic() - began), longest))
-                count, longest, began = 0, 0.0, time.monotonic()
-            offset = choose.randrange(blocks) * 4 * KIB
-            start = time.monotonic()
-            if choose.random() < 0.5:
-                handle.pwrite(data, offset)
-            else:
-                handle.pread(4 * KIB, offset)
-            longest = max(longest, time.monotonic() - start)
-            count += 1
-
-
-class Guest:
-    def __init__(self, uri, seed):
-        context = multiprocessing.get_context("fork")
-        self.pipe, end = context.Pipe()
-        self.process = context.Process(target=guest_life, args=(uri, seed, end), daemon=True)
-        self.process.start()
-        end.close()
-
-    def so_far(self):
-        """Requests per second, and the longest one, since the last call."""
-        self.pipe.send("tell")
-        if not self.pipe.poll(20 * SLOWNESS):
-            raise AssertionError("a guest's request is not answered")
-        return self.pipe.recv()
-
-    def window(self, seconds=WINDOW):
-        self.so_far()
-        time.sleep(seconds)
-        return self.so_far()
-
-    def end(self):
-        with contextlib.suppress(OSError):
-            self.pipe.send("end")
-        self.process.join(5 * SLOWNESS)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self.pipe.close()
 
 
 class Sweep:
     """One life of a daemon; what took how long."""
 
-    def __init__(self, test, slow, beside, io_thread):
+    def __init__(self, test, which, io_thread):
         self.test = test
-        self.slow = slow
-        self.beside = beside
+        self.slow, self.beside = JOBS[which]
+        self.ready = which == "a ready commit"
         self.seconds = {}  # what -> the longest that it took
         self.answered = set()  # commands
         self.open(io_thread)
@@ -112,7 +57,7 @@ class Sweep:
     def clock(self, what, seconds):
         self.seconds[what] = max(seconds, self.seconds.get(what, 0.0))
 
-    def do(self, command, what=None, **arguments):
+    def do(self, command, what=None, /, **arguments):
         """A command, with '_' for '-' in its arguments; any answer in time is a good one."""
         arguments = {key.replace("_", "-"): value for key, value in arguments.items() if value is not None}
         self.answered.add(command)
@@ -124,7 +69,7 @@ class Sweep:
         finally:
             self.clock(f"{command}{' ' + what if what else ''}", time.monotonic() - start)
 
-    def must(self, command, what=None, **arguments):
+    def must(self, command, what=None, /, **arguments):
         answer = self.do(command, what, **arguments)
         if isinstance(answer, QmpError):
             raise answer
@@ -157,10 +102,13 @@ class Sweep:
 
     def run(self):
         try:
-            self.free = self.guest.window()
+            self.free = self.guest.window(WINDOW)
             for number, operation in enumerate(self.slow):
-                self.start(f"slow{number}", operation, speed=1)
-            self.limited = self.guest.window()
+                self.start(f"slow{number}", operation, speed=0 if self.ready else 1)
+            if self.ready:
+                self.wait_status("slow0", "ready")
+                self.must("block-job-set-speed", device="slow0", speed=1)
+            self.limited = self.guest.window(WINDOW)
             self.look()
             self.talk_to_the_slow_ones()
             self.elsewhere()
@@ -168,7 +116,10 @@ class Sweep:
             self.last_steps_beside()
             self.unknown_commands()
             self.beside_all = self.guest.so_far()
-            self.cancel_the_slow_ones()
+            if self.ready:
+                self.complete_the_ready_one()
+            else:
+                self.cancel_the_slow_ones()
         finally:
             self.guest.end()
         self.servers()
@@ -185,15 +136,17 @@ class Sweep:
             job = f"slow{number}"
             self.test.assertIn(self.status(job), ("running", "ready"))
             self.must("job-pause", id=job)
-            self.until("a pause", job, "paused")
+            self.until("a pause", job, "standby" if self.ready else "paused")
             self.must("job-resume", id=job)
             self.must("block-job-pause", device=job)
             self.must("block-job-resume", device=job)
             self.must("block-job-set-speed", device=job, speed=2)
             self.must("block-job-set-speed", device=job, speed=1)
-            for command in ("job-complete", "job-finalize", "job-dismiss", "block-job-finalize", "block-job-dismiss"):
+            for command in ("job-finalize", "job-dismiss", "block-job-finalize", "block-job-dismiss"):
                 self.do(command, "of a slow job", id=job)
-            self.do("block-job-complete", "of a slow job", device=job)
+            if not self.ready:
+                self.do("job-complete", "of a slow job", id=job)
+                self.do("block-job-complete", "of a slow job", device=job)
 
     def elsewhere(self):
         """Jobs on other images, and images that come and go."""
@@ -216,6 +169,8 @@ class Sweep:
         self.must("blockdev-add", driver="qcow2", node_name="o2", file="o2-file", backing="o1")
         self.must("object-add", qom_type="iothread", id="more")
         self.must("object-del", id="more")
+        self.must("block_resize", node_name="o2", size=2 * SIZE)
+        self.must("change-backing-file", device="o2", image_node_name="o2", backing_file=dict(self.other)["o1"])
         self.daemon.qmp.close()  # a monitor talks to one client at a time
         self.daemon.qmp = self.daemon.connect(negotiate=False)
         self.must("qmp_capabilities")
@@ -223,6 +178,9 @@ class Sweep:
     def exports(self):
         """Exports of the chain that the slow jobs stand on."""
         for number in range(2):
+            arguments = {"job-id": "q", "device": "n6", "base-node": "n0"}
+            self.must("access-check", command="block-commit", arguments=arguments)
+            self.do("block_resize", "of the chain", node_name="n6", size=(2 + number) * SIZE)
             self.must("block-export-add", type="nbd", id="x", node_name="n6", name="x", writable=number == 1)
             with nbd_handle(self.daemon.uri("x")) as handle:
                 start = time.monotonic()
@@ -261,12 +219,21 @@ class Sweep:
                 self.must("block-job-cancel", device=job)
             self.until("the end of a job that is cancelled", job, "null")
 
+    def complete_the_ready_one(self):
+        """What a guest wrote meanwhile has to be copied first, at 1 byte per second; the guest does not wait for that."""
+        self.must("job-complete", id="slow0")
+        rate, longest = self.guest.window(WINDOW)
+        self.limited = (min(rate, self.limited[0]), max(longest, self.limited[1]))
+        self.test.assertIn("slow0", self.daemon.qmp.jobs())
+        self.must("block-job-set-speed", device="slow0", speed=0)
+        self.wait_status("slow0", "null")
+
     def servers(self):
         """An NBD server that stops with its exports while jobs stand there."""
         self.start("slow", ("commit", "o2", "o1"), speed=1)
         self.must("nbd-server-stop")
         self.must("nbd-server-start", addr={"type": "unix", "data": {"path": self.daemon.nbd_path}})
-        self.must("block-export-add", type="nbd", id="x", node_name="n6", name="x")
+        self.must("block-export-add", type="nbd", id="x", node_name="n4" if self.ready else "n6", name="x")
 
     def quit(self):
         """The daemon ends although a job would need years."""
@@ -305,12 +272,11 @@ class Latency(TestCase):
         return [(name, path) for name, path, _ in self.templates[key]]
 
     def sweeps(self, which, io_thread):
-        slow, beside = JOBS[which]
         best = {}
         free = limited = 0.0
         longest = beside_all = None
         for _ in range(SWEEPS):
-            sweep = Sweep(self, slow, beside, io_thread)
+            sweep = Sweep(self, which, io_thread)
             sweep.run()
             for what, seconds in sweep.seconds.items():
                 best[what] = min(seconds, best.get(what, seconds))
@@ -341,6 +307,9 @@ class Latency(TestCase):
 
     def test_beside_an_active_commit(self):
         self.both("active commit")
+
+    def test_beside_a_commit_that_is_ready(self):
+        self.both("a ready commit")
 
     def test_beside_all_together(self):
         self.both("all together")

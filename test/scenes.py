@@ -40,7 +40,7 @@ COMMANDS = {
     "bitmap-add": "block-dirty-bitmap-add",
     "throttle": "block_set_io_throttle",
 }
-PLAYED = {"commit", "stream", "export-ro", "export-ro-sh", "export-rw", "export-rw-sh"}
+PLAYED = {"commit", "stream", "export-ro", "export-ro-sh", "export-rw", "export-rw-sh", "resize", "shrink", "cbf"}
 JOBS = {"commit", "stream"}
 AT_ONCE = {"resize", "shrink", "cbf"}
 
@@ -142,7 +142,6 @@ class Prediction:
         self.below = dict(images.below)
         self.views = dict(images.views)
         self.stale = {}  # node -> where its data are
-        self.strings = {}
         self.ranges = {}
 
     def chain(self, upper, lower):
@@ -196,7 +195,8 @@ def start(daemon, operation, name, topology="chain", **more):
         size = SIZE * 2 if kind == "resize" else SIZE // 2
         daemon.qmp.execute("block_resize", {"node-name": node, "size": size})
     elif kind == "cbf":
-        arguments = {"device": head_of(topology, node), "image-node-name": node, "backing-file": "elsewhere.qcow2"}
+        below = os.path.join(daemon.directory, f"{dict(TOPOLOGIES[topology])[node]}.qcow2")  # the same by another name
+        arguments = {"device": head_of(topology, node), "image-node-name": node, "backing-file": below}
         daemon.qmp.execute("change-backing-file", arguments)
     else:
         exclusive = {} if kind.endswith("-sh") else {"exclusive": True}
