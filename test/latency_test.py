@@ -111,6 +111,7 @@ class Sweep:
             self.limited = self.guest.window(WINDOW)
             self.look()
             self.talk_to_the_slow_ones()
+            self.wait_behind_the_slow_ones()
             self.elsewhere()
             self.exports()
             self.last_steps_beside()
@@ -147,6 +148,16 @@ class Sweep:
             if not self.ready:
                 self.do("job-complete", "of a slow job", id=job)
                 self.do("block-job-complete", "of a slow job", device=job)
+
+    def wait_behind_the_slow_ones(self):
+        """Who has to wait is told so at once, and may give up."""
+        for _, node, _ in self.slow:
+            self.start("w", ("commit", node, NAMES[NAMES.index(node) - 1]), on_conflict="wait")
+            self.test.assertEqual([entry["id"] for entry in self.must("query-access")["waiting"]], ["w"])
+            self.must("access-cancel", id="w")
+            start = time.monotonic()
+            self.daemon.qmp.wait_event("ACCESS_WAIT_ENDED", id="w")
+            self.clock("the end of waiting", time.monotonic() - start)
 
     def elsewhere(self):
         """Jobs on other images, and images that come and go."""

@@ -5,23 +5,29 @@ An epoch is the life of one daemon on one chain of 3 to 6 images. In it, rounds:
 to them and to the clients what an administrator, or an accident, might. The clients' ledgers outlive the epochs, so a
 byte lost in any round is found at the latest when the epoch ends and everything is read again, from the export and,
 at rest, by the peer's tools.
+
+Rounds of many things have up to five operations at once on six images: besides jobs, images that grow, names in headers
+that are rewritten, and read-only exports anywhere in the chain. What such an export of an image below the top shows
+does not change for as long as it is there, whatever the others do.
 """
 import contextlib
+import hashlib
 import json
 import os
 import time
 
-from harness import FULL, IS_PEER, KIB, MIB, SANITIZED, SLOWNESS, QmpError, TestCase, image_check, qemu_img, qemu_io
+from harness import FULL, IS_PEER, KIB, MIB, SANITIZED, SLOWNESS, QmpError, TestCase, image_check, nbd_handle, qemu_img, qemu_io
 from verifying import Region
 
 SIZE = 24 * MIB
 CLIENT_SIZE = 6 * MIB  # of each of the two regions, which lie apart
+LARGEST = SIZE + 8 * MIB  # images grow to this at most
 
 
 class Round:
     """The jobs of one round, what has been done to them, and what may come of it."""
 
-    def __init__(self, test, daemon, chain):
+    def __init__(self, test, daemon, chain, paths):
         self.test = test
         self.random = test.random
         self.qmp = daemon.qmp
@@ -29,7 +35,10 @@ class Round:
         self.chain = chain  # node names from the base up, as last known
         self.log = []
         self.jobs = {}  # id -> kind
-        self.gone = []  # nodes deleted after a job had left them
+        self.gone = []  # nodes deleted or cut after a job had left them
+        self.paths = paths
+        self.shown = {}  # read-only exports and what they show
+        self.admitted = 0
 
     def note(self, text):
         self.log.append(text)
@@ -47,11 +56,91 @@ class Round:
             self.qmp.execute("block-commit" if "commit" in kind else "block-stream", arguments)
         except QmpError as refusal:
             self.note(f"refused: {refusal.desc}")
-            if not self.jobs and not IS_PEER:
+            if not self.jobs and not self.shown and not IS_PEER:
                 raise
             return None
         self.jobs[job] = kind
         return job
+
+    def start_anything(self):
+        """One of many: a job mostly."""
+        start = self.random.choices([self.start_job, self.start_export, self.resize, self.rename_backing], [6, 3, 2, 1])[0]
+        self.admitted += 1 if start() else 0
+
+    def start_export(self):
+        """A client that only reads, of any image. It is no client of the network disk, which others write."""
+        node = self.random.choice(self.chain)
+        export = f"reader{len(self.shown)}"
+        self.note(f"{export} of {node}")
+        try:
+            self.daemon.export(node, writable=False, name=export, export_id=export)
+        except QmpError as refusal:
+            self.check_refusal(refusal)
+            return None
+        self.shown[export] = self.read_export(export) if node != self.chain[-1] else None
+        return export
+
+    def read_export(self, export):
+        """A digest of what it shows. It may grow."""
+        with nbd_handle(self.daemon.uri(export)) as handle:
+            digest = hashlib.sha256()
+            for offset in range(0, SIZE, 8 * MIB):
+                digest.update(handle.pread(8 * MIB, offset))
+            return digest.digest()
+
+    def end_exports(self):
+        for export, shown in self.shown.items():
+            if shown:
+                self.test.assertEqual(self.read_export(export), shown, f"what {export} shows has changed: {self.log}")
+            self.qmp.execute("block-export-del", {"id": export, "mode": "hard"})
+            self.qmp.wait_event("BLOCK_EXPORT_DELETED", id=export)
+
+    def resize(self):
+        """An image may grow where no job has its eyes on its size. It never gets shorter below an overlay or a client."""
+        node = self.random.choice(self.chain)
+        nodes = {info["node-name"]: info for info in self.qmp.execute("query-named-block-nodes", {"flat": True})}
+        size = nodes[node]["image"]["virtual-size"]
+        wanted = min(LARGEST, size + self.random.randrange(1, 17) * 64 * KIB)
+        if self.random.random() < 0.2 or wanted <= size:
+            self.shrink(node, size - 64 * KIB)
+            return None
+        self.note(f"grow {node} from {size} to {wanted}")
+        try:
+            self.qmp.execute("block_resize", {"node-name": node, "size": wanted})
+        except QmpError as refusal:
+            self.check_refusal(refusal)
+            return None
+        return node
+
+    def shrink(self, node, size):
+        """Refused, unless a job has left the node to nobody; then it is no more in the chain."""
+        self.note(f"shrink {node}")
+        try:
+            self.qmp.execute("block_resize", {"node-name": node, "size": size})
+        except QmpError as refusal:
+            self.check_refusal(refusal)
+            return
+        self.note(f"{node} is shorter")
+        self.gone.append(node)
+
+    def rename_backing(self):
+        """The header of an image calls the image below by another of its names."""
+        place = self.random.randrange(1, len(self.chain))
+        node, below = self.chain[place], self.paths[self.chain[place - 1]]
+        name = self.random.choice([below, os.path.basename(below), f"./{os.path.basename(below)}"])
+        self.note(f"{node} calls its backing file {name}")
+        try:
+            arguments = {"device": self.chain[-1], "image-node-name": node, "backing-file": name}
+            self.qmp.execute("change-backing-file", arguments)
+        except QmpError as refusal:
+            self.note(f"refused: {refusal.desc}")  # by a job, or because the image leans on another by now
+            return None
+        return node
+
+    def check_refusal(self, refusal):
+        """It says who is in the way."""
+        self.note(f"refused: {refusal.desc}")
+        self.test.assertTrue(refusal.data and refusal.data["conflicts"], refusal.desc)
 
     def plan_commit(self, arguments):
         top = self.random.randrange(1, len(self.chain))
@@ -212,7 +301,7 @@ class Rounds(TestCase):
             self.assertNotIn(name, chain, f"a node in use was deleted: {round_.log}")
         return chain[::-1]
 
-    def epoch(self, chain, regions, rounds, io_threads):
+    def epoch(self, chain, regions, rounds, io_threads, many):
         """One daemon's life; the chain that is left."""
         paths = dict(chain)
         daemon = self.start_daemon(chain, io_threads)
@@ -222,7 +311,7 @@ class Rounds(TestCase):
         while done < rounds and len(names) > 1:
             for client in clients:
                 client.wait_progress(20)
-            names = self.one_round(daemon, names, regions, clients)
+            names = self.one_round(daemon, names, regions, clients, paths, many)
             done += 1
         for client in clients:
             client.stop()
@@ -234,17 +323,23 @@ class Rounds(TestCase):
         self.check_at_rest(left, regions)
         return left, done
 
-    def one_round(self, daemon, names, regions, clients):
-        round_ = Round(self, daemon, names)
-        round_.start_job()
-        if not IS_PEER and self.random.random() < 0.5:
+    def one_round(self, daemon, names, regions, clients, paths, many):
+        round_ = Round(self, daemon, names, paths)
+        if many:
+            for _ in range(12):
+                if round_.admitted < 5:
+                    round_.start_anything()
+        else:
             round_.start_job()
+            if not IS_PEER and self.random.random() < 0.5:
+                round_.start_job()
         for _ in range(self.random.randrange(0, 5)):
             if round_.jobs:
                 round_.disturb(self.random.choice(list(round_.jobs)))
         if self.random.random() < 0.3:
             self.disturb_clients(daemon, regions, clients)
         round_.bring_to_an_end()
+        round_.end_exports()
         round_.check_events()
         for client in clients:
             try:
@@ -280,9 +375,10 @@ class Rounds(TestCase):
             chain.append((name, path))
         return chain
 
-    def run_rounds(self, total, io_threads):
+    def run_rounds(self, total, io_threads, many=False):
         self.serial = 6
-        chain = self.create_chain([f"n{i}" for i in range(self.random.randrange(3, 7))], SIZE)
+        length = 6 if many else self.random.randrange(3, 7)
+        chain = self.create_chain([f"n{i}" for i in range(length)], SIZE)
         for position, (_, path) in enumerate(chain):
             qemu_io(path, *(f"write -q -P {40 + position} {self.random.randrange(0, SIZE // MIB)}M 700k" for _ in range(3)))
         original = self.path("original.raw")
@@ -294,9 +390,9 @@ class Rounds(TestCase):
         ]
         done = 0
         while done < total:
-            chain, rounds = self.epoch(chain, regions, min(6, total - done), io_threads)
+            chain, rounds = self.epoch(chain, regions, min(6, total - done), io_threads, many)
             done += rounds
-            chain = self.regrow(chain, self.random.randrange(3, 7))
+            chain = self.regrow(chain, 6 if many else self.random.randrange(3, 7))
 
     def rounds(self, full):
         return full if FULL else 10 if SANITIZED else 24
@@ -306,6 +402,11 @@ class Rounds(TestCase):
 
     def test_with_two_io_threads(self):
         self.run_rounds(self.rounds(200) // 2, 2)
+
+    def test_many_things_at_once(self):
+        if IS_PEER:
+            self.skipTest("the peer decides otherwise")
+        self.run_rounds(self.rounds(300) // 2, 2, many=True)
 
 
 class FirstWrites(TestCase):

@@ -185,12 +185,12 @@ class Run:
             self.start_writer(name)
 
     def go_on(self, name):
-        """A little of what it has to copy, but not all."""
-        if self.kind(name) not in scenes.JOBS or self.kind(name) in scenes.AT_ONCE:
-            return
-        self.daemon.qmp.execute("block-job-set-speed", device=name, speed=2 * MIB)
-        time.sleep(0.05)
-        self.daemon.qmp.execute("block-job-set-speed", device=name, speed=scenes.SLOW)
+        """A little of what it has to copy; not all, if the machine is not very slow."""
+        if self.kind(name) in scenes.JOBS:
+            with contextlib.suppress(QmpError):  # pending by now
+                self.daemon.qmp.execute("block-job-set-speed", device=name, speed=2 * MIB)
+                time.sleep(0.05)
+                self.daemon.qmp.execute("block-job-set-speed", device=name, speed=scenes.SLOW)
 
     def end(self, name):
         operation = self.operations[name]
@@ -326,8 +326,7 @@ class Refused(Scenes):
         self.assertTrue(named, f"the data do not name {pattern}: {error.data}")
         for conflict in conflicts:
             self.assertLessEqual({"node", "action", "direction", "holder", "remedy"}, set(conflict))
-            node = conflict["node"].split(" -> ")[0]
-            self.assertIn(node, images.below, f"a node that nobody knows: {conflict}")
+            self.assertIn(conflict["node"], images.below, f"a node that nobody knows: {conflict}")
             self.assertNotIn("#", conflict["holder"]["id"])
         for conflict in named:
             self.assertEqual(conflict["holder"]["kind"], kind)
