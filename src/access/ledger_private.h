@@ -114,8 +114,10 @@ void refusal_add_stale(struct refusal *refusal, const struct ledger_entry *entry
 /* `wanting` is to adopt `edge`, but `adopter` has done so, or waits to do so. */
 void refusal_add_adopter(struct refusal *refusal, struct access_holder *edge, struct access_holder *wanting,
                          struct access_holder *adopter);
-/* The refused cannot wait (it does already), so the remedy does not speak of it. */
-void refusal_set_waits(struct refusal *refusal);
+/* The refused is going to wait, or does, so the remedy does not speak of it. `brief`: one conflict of two entries is
+ * enough, for nobody reads them all. */
+void refusal_set_waits(struct refusal *refusal, bool brief);
+bool refusal_is_enough(const struct refusal *refusal);
 unsigned refusal_count(const struct refusal *refusal);
 bool refusal_is_for_good(const struct refusal *refusal);     /* no waiting would help */
 const char *refusal_sentence(const struct refusal *refusal); /* the first conflict; NULL without one */

@@ -150,7 +150,7 @@ void queue_check(struct access_ledger *ledger, const struct access_ticket *asker
     list_for_each (link, &ledger->waiting) {
         const struct access_ticket *ticket = container_of(link, struct access_ticket, link);
 
-        if (ticket == asker) {
+        if (ticket == asker || refusal_is_enough(refusal)) {
             return;
         }
         for (unsigned i = 0; i < count; i++) {
@@ -207,7 +207,7 @@ void queue_asked(struct access_ticket *asker, const struct access_change *change
         holder_destroy_shadow(before);
     }
     if (asker->may_wait) {
-        refusal_set_waits(refusal);
+        refusal_set_waits(refusal, asker->waiting);
     }
 }
 

@@ -20,7 +20,7 @@ struct refusal {
     GHashTable *seen;    /* set of texts: a clash is met from both sides */
     GPtrArray *pairs;    /* struct access_holder, two by two, for refusal_tolerate() */
     GPtrArray *on_stale; /* struct ledger_entry, for the same */
-    bool waits, for_good, clear;
+    bool waits, brief, for_good, clear;
 };
 
 struct refusal *refusal_create(const char *subject, const struct access_holder *holder, bool arrives)
@@ -44,9 +44,15 @@ bool refusal_is_for_good(const struct refusal *refusal)
     return refusal->for_good;
 }
 
-void refusal_set_waits(struct refusal *refusal)
+void refusal_set_waits(struct refusal *refusal, bool brief)
 {
     refusal->waits = true;
+    refusal->brief = brief;
+}
+
+bool refusal_is_enough(const struct refusal *refusal)
+{
+    return refusal->brief && refusal_count(refusal);
 }
 
 const char *refusal_sentence(const struct refusal *refusal)
@@ -239,12 +245,12 @@ static void refusal_add_clash(struct refusal *refusal, const struct ledger_entry
 
 void refusal_add_pair(struct refusal *refusal, const struct ledger_entry *ours, const struct ledger_entry *theirs)
 {
-    unsigned actions = ledger_clash(ours, theirs);
+    unsigned actions = refusal_is_enough(refusal) ? 0 : ledger_clash(ours, theirs);
 
     if (actions) {
         refusal_add_clash(refusal, ours, theirs, actions, true);
     }
-    actions = ledger_clash(theirs, ours);
+    actions = refusal_is_enough(refusal) ? 0 : ledger_clash(theirs, ours);
     if (actions) {
         refusal_add_clash(refusal, ours, theirs, actions, false);
     }

@@ -135,10 +135,14 @@ unsigned edge_standing_claim(const struct edge *edge, struct access_claim *ret)
     return edge_claim(edge, edge_standing(edge), ret);
 }
 
+/* A job's filter is known by its job: its own name is made up, or known to nobody but whoever gave it. */
 struct access_holder *edge_holder_create(const struct edge *edge)
 {
+    const struct node *parent = edge->parent;
+    bool is_job = parent->job_filter && parent->opened_for;
     g_autofree char *id =
-        g_strdup_printf("%s -> %s (%s)", edge->parent->name, edge_shown(edge)->name, edge_role_name(edge->role));
+        g_strdup_printf("%s%s -> %s (%s)", is_job ? "the " : "", is_job ? parent->opened_for : parent->name,
+                        edge_shown(edge)->name, edge_role_name(edge->role));
     return access_holder_create(edge->parent->graph->ledger, "edge", id, edge_role_name(edge->role), NULL, NULL);
 }
 

@@ -300,7 +300,9 @@ char *node_users(struct node *node)
         if (edge->role == EDGE_ROOT) {
             g_string_append(text, edge->backend->owner);
         } else {
-            g_string_append_printf(text, "node '%s' (%s)", edge->parent->name, edge_role_name(edge->role));
+            const char *origin = edge->parent->opened_for;
+            g_string_append_printf(text, "node '%s' (%s%s%s)", edge->parent->name, edge_role_name(edge->role),
+                                   origin ? "; it is the " : "", origin ? origin : "");
         }
     }
     list_for_each (link, &node->graph->operations) {

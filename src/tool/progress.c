@@ -114,6 +114,10 @@ static void take_event(struct wait *wait, json_t *event)
     if (!strcmp(name, "BLOCK_JOB_CANCELLED")) {
         wait->cancelled = true;
     }
+    if (!strcmp(name, "ACCESS_WAIT_ENDED")) { /* it was to wait for its turn, and never began */
+        wait->ended = true;
+        wait->cancelled = !g_strcmp0(json_string_value(json_object_get(data, "reason")), "cancelled");
+    }
     if (status && (!strcmp(status, "concluded") || !strcmp(status, "null"))) {
         wait->ended = true;
     }

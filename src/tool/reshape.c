@@ -16,7 +16,7 @@
 struct reshape {
     char *qmp, *job_id, *base, *backing_file;
     gint64 speed;
-    gboolean async, ready;
+    gboolean async, ready, queue;
     char **nodes;
 };
 
@@ -32,6 +32,8 @@ static int parse(struct reshape *options, int *argc, char ***argv, const char *b
          "string to write into the header of the image above, instead of the file's name", "STRING"},
         {"async", 0, 0, G_OPTION_ARG_NONE, &options->async, "print the job's name and do not wait", NULL},
         {"wait", 0, G_OPTION_FLAG_HIDDEN, G_OPTION_ARG_NONE, &(gboolean){0}, "wait (the default)", NULL},
+        {"queue", 0, 0, G_OPTION_ARG_NONE, &options->queue,
+         "if others stand in the way, wait for them to end and then begin", NULL},
         {"keep-ready", 0, 0, G_OPTION_ARG_NONE, &options->ready,
          "an active commit: leave it ready instead of completing it", NULL},
         {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options->nodes, NULL, NULL},
@@ -75,10 +77,65 @@ static json_t *common_arguments(struct reshape *options, const char *verb)
     if (options->speed) {
         json_object_set_new(arguments, "speed", json_integer(options->speed));
     }
+    if (options->queue) {
+        json_object_set_new(arguments, "on-conflict", json_string("wait"));
+    }
     if (options->backing_file) {
         json_object_set_new(arguments, "backing-file", json_string(options->backing_file));
     }
     return arguments;
+}
+
+/* Is the job in the queue? Then says whom it waits for. */
+static int look_at_queue(const struct reshape *options, struct client *client, bool *ret_waits, struct error **err)
+{
+    auto_json access = NULL;
+    int code = client_execute(client, "query-access", NULL, &access, err);
+    size_t index, other;
+    json_t *waiting, *behind;
+
+    *ret_waits = false;
+    json_array_foreach(json_object_get(access, "waiting"), index, waiting)
+    {
+        if (g_strcmp0(json_string_value(json_object_get(waiting, "id")), options->job_id) != 0) {
+            continue;
+        }
+        g_autoptr(GString) names = g_string_new(NULL);
+        json_array_foreach(json_object_get(waiting, "behind"), other, behind)
+        {
+            g_string_append_printf(names, "%s%s", names->len ? ", " : "", json_string_value(behind));
+        }
+        printf("%s waits for %s\n", options->job_id, names->str);
+        fflush(stdout);
+        *ret_waits = true;
+    }
+    return code;
+}
+
+/* Until the job has begun. What happens to it afterwards is progress.c's, and its events are still to come. */
+static int await_turn(const struct reshape *options, struct client *client, struct error **err)
+{
+    bool waits, gone = false;
+    int code = look_at_queue(options, client, &waits, err);
+
+    while (!code && waits) {
+        auto_json event = client_wait_event(client, -1, &gone);
+        const char *name = json_string_value(json_object_get(event, "event"));
+        json_t *data = json_object_get(event, "data");
+        const char *error = json_string_value(json_object_get(data, "error"));
+
+        if (gone) {
+            code = error_set(err, -ECONNRESET, "The daemon went away while '%s' was waiting", options->job_id);
+        } else if (g_strcmp0(json_string_value(json_object_get(data, "id")), options->job_id) != 0) {
+            continue;
+        } else if (!g_strcmp0(name, "ACCESS_GRANTED")) {
+            waits = false;
+        } else if (!g_strcmp0(name, "ACCESS_WAIT_ENDED")) {
+            code = error_set(err, -ECANCELED, "'%s' does not wait any more (%s)%s%s", options->job_id,
+                             json_string_value(json_object_get(data, "reason")), error ? ": " : "", error ? error : "");
+        }
+    }
+    return code;
 }
 
 static int run(struct reshape *options, const char *verb, const char *command, struct error **err)
@@ -91,7 +148,12 @@ static int run(struct reshape *options, const char *verb, const char *command, s
     }
     if (!code && options->async) {
         printf("%s\n", options->job_id);
-    } else if (!code) {
+        return 0;
+    }
+    if (!code && options->queue) {
+        code = await_turn(options, client, err);
+    }
+    if (!code) {
         code = progress_wait_jobs(client, &options->job_id, 1, !options->ready, err);
     }
     return code;
