@@ -460,8 +460,8 @@ static int coroutine_fn copy_run(struct copy *copy)
             }
             continue;
         }
-        if (!piece && copy_next(copy, &piece) == -EAGAIN) {
-            continue;
+        if (!piece && (copy_next(copy, &piece) == -EAGAIN || piece)) {
+            continue; /* it may have yielded: a wake that came meanwhile found nobody asleep */
         }
         if (!piece) {
             if (copy->in_flight == 0 && list_is_empty(&copy->resting)) {

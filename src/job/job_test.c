@@ -234,6 +234,25 @@ static void throttled_pause_and_cancel(void *unused)
     bench_close(&bench);
 }
 
+/* Also while it looks at what lies ahead, before it sleeps for its speed. */
+static void a_cancel_is_heard_at_any_moment(void *unused)
+{
+    for (unsigned i = 0; i < 300; i++) {
+        struct test_bench bench;
+        bench_open(&bench, 3, 4 * TEST_CLUSTER);
+        bench_fill(bench.nodes[1], 0, TEST_CLUSTER, 0);
+        bench_fill(bench.nodes[1], TEST_CLUSTER, TEST_CLUSTER, 0x55);
+        bench_fill(bench.nodes[1], 2 * TEST_CLUSTER, TEST_CLUSTER, 0);
+        start_commit(&bench, (struct block_commit_args){.device = "b", .top_node = "a", .has_speed = true, .speed = 1});
+        for (int pauses = g_test_rand_int_range(0, 40); pauses > 0; pauses--) {
+            coroutine_pause();
+        }
+        g_assert_cmpint(job_cancel(job_of(&bench), true, NULL), ==, 0);
+        bench_await(&bench, "j", JOB_STATUS_NULL);
+        bench_close(&bench);
+    }
+}
+
 static void a_new_speed_counts_at_once(void *unused)
 {
     struct test_bench bench;
@@ -525,6 +544,7 @@ int main(int argc, char **argv)
         {"/job/manual-steps", manual_steps},
         {"/job/cancel-while-pending", cancel_while_pending},
         {"/job/throttled-pause-and-cancel", throttled_pause_and_cancel},
+        {"/job/a-cancel-is-heard-at-any-moment", a_cancel_is_heard_at_any_moment},
         {"/job/a-new-speed-counts-at-once", a_new_speed_counts_at_once},
         {"/job/shutdown-is-quick", shutdown_is_quick},
         {"/job/errors-of-a-stream", errors_of_a_stream},
