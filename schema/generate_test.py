@@ -115,6 +115,44 @@ class Output(unittest.TestCase):
         self.assertIn('x_args_from_json(arguments, NULL, &args, err)', check)
         self.assertNotIn('command_x', check)
 
+    OPTIONS = """
+        ## d
+        struct access-options { on-conflict?: str }
+        ## d
+        enum kind { one two }
+        ## d
+        struct more { b?: int }
+        ## d
+        union options { type: kind  by type { two -> more } }
+        """
+    CLAIM = 'claims { node: require graph }'
+
+    def test_commands_with_claims_take_the_access_options(self):
+        declared = schema(f'''{self.OPTIONS}
+            ## d
+            command x {{ a: str {self.CLAIM} }}
+            ## d
+            command y {{ takes: options {self.CLAIM} }}
+            ## d
+            command z {{ a: str {LOOKS} }}''')
+        entries = {entry['name']: entry for entry in Introspection(declared).all()}
+        names = lambda entry: [member['name'] for member in entries[entry]['members']]
+        self.assertEqual(names(entries['x']['arg-type']), ['a', 'on-conflict'])
+        self.assertEqual(names(entries['y']['arg-type']), ['type', 'on-conflict'])
+        self.assertEqual([v['case'] for v in entries[entries['y']['arg-type']]['variants']], ['one', 'two'])
+        self.assertEqual(names(entries['z']['arg-type']), ['a'])
+        self.assertNotIn('on_conflict', Commands(declared).header())  # handlers know nothing of them
+        manual = Reference(declared).text()
+        self.assertEqual(manual.count('Takes also the members of [access-options](#access-options)'), 2)
+
+    def test_the_access_options_are_nobody_elses(self):
+        for command, message in (
+                (f'command x {{ on-conflict?: str {self.CLAIM} }}', 'already'),
+                (f'command x {{ returns: more {self.CLAIM} }}', 'returns nothing')):
+            with self.subTest(command=command), self.assertRaises(SchemaError) as caught:
+                schema(f'{self.OPTIONS}\n## d\n{command}')
+            self.assertIn(message, str(caught.exception))
+
     def test_introspection(self):
         entries = Introspection(schema(f'''
             ## d

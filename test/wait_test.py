@@ -249,17 +249,16 @@ class Waiting(WaitCase):
         self.assertRegex(end["error"], r"'b'")
         self.assertIsNone(self.qmp.wait_job("j1"))
 
-    def test_a_node_that_went_away_ends_the_waiting(self):
-        path = self.create_image("alone.qcow2", SIZE)
-        self.server.add_qcow2("alone", path)
-        self.export("e0", "alone", writable=True, exclusive=True)
-        self.export("e1", "alone", writable=True, exclusive=True, **{**WAIT, "on-conflict-timeout": 60})
-        self.qmp.execute("block-export-del", id="e0")
-        self.qmp.wait_event("BLOCK_EXPORT_DELETED", id="e0")
-        self.wait_end("e1")
-        self.export("e2", "alone", writable=True, exclusive=True, **WAIT)
-        self.qmp.execute("quit")
-        self.wait_end("e2", "ACCESS_WAIT_ENDED", reason="cancelled")
+    def test_a_node_that_goes_away_ends_the_waiting(self):
+        alone = self.create_image("alone.qcow2", SIZE)
+        self.server.add_qcow2("alone", alone)
+        self.server.add_qcow2("over", self.create_image("over.qcow2", None, backing=alone), "alone")
+        self.export("e", "alone")
+        self.qmp.execute("block-commit", {"job-id": "j", "device": "over", **WAIT})
+        self.assertEqual(self.waiting(), {"j": ["e"]})
+        self.qmp.execute("blockdev-del", {"node-name": "over"})  # who waits holds nothing
+        end = self.wait_end("j", "ACCESS_WAIT_ENDED", reason="failed")
+        self.assertIn("'over' not found", end["error"])
 
     def test_waiting_for_a_stale_image_is_for_nothing(self):
         self.commit("j", "b", "a", speed=0)
@@ -367,6 +366,7 @@ class Waiting(WaitCase):
         self.qmp.execute("quit")
         for name in ("j", "late"):
             self.wait_end(name, "ACCESS_WAIT_ENDED", reason="cancelled")
+        self.server.wait()
 
     def test_bad_options(self):
         def refused(pattern, **options):

@@ -4,6 +4,10 @@
  * parties and what would resolve it, once as data (every conflict) and once as a sentence (the first conflict, and how
  * many more). access_describe() is the ledger as data for query-access.
  *
+ * 1. A clash of two holders stands in a refusal once, seen from the one that is refused, however often the decision
+ *    meets it.
+ * 2. Nobody is anonymous: a holder is called by its id, an edge by its nodes, and one with an adopter by him, too.
+ *
  * It decides nothing: ledger.c found the clash before it came here.
  */
 #include "access/ledger_private.h"
