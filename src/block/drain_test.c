@@ -65,6 +65,7 @@ static void coroutine_fn drain_body(void *argument)
         co_group_enter(&group);
         loop_spawn(loops[i % 2], client_run, &clients[i]);
     }
+    struct operation *surgery = memory_surgery(graph, chain[A], chain[BASE], other);
     for (unsigned round = 0; round < ROUNDS || !all_did_enough(clients, CLIENTS); round++) {
         struct drain drain, nested;
         struct node *target = round % 2 ? other : chain[BASE];
@@ -77,6 +78,7 @@ static void coroutine_fn drain_body(void *argument)
         }
         g_assert_cmpuint(atomic_load(&memory_of(other)->inside), ==, 0);
         struct transaction *transaction = graph_begin(graph, "test");
+        transaction_by(transaction, surgery);
         transaction_move_edge(transaction, chain[A]->backing, target);
         g_assert_cmpint(graph_commit(transaction, NULL), ==, 0);
         graph_drain_end(&nested);
@@ -91,6 +93,7 @@ static void coroutine_fn drain_body(void *argument)
         loop_thread_join(loops[i]);
     }
     co_group_destroy(&group);
+    operation_end(surgery);
     memory_end(graph);
 }
 

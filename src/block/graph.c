@@ -168,7 +168,8 @@ int coroutine_fn graph_create_node(struct graph *graph, const struct driver *dri
     return 0;
 }
 
-int coroutine_fn graph_insert_filter(struct graph *graph, struct node *filter, struct node *over, struct error **err)
+int coroutine_fn graph_insert_filter(struct graph *graph, const struct operation *operation, struct node *filter,
+                                     struct node *over, struct error **err)
 {
     struct node *const touched[] = {over, filter};
     g_autofree char *subject = g_strdup_printf("inserting '%s' over node '%s'", filter->name, over->name);
@@ -177,6 +178,7 @@ int coroutine_fn graph_insert_filter(struct graph *graph, struct node *filter, s
     g_assert(!filter->filtered && list_is_empty(&filter->parents));
     graph_drain_begin(graph, touched, G_N_ELEMENTS(touched), NULL, &drain);
     struct transaction *transaction = graph_begin(graph, subject);
+    transaction_by(transaction, operation);
     transaction_attach(transaction, filter, EDGE_FILTERED, over, NULL);
     transaction_move_parents(transaction, over, filter, NULL);
     int r = graph_commit(transaction, err);
@@ -185,7 +187,8 @@ int coroutine_fn graph_insert_filter(struct graph *graph, struct node *filter, s
     return r;
 }
 
-int coroutine_fn graph_remove_filter(struct graph *graph, struct node *filter, struct error **err)
+int coroutine_fn graph_remove_filter(struct graph *graph, const struct operation *operation, struct node *filter,
+                                     struct error **err)
 {
     g_autofree char *subject = g_strdup_printf("removing '%s'", filter->name);
     struct drain drain;
@@ -194,6 +197,7 @@ int coroutine_fn graph_remove_filter(struct graph *graph, struct node *filter, s
     struct node *const touched[] = {over, filter};
     graph_drain_begin(graph, touched, G_N_ELEMENTS(touched), NULL, &drain);
     struct transaction *transaction = graph_begin(graph, subject);
+    transaction_by(transaction, operation);
     transaction_move_parents(transaction, filter, over, NULL);
     transaction_detach(transaction, filter->filtered);
     int r = graph_commit(transaction, err);

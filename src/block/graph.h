@@ -17,6 +17,8 @@ struct graph {
     struct list operations; /* struct operation by link */
     struct access_ledger *ledger;
     struct co_mutex lock; /* held while the shape changes, across its drains */
+    /* For tests that withhold a claim from an operation: the table that it begins with in place of its own, or NULL. */
+    const struct claim_table *(*substitute)(const struct claim_table *table);
 };
 struct graph *graph_create(void);
 void graph_destroy(struct graph *graph); /* asserts: no nodes, backends, operations */
@@ -52,6 +54,11 @@ int node_writable_check(struct node *node, struct error **err);
 int coroutine_fn node_writable_begin_locked(struct node *node, struct error **err);
 void coroutine_fn node_writable_end_locked(struct node *node);
 
+/* Writes the backing string and format (NULL: none) into the image's header, and notes them in the node. `operation`
+ * must hold `graph` on it. Drained and writable; graph->lock is held. */
+int coroutine_fn node_change_backing(struct node *node, const struct operation *operation, const char *file,
+                                     const char *format, struct error **err);
+
 /* Chains. Backing edges, looking through filters. */
 struct node *node_backing(const struct node *node);                     /* next image below, or NULL */
 bool node_is_above(const struct node *above, const struct node *below); /* by backing edges, strictly */
@@ -76,6 +83,10 @@ void graph_drain_end(struct drain *drain);
  */
 struct transaction;
 struct transaction *graph_begin(struct graph *graph, const char *subject);
+/* Whose transaction it is. graph_commit() tests what it holds in the old shape: `graph` on a node whose edge changes,
+ * some claim on the node that an edge will lead to, and on a node that becomes stale. No claim is needed for edges of
+ * job filters, of stale images and of images that nobody stands on; nor for root edges, which are their users'. */
+void transaction_by(struct transaction *transaction, const struct operation *operation);
 /* edge->child becomes `to`. */
 void transaction_move_edge(struct transaction *transaction, struct edge *edge, struct node *to);
 /* Moves every parent edge of `from` (but for edges of `except_parent`) to `to`: root edges and overlays. */
@@ -98,9 +109,12 @@ void transaction_mark_stale(struct transaction *transaction, struct node *node, 
 void transaction_end_operation(struct transaction *transaction, struct operation *operation);
 int graph_commit(struct transaction *transaction, struct error **err); /* frees it either way; drops references after */
 
-/* Inserts `filter` (opened, not attached anywhere) over node: all parents move to it. Takes the lock and drains. */
-int coroutine_fn graph_insert_filter(struct graph *graph, struct node *filter, struct node *over, struct error **err);
-int coroutine_fn graph_remove_filter(struct graph *graph, struct node *filter, struct error **err);
+/* Inserts `filter` (opened, not attached anywhere) over node: all parents move to it. Takes the lock and drains.
+ * `operation`: see transaction_by(); NULL if there are root edges only. */
+int coroutine_fn graph_insert_filter(struct graph *graph, const struct operation *operation, struct node *filter,
+                                     struct node *over, struct error **err);
+int coroutine_fn graph_remove_filter(struct graph *graph, const struct operation *operation, struct node *filter,
+                                     struct error **err);
 /* Makes a node of a job's own (a filter): state and driver given, no options. One reference, the caller's. */
 int coroutine_fn graph_create_node(struct graph *graph, const struct driver *driver, const char *name,
                                    const char *opened_for, struct node **ret, struct error **err);

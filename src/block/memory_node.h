@@ -152,6 +152,7 @@ static const struct driver memory_driver = {
     .kind = DRIVER_FORMAT,
     .state_size = sizeof(struct memory_state),
     .backing = true,
+    .write_if_unallocated = true,
     .read = memory_read,
     .write = memory_write,
     .write_zeroes = memory_write_zeroes,
@@ -192,6 +193,24 @@ static inline struct backend *coroutine_fn memory_backend(struct graph *graph, c
     struct backend *backend = backend_create(graph, owner);
     g_assert(backend_attach(backend, node, granted, NULL) == 0);
     return backend;
+}
+
+/* One who may change the edge of `node`, so that it leads to `target` or `other`. */
+static inline struct operation *memory_surgery(struct graph *graph, struct node *node, struct node *target,
+                                               struct node *other)
+{
+    static const struct claim_clause clauses[] = {
+        {.role = CLAIM_ROLE_NODE, .first = CLAIM_NODE, .require = ACCESS_GRAPH, .path = "node"},
+        {.role = CLAIM_ROLE_NODE, .first = CLAIM_TARGET, .require = ACCESS_READ_METADATA, .path = "target"},
+        {.role = CLAIM_ROLE_NODE, .first = CLAIM_BASE, .require = ACCESS_READ_METADATA, .path = "base"}};
+    static const struct claim_table table = {.operation = "surgery", .clauses = clauses, .count = 3};
+    struct operation_config config = {.kind = "command",
+                                      .id = "test",
+                                      .table = &table,
+                                      .bound = {[CLAIM_NODE] = node, [CLAIM_TARGET] = target, [CLAIM_BASE] = other}};
+    struct operation *operation = NULL;
+    g_assert(operation_begin(graph, &config, &operation, NULL) == 0);
+    return operation;
 }
 
 static inline void coroutine_fn memory_end(struct graph *graph)

@@ -13,6 +13,7 @@
  *
  * Names, opening and deletion by the monitor are graph.c's and open.c's.
  */
+#include "block/enforce.h"
 #include "block/private.h"
 #include <errno.h>
 
@@ -264,6 +265,27 @@ void coroutine_fn node_writable_end(struct node *node)
         graph_drain_end(&drain);
     }
     graph_unlock(graph);
+}
+
+/* --- the header --- */
+
+int coroutine_fn node_change_backing(struct node *node, const struct operation *operation, const char *file,
+                                     const char *format, struct error **err)
+{
+    if (!node->driver->change_backing) {
+        return error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot change its backing file", node->driver->name,
+                         node->name);
+    }
+    int r = enforce_claim(operation, node, ACCESS_GRAPH, "changing the backing file", err);
+    if (r == 0) {
+        r = node->driver->change_backing(node, file, format, err);
+    }
+    if (r == 0) {
+        g_autofree char *old_file = node->header_backing, *old_format = node->header_backing_format;
+        node->header_backing = g_strdup(file);
+        node->header_backing_format = g_strdup(format);
+    }
+    return r;
 }
 
 /* --- who uses it --- */

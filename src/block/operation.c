@@ -48,12 +48,12 @@ static void derive_between(struct derivation *derivation, const struct claim_cla
 }
 
 /* Parents through backing edges, also those that lean on a filter over the node; but for stale ones, whose link nobody
- * relies on. */
+ * relies on. A format in the image (through a file edge) is one as well: its edge moves with the others. */
 static void derive_overlays(struct derivation *derivation, const struct claim_clause *clause, struct node *first)
 {
     list_for_each (link, &first->parents) {
         const struct edge *edge = container_of(link, struct edge, child_link);
-        if (edge->role == EDGE_BACKING) {
+        if (edge->role == EDGE_BACKING || edge->role == EDGE_FILE) {
             if (!edge->parent->stale) {
                 claim_add(derivation, clause, edge->parent);
             }
@@ -204,7 +204,7 @@ static int operation_take(struct operation *operation, const struct operation_co
                           struct error **err)
 {
     g_autofree char *subject = g_strdup_printf("%s %s", config->table->operation, config->id);
-    struct claim_set set = operation_derive(config->table, operation->bound, config->conditions);
+    struct claim_set set = operation_derive(operation->table, operation->bound, config->conditions);
     struct adoption adoption = {.adopter = operation->holder,
                                 .changes = g_array_new(FALSE, FALSE, sizeof(struct access_change)),
                                 .edges = g_ptr_array_new()};
@@ -234,7 +234,7 @@ static struct operation *operation_create(struct graph *graph, const struct oper
 {
     struct operation *operation = g_new0(struct operation, 1);
     operation->graph = graph;
-    operation->table = config->table;
+    operation->table = graph->substitute ? graph->substitute(config->table) : config->table;
     operation->conditions = config->conditions;
     operation->holder = access_holder_create(graph->ledger, config->kind, config->id, config->table->operation,
                                              config->progress, config->argument);
@@ -313,6 +313,9 @@ void coroutine_fn operation_end(struct operation *operation)
 
 unsigned operation_granted(const struct operation *operation, const struct node *node)
 {
+    if (operation->ended) {
+        return 0;
+    }
     struct claim_set set = operation_derive(operation->table, operation->bound, operation->conditions);
     const struct node *image = node_beneath_filters((struct node *)node);
     unsigned granted = 0;

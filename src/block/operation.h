@@ -26,7 +26,7 @@ enum claim_variable { /* bound to nodes by whoever begins the operation */
 enum claim_role {
     CLAIM_ROLE_NODE,     /* the variable itself */
     CLAIM_ROLE_BETWEEN,  /* (first, second): strictly between, along backing edges */
-    CLAIM_ROLE_OVERLAYS, /* (first): parents through backing edges */
+    CLAIM_ROLE_OVERLAYS, /* (first): parents through backing edges, and formats in the image */
     CLAIM_ROLE_RANGE,    /* (first, second): below first, down to and with second; up to the end if second is unbound */
     CLAIM_ROLE_BELOW,    /* (first): the node that first's backing edge leads to, if any */
 };
@@ -88,7 +88,7 @@ int operation_preview(struct graph *graph, const struct operation_config *config
                       struct error **err);
 /* graph->lock is not held. Accepts NULL. */
 void coroutine_fn operation_end(struct operation *operation);
-/* ACCESS_ bits that the operation holds on `node`: what its backends there may be granted. */
+/* ACCESS_ bits that the operation holds on `node`: what its backends there may be granted. None once it has ended. */
 unsigned operation_granted(const struct operation *operation, const struct node *node);
 
 #endif

@@ -15,6 +15,7 @@
  */
 #include "block/request.h"
 #include "base/size.h"
+#include "block/enforce.h"
 #include "block/padded.h"
 #include "block/private.h"
 #include <errno.h>
@@ -30,15 +31,7 @@ static char zero_block[ZERO_BLOCK] __attribute__((aligned(4096)));
 
 static int __attribute__((cold)) request_refuse(const struct edge *edge, const char *what, unsigned need)
 {
-    g_autofree char *actions = access_actions_format(need);
-    const char *user = edge->parent ? edge->parent->name : edge->backend->owner;
-#ifdef INTERLOCK_DEBUG
-    g_error("%s by '%s' on node '%s' without a claim: it needs %s", what, user, edge->child->name, actions);
-#else
-    g_critical("%s by '%s' on node '%s' without a claim is refused: it needs %s", what, user, edge->child->name,
-               actions);
-#endif
-    return -EPERM;
+    return enforce_refuse(edge->parent ? edge->parent->name : edge->backend->owner, what, edge->child->name, need);
 }
 
 static inline uint64_t node_size(const struct node *node)
@@ -148,6 +141,9 @@ static inline int write_check(struct edge *edge, const char *what, uint64_t offs
     }
     if (G_UNLIKELY(!node->writable)) {
         return -EROFS;
+    }
+    if (G_UNLIKELY(need == ACCESS_WRITE_METADATA) && !node->driver->write_if_unallocated && !passes_through(node)) {
+        return -ENOTSUP; /* it would write over what is there */
     }
     uint64_t size = node_size(node);
     if (G_UNLIKELY(offset > size || bytes > size - offset)) {

@@ -273,7 +273,7 @@ static void coroutine_fn chain_status(void *argument)
     memory_of(chain[BASE])->allocated[2] = true;
     atomic_store(&chain[A]->size, 5 * MEMORY_CLUSTER);
     g_assert_cmpint(graph_create_node(graph, &pass_driver, NULL, "job j1", &filter, NULL), ==, 0);
-    g_assert_cmpint(graph_insert_filter(graph, filter, chain[C], NULL), ==, 0);
+    g_assert_cmpint(graph_insert_filter(graph, NULL, filter, chain[C], NULL), ==, 0);
     g_assert(node_head(chain[C]) == filter && node_beneath_filters(filter) == chain[C]);
     g_assert_cmpuint(node_backing_depth(chain[TOP]), ==, 4);
 
@@ -298,7 +298,7 @@ static void coroutine_fn chain_status(void *argument)
         g_assert_cmpuint(extent.depth, ==, rows[i].depth);
         g_assert_cmpuint(extent.bytes, ==, 100);
     }
-    g_assert_cmpint(graph_remove_filter(graph, filter, NULL), ==, 0);
+    g_assert_cmpint(graph_remove_filter(graph, NULL, filter, NULL), ==, 0);
     node_release(filter);
     memory_end(graph);
 }

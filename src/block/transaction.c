@@ -15,6 +15,7 @@
  *    adopted edges, moved or not, keep their adopter until it ends.
  * 4. References are dropped, and nodes closed by it, only after everything else is done.
  */
+#include "block/enforce.h"
 #include "block/private.h"
 #include <errno.h>
 
@@ -38,8 +39,9 @@ struct step {
 struct transaction {
     struct graph *graph;
     char *subject;
-    GArray *steps; /* struct step */
-    unsigned done; /* of steps */
+    const struct operation *operation; /* on whose behalf, or NULL */
+    GArray *steps;                     /* struct step */
+    unsigned done;                     /* of steps */
 };
 
 struct transaction *graph_begin(struct graph *graph, const char *subject)
@@ -49,6 +51,11 @@ struct transaction *graph_begin(struct graph *graph, const char *subject)
     transaction->subject = g_strdup(subject);
     transaction->steps = g_array_new(FALSE, TRUE, sizeof(struct step));
     return transaction;
+}
+
+void transaction_by(struct transaction *transaction, const struct operation *operation)
+{
+    transaction->operation = operation;
 }
 
 static void record(struct transaction *transaction, struct step step)
@@ -111,6 +118,51 @@ void transaction_mark_stale(struct transaction *transaction, struct node *node, 
 void transaction_end_operation(struct transaction *transaction, struct operation *operation)
 {
     record(transaction, (struct step){.kind = STEP_END, .operation = operation});
+}
+
+/* --- enforcement, in the old shape --- */
+
+/* Edges of which nobody relies on what they show: a job filter's are its job's own. */
+static bool is_nobodys(const struct edge *edge)
+{
+    const struct node *parent = edge->parent;
+    return !parent || parent->stale || (edge->role == EDGE_FILTERED && parent->job_filter) ||
+           list_is_empty(&parent->parents);
+}
+
+static int enforce_step(const struct transaction *transaction, const struct step *step, struct error **err)
+{
+    const struct operation *operation = transaction->operation;
+    int r = 0;
+    switch (step->kind) {
+    case STEP_MOVE:
+    case STEP_ATTACH:
+    case STEP_DETACH:
+        if (!is_nobodys(step->edge)) {
+            r = enforce_claim(operation, step->edge->parent, ACCESS_GRAPH, "changing an edge", err);
+            if (r == 0 && step->to && !step->to->job_filter) {
+                r = enforce_claim(operation, step->to, ACCESS_ALL, "linking to an image", err);
+            }
+        }
+        break;
+    case STEP_STALE:
+        if (!step->to->job_filter) {
+            r = enforce_claim(operation, step->to, ACCESS_ALL, "making an image stale", err);
+        }
+        break;
+    default:
+        break;
+    }
+    return r;
+}
+
+static int enforce_steps(const struct transaction *transaction, struct error **err)
+{
+    int r = 0;
+    for (unsigned i = 0; r == 0 && i < transaction->steps->len; i++) {
+        r = enforce_step(transaction, step_at((struct transaction *)transaction, i), err);
+    }
+    return r;
 }
 
 /* --- doing and undoing, in memory --- */
@@ -531,8 +583,11 @@ int graph_commit(struct transaction *transaction, struct error **err)
 {
     struct graph *graph = transaction->graph;
     g_autoptr(GPtrArray) dropped = g_ptr_array_new();
-    do_recorded(transaction);
-    int r = follow(transaction, err);
+    int r = enforce_steps(transaction, err);
+    if (r == 0) {
+        do_recorded(transaction);
+        r = follow(transaction, err);
+    }
     if (r == 0) {
         r = ask_ledger(transaction, err);
     }

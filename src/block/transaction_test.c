@@ -109,6 +109,7 @@ static int coroutine_fn finish_commit(struct graph *graph, struct operation *job
     graph_lock(graph);
     graph_drain_begin(graph, touched, 2, NULL, &drain);
     struct transaction *transaction = graph_begin(graph, "block-commit");
+    transaction_by(transaction, job);
     transaction_move_parents(transaction, top, base, NULL);
     for (struct node *node = top; node != base; node = node_backing(node)) {
         transaction_mark_stale(transaction, node, "its data were committed");
@@ -138,11 +139,14 @@ static void coroutine_fn bottom_body(void *argument)
     /* A bottom that goes out of the chain hands its role to the overlay that was moved. */
     streaming = stream(graph, "j3", chain[TOP], chain[B]);
     g_assert(streaming);
+    struct operation *surgery = memory_surgery(graph, chain[C], chain[BASE], NULL);
     graph_lock(graph);
     struct transaction *transaction = graph_begin(graph, "test");
+    transaction_by(transaction, surgery);
     transaction_move_edge(transaction, chain[C]->backing, chain[BASE]);
     g_assert_cmpint(graph_commit(transaction, NULL), ==, 0);
     graph_unlock(graph);
+    operation_end(surgery);
     g_assert(streaming->bound[CLAIM_BOTTOM] == chain[C]);
     g_autofree char *text = ledger_text(graph);
     g_assert(strstr(text, "below(bottom)"));
@@ -176,6 +180,7 @@ static void coroutine_fn pivot_body(void *argument)
     struct drain drain;
     graph_drain_begin(graph, &chain[TOP], 1, NULL, &drain);
     struct transaction *transaction = graph_begin(graph, "test");
+    transaction_by(transaction, job);
     transaction_move_parents(transaction, chain[TOP], chain[A], NULL);
     transaction_mark_stale(transaction, chain[TOP], "test");
     struct error *error = NULL;
@@ -204,16 +209,31 @@ static void test_pivot(void)
     in_coroutine(pivot_body);
 }
 
+/* A commit that may change the edges of its chain too: nobody else may, while it runs. */
+static const struct claim_table *with_graph(const struct claim_table *table)
+{
+    static struct claim_clause clauses[16];
+    static struct claim_table copy;
+    copy = *table;
+    memcpy(clauses, table->clauses, table->count * sizeof(clauses[0]));
+    for (unsigned i = 0; i < table->count; i++) {
+        clauses[i].require |= clauses[i].role == CLAIM_ROLE_NODE && clauses[i].first == CLAIM_TOP ? ACCESS_GRAPH : 0;
+    }
+    copy.clauses = clauses;
+    return &copy;
+}
+
 /* Adopted edges: those that come into the chain are adopted, those that leave it are let go. */
 static void coroutine_fn adoption_body(void *argument)
 {
     struct graph *graph = graph_create();
     struct node *chain[CHAIN_LENGTH], *filter;
     memory_chain(graph, chain);
+    graph->substitute = with_graph;
     struct operation *job = commit(graph, "j1", chain[C], chain[A]);
     g_assert(job);
     g_assert_cmpint(graph_create_node(graph, &pass_driver, NULL, "backup j9", &filter, NULL), ==, 0);
-    g_assert_cmpint(graph_insert_filter(graph, filter, chain[B], NULL), ==, 0);
+    g_assert_cmpint(graph_insert_filter(graph, job, filter, chain[B], NULL), ==, 0);
     g_assert(chain[C]->backing->child == filter && chain[C]->backing->adopter == job);
     g_assert(filter->filtered->adopter == job);
     g_assert_cmpuint(atomic_load(&filter->size), ==, MEMORY_SIZE);
@@ -224,7 +244,7 @@ static void coroutine_fn adoption_body(void *argument)
     g_assert(backend_node(backend) == filter);
     g_assert_cmpint(edge_read_memory(backend_edge(backend), 5, &byte, 1), ==, 0);
     g_assert_cmpint(byte, ==, 42);
-    g_assert_cmpint(graph_remove_filter(graph, filter, NULL), ==, 0);
+    g_assert_cmpint(graph_remove_filter(graph, job, filter, NULL), ==, 0);
     g_assert(backend_node(backend) == chain[B] && chain[C]->backing->child == chain[B]);
     g_assert(chain[C]->backing->adopter == job);
     node_release(filter);

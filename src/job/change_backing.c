@@ -60,7 +60,7 @@ static int change_plan(struct change_backing *change, const struct change_backin
 /* graph->lock is held, and the node is drained. */
 static int coroutine_fn change_write(struct change_backing *change, const char *file, struct error **err)
 {
-    struct relink relink = {0};
+    struct relink relink = {.operation = change->operation};
     struct backing_name name;
     int result = relink_name(change->node, node_backing(change->node), file, true, &name, err);
     if (result == 0) {

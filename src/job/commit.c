@@ -278,6 +278,7 @@ static int commit_move_users(struct commit *commit, struct error **err)
     g_autofree char *subject = g_strdup_printf("block-commit %s", commit->job->id);
     g_autofree char *reason = g_strdup_printf("%s moved its data into node '%s'", subject, commit->base->name);
     struct transaction *transaction = graph_begin(graph, subject);
+    transaction_by(transaction, commit->operation);
     struct node *head = node_head(commit->top);
     transaction_move_parents(transaction, head, node_head(commit->base), NULL);
     for (struct node *node = commit->top; node && node != commit->base; node = node_backing(node)) {
@@ -298,7 +299,7 @@ static int commit_move_users(struct commit *commit, struct error **err)
 
 static int coroutine_fn commit_relink(struct commit *commit, struct error **err)
 {
-    struct relink relink = {0};
+    struct relink relink = {.operation = commit->operation};
     int result = commit_write_headers(commit, &relink, err);
     if (result == 0) {
         result = commit_move_users(commit, err);
@@ -379,7 +380,7 @@ static void coroutine_fn commit_destroy(struct commit *commit)
     copy_destroy(commit->copy);
     if (commit->filter_inserted && !commit->pivoted) {
         auto_error error = NULL;
-        if (graph_remove_filter(commit->graph, commit->filter, &error) < 0) {
+        if (graph_remove_filter(commit->graph, commit->operation, commit->filter, &error) < 0) {
             g_critical("The filter of a commit of node '%s' stays: %s", commit->top->name,
                        error ? error->message : "unknown error");
             g_assert_not_reached();
@@ -478,7 +479,8 @@ static int coroutine_fn commit_begin_backends(struct commit *commit, const char 
     g_autofree char *owner = g_strdup_printf("block-commit %s", id);
     commit->source = backend_create(commit->graph, owner);
     commit->target = backend_create(commit->graph, owner);
-    int result = backend_attach(commit->source, commit->top, ACCESS_READ_DATA, err);
+    unsigned granted = operation_granted(commit->operation, commit->top) & ACCESS_READ_DATA;
+    int result = backend_attach(commit->source, commit->top, granted, err);
     if (result == 0) {
         result = backend_attach(commit->target, commit->base, operation_granted(commit->operation, commit->base), err);
     }
@@ -508,7 +510,7 @@ static int coroutine_fn commit_begin_tracking(struct commit *commit, const char 
         return result;
     }
     track_set_dirty(commit->filter, commit->dirty);
-    result = graph_insert_filter(commit->graph, commit->filter, commit->top, err);
+    result = graph_insert_filter(commit->graph, commit->operation, commit->filter, commit->top, err);
     commit->filter_inserted = result == 0;
     return result;
 }

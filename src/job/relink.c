@@ -104,31 +104,14 @@ int relink_name(const struct node *overlay, const struct node *base, const char 
     return 0;
 }
 
-static int coroutine_fn write_name(struct node *overlay, const struct backing_name *name, struct error **err)
-{
-    int result = overlay->driver->change_backing(overlay, name->file, name->format, err);
-    if (result == 0 && overlay->header_backing != name->file) {
-        char *file = g_strdup(name->file), *format = g_strdup(name->format);
-        g_free(overlay->header_backing);
-        g_free(overlay->header_backing_format);
-        overlay->header_backing = file;
-        overlay->header_backing_format = format;
-    }
-    return result;
-}
-
 int coroutine_fn relink_write(struct relink *relink, struct node *overlay, const struct backing_name *name,
                               struct error **err)
 {
-    if (!overlay->driver->change_backing) {
-        return error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot change its backing file",
-                         overlay->driver->name, overlay->name);
-    }
     struct relink_change change = {
         .overlay = overlay,
         .old = {g_strdup(overlay->header_backing), g_strdup(overlay->header_backing_format)},
     };
-    int result = write_name(overlay, name, err);
+    int result = node_change_backing(overlay, relink->operation, name->file, name->format, err);
     if (result < 0) {
         backing_name_clear(&change.old);
         error_prepend(err, "Cannot change the backing file of node '%s'", overlay->name);
@@ -146,7 +129,8 @@ void coroutine_fn relink_undo(struct relink *relink)
     for (guint i = relink->changed ? relink->changed->len : 0; i > 0; i--) {
         struct relink_change *change = &g_array_index(relink->changed, struct relink_change, i - 1);
         auto_error error = NULL;
-        if (write_name(change->overlay, &change->old, &error) < 0) {
+        const struct backing_name *old = &change->old;
+        if (node_change_backing(change->overlay, relink->operation, old->file, old->format, &error) < 0) {
             g_warning("The header of node '%s' keeps its new backing file: %s", change->overlay->name,
                       error ? error->message : "unknown error");
         }

@@ -13,6 +13,7 @@
  */
 struct graph;
 struct node;
+struct operation;
 
 /* The node at or below `from` whose file is `name`: as it was opened, or as its overlay's header calls it. NULL: none.
  */
@@ -30,8 +31,9 @@ void backing_name_clear(struct backing_name *name);
 int relink_name(const struct node *overlay, const struct node *base, const char *given, bool mask_protocol,
                 struct backing_name *ret, struct error **err);
 
-/* Strings that were changed, to be put back if a later step fails. Zero-initialise. */
+/* Strings that were changed, to be put back if a later step fails. Zero-initialise but for the operation. */
 struct relink {
+    const struct operation *operation; /* who claimed `graph` on the overlays */
     GArray *changed;
 };
 /* Rewrites one overlay's header (the node is drained and writable). */

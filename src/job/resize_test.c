@@ -101,7 +101,7 @@ static void who_stands_on_it_is_told(void *unused)
     struct backend *backend = backend_create(bench.graph, "test");
     g_assert_cmpint(backend_attach(backend, bench.nodes[A], ACCESS_READ_DATA, NULL), ==, 0);
     backend_set_changed(backend, note_change, &changes);
-    g_assert_cmpint(graph_insert_filter(bench.graph, filter, bench.nodes[A], NULL), ==, 0);
+    g_assert_cmpint(graph_insert_filter(bench.graph, NULL, filter, bench.nodes[A], NULL), ==, 0);
     changes = 0;
     g_assert_cmpint(resize(&bench, A, SIZE + 512, NULL), ==, 0);
     g_assert_cmpuint(changes, ==, 1);
@@ -113,7 +113,7 @@ static void who_stands_on_it_is_told(void *unused)
     /* A size that it has: nobody is told. */
     g_assert_cmpint(resize(&bench, A, SIZE + 1024, NULL), ==, 0);
     g_assert_cmpuint(changes, ==, 2);
-    g_assert_cmpint(graph_remove_filter(bench.graph, filter, NULL), ==, 0);
+    g_assert_cmpint(graph_remove_filter(bench.graph, NULL, filter, NULL), ==, 0);
     backend_destroy(backend);
     node_release(filter);
     g_assert_cmpuint(count_operations(&bench), ==, 0);

@@ -104,6 +104,7 @@ static int stream_move_edge(struct stream *stream, struct node *base, struct err
     g_autofree char *subject = g_strdup_printf("block-stream %s", stream->job->id);
     struct node *node = stream->node;
     struct transaction *transaction = graph_begin(stream->graph, subject);
+    transaction_by(transaction, stream->operation);
     if (node->backing) {
         if (base) {
             /* X has all that the range had: its edge to Y stands for the bottom's, also in the eyes of a commit into Y
@@ -122,7 +123,7 @@ static int stream_move_edge(struct stream *stream, struct node *base, struct err
 
 static int coroutine_fn stream_relink(struct stream *stream, struct error **err)
 {
-    struct relink relink = {0};
+    struct relink relink = {.operation = stream->operation};
     struct backing_name name;
     struct node *base = stream_base(stream);
     const char *given = base && g_strcmp0(base->name, stream->base_name) == 0 ? stream->backing_file : NULL;
