@@ -10,7 +10,7 @@ import re
 import subprocess
 import time
 
-from harness import IS_PEER, MIB, PROGRAM, SLOWNESS, QmpError, TestCase, image_check, qemu_io
+from harness import IS_PEER, MIB, PROGRAM, SLOWNESS, QmpError, TestCase, image_check, scale
 
 SIZE = 4 * MIB
 SLOW = 64 * 1024
@@ -350,6 +350,84 @@ class Waiting(WaitCase):
                 self.qmp.execute("block-export-del", id=name)
         self.assertEqual(self.waiting(), {})
 
+    def random_operation(self, name):
+        """Some operation on some nodes that wants to wait, as a command with its arguments."""
+        nodes = self.server.chain_of("top")[::-1]
+        kind = self.random.choice(("commit", "commit", "stream", "export", "export", "resize"))
+        low, high = sorted(self.random.sample(range(len(nodes)), 2)) if len(nodes) > 1 else (0, 0)
+        options = dict(WAIT)
+        if self.random.random() < 0.3:
+            options["on-conflict-timeout"] = self.random.choice((0.01, 0.1, 1))
+        job = {"job-id": name, "speed": self.random.choice((0, 4 * SLOW, MIB)), **options}
+        if kind == "commit" and high > low:
+            return "block-commit", {"device": "top", "top-node": nodes[high], "base-node": nodes[low], **job}
+        if kind == "stream" and high > low:
+            return "block-stream", {"device": nodes[high], "base-node": nodes[low], **job}
+        node = self.random.choice(nodes)
+        if kind == "export":
+            return "block-export-add", {
+                "type": "nbd", "id": name, "name": name, "node-name": node, "exclusive": self.random.random() < 0.3, **options}
+        return "block_resize", {"node-name": node, "size": SIZE + self.random.randrange(4) * MIB, **options}
+
+    def cancel_some(self):
+        waiting = list(self.waiting())
+        if waiting and self.random.random() < 0.3:
+            try:
+                self.qmp.execute("access-cancel", id=self.random.choice(waiting))
+            except QmpError as error:
+                self.assertIn("No operation waits", error.desc)
+
+    def test_whatever_is_asked_for_comes_to_an_end(self):
+        """Random operations on one chain, most of them in each other's way; each waits, and none is forgotten."""
+        waited = set()
+        for number in range(scale(25, 200)):
+            operation = self.random_operation(f"o{number}")
+            try:
+                self.qmp.execute(*operation)
+            except QmpError as error:
+                self.assertRegex(error.desc, "stale|not in|not below|Cannot find|below|smaller|it is the|not found|wait")
+            waited |= set(self.waiting())
+            self.cancel_some()
+            for name in self.exports():
+                if self.random.random() < 0.4:
+                    self.qmp.execute("block-export-del", id=name)
+        deadline = time.monotonic() + 30 * SLOWNESS
+        while self.waiting() or self.qmp.jobs() or self.exports():
+            self.assertLess(time.monotonic(), deadline, f"seed {self.seed}: {self.waiting()} {self.qmp.jobs()} {self.exports()}")
+            for name, behind in self.waiting().items():
+                if all(" -> " in holder for holder in behind):  # an image leans there: that ends when a user wants it
+                    try:
+                        self.qmp.execute("access-cancel", id=name)
+                    except QmpError:
+                        pass
+            for command, key, names in (
+                ("block-export-del", "id", self.exports()), ("block-job-set-speed", "device", self.qmp.jobs())):
+                for name in names:
+                    try:
+                        self.qmp.execute(command, {key: name, **({"speed": 0} if key == "device" else {})})
+                    except QmpError:
+                        pass  # it has just ended, or is about to
+            for job in self.qmp.jobs().values():
+                if job["status"] == "ready":
+                    try:
+                        self.qmp.execute("job-complete", id=job["id"])
+                    except QmpError:
+                        pass
+            time.sleep(0.01)
+        ends = [e["data"]["id"] for e in self.qmp.drain_events() if e["event"] in ENDS]
+        mine = [end for end in ends if not end.startswith("block_resize-")]  # an id that is made up is used again
+        self.assertEqual(len(mine), len(set(mine)), f"seed {self.seed}: one operation, two ends")
+        self.assertLessEqual(waited, set(ends))
+        holders = self.qmp.execute("query-access")["holders"]
+        self.assertEqual({holder["kind"] for holder in holders}, {"edge"})
+        chain = self.server.chain_of("top") if "top" in self.live_nodes() else []
+        self.server.stop()
+        for name in chain:
+            image_check(self.path(f"{name}.qcow2"))
+
+    def live_nodes(self):
+        return {node["node-name"] for node in self.qmp.execute("query-graph")["nodes"] if "stale" not in node}
+
     def test_the_queue_has_a_limit(self):
         self.export("e", "top", writable=True, exclusive=True)
         for number in range(256):
@@ -422,6 +500,8 @@ class Waiting(WaitCase):
         command = [PROGRAM, "commit", "va", "--into=vbase", "--queue", "--qmp", sub]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as waiting:
             self.assertEqual(waiting.stdout.readline(), "commit-va waits for e\n")
+            shown = subprocess.run([PROGRAM, "access", "--qmp", sub], capture_output=True, text=True, check=True).stdout
+            self.assertRegex(shown, r"block-commit commit-va waits since \d+ s for e\n")
             server.qmp.execute("block-export-del", id="e")
             text = waiting.communicate(timeout=20 * SLOWNESS)[0]
             self.assertEqual(waiting.returncode, 0, text)

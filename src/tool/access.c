@@ -13,18 +13,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* "read-data read-metadata", or "-" */
-static char *join_actions(json_t *actions)
+static char *join_words(json_t *words, const char *between, const char *none)
 {
     g_autoptr(GString) text = g_string_new(NULL);
     size_t index;
-    json_t *action;
+    json_t *word;
 
-    json_array_foreach(actions, index, action)
+    json_array_foreach(words, index, word)
     {
-        g_string_append_printf(text, "%s%s", index ? " " : "", json_string_value(action));
+        g_string_append_printf(text, "%s%s", index ? between : "", json_string_value(word));
     }
-    return text->len ? g_strdup(text->str) : g_strdup("-");
+    return g_strdup(text->len ? text->str : none);
+}
+
+/* "read-data read-metadata", or "-" */
+static char *join_actions(json_t *actions)
+{
+    return join_words(actions, " ", "-");
 }
 
 /* What is not in `allow`: easier to read than what is. */
@@ -145,6 +150,14 @@ static int access_show(const struct access_options *options, int *ret_status, st
     json_array_foreach(json_object_get(access, "holders"), index, item)
     {
         print_holder(item, options->edges);
+    }
+    json_array_foreach(json_object_get(access, "waiting"), index, item)
+    {
+        g_autofree char *behind = join_words(json_object_get(item, "behind"), ", ", "its turn");
+
+        printf("%s %s waits since %.0f s for %s\n", json_string_value(json_object_get(item, "command")),
+               json_string_value(json_object_get(item, "id")), json_number_value(json_object_get(item, "since")),
+               behind);
     }
     json_array_foreach(json_object_get(access, "stale"), index, item)
     {
