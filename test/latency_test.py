@@ -282,6 +282,57 @@ class Latency(TestCase):
                 image.write(content)
         return [(name, path) for name, path, _ in self.templates[key]]
 
+    def test_beside_an_active_commit_to_a_slow_target(self):
+        """Each request of the target takes long; nobody waits for that, not even while the commit takes its last step,
+        unless a guest writes in this very moment."""
+        late = {}
+        for _ in range(SWEEPS):
+            late = self.slow_target()
+            if not late:
+                return
+        self.fail(f"with a slow target, in each of {SWEEPS} sweeps too slow: {late}")
+
+    def slow_target(self):
+        daemon = self.daemon()
+        daemon.add_chain(self.fresh_chain("o", ["o0", "o1", "o2"]))
+        latency = int(LIMIT * 6 * 1e9)
+        slow = {"driver": "null-co", "node-name": "slow", "size": SIZE, "latency-ns": latency, "read-zeroes": True}
+        daemon.qmp.execute("blockdev-add", slow)
+        daemon.add_qcow2("top", self.fresh_chain("s", ["s0"])[0][1], "slow")
+        daemon.nbd_server()
+        daemon.export("top")
+        late = {}
+
+        def do(command, **arguments):
+            start = time.monotonic()
+            answer = daemon.qmp.execute(command, **arguments)
+            if time.monotonic() - start > LIMIT:
+                late[f"{command} {arguments}"] = round(time.monotonic() - start, 3)
+            return answer
+
+        def status():
+            return {job["id"]: job["status"] for job in do("query-jobs")}.get("c", "null")
+
+        do("block-commit", job_id="c", device="top", base_node="slow")
+        asked, deadline = False, time.monotonic() + 60 * SLOWNESS
+        while status() != "null":
+            self.assertLess(time.monotonic(), deadline, f"the commit is {status()}")
+            do("query-named-block-nodes")
+            do("block-export-add", type="nbd", id="x", node_name="o2", name="x")
+            do("block-export-del", id="x")
+            daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id="x")
+            if status() == "ready" and not asked:
+                with nbd_handle(daemon.uri("top")) as handle:
+                    handle.pwrite(bytes(range(1, 65)) * 64, 0)
+                do("job-complete", id="c")
+                asked = True
+            time.sleep(0.002)
+        for event in daemon.qmp.drain_events(0.01):
+            self.assertNotIn("error", event.get("data", {}), str(event))
+        daemon.stop()
+        self.daemons.remove(daemon)
+        return late
+
     def sweeps(self, which, io_thread):
         best = {}
         free = limited = 0.0

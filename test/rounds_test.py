@@ -27,7 +27,7 @@ LARGEST = SIZE + 8 * MIB  # images grow to this at most
 class Round:
     """The jobs of one round, what has been done to them, and what may come of it."""
 
-    def __init__(self, test, daemon, chain, paths):
+    def __init__(self, test, daemon, chain, paths, many):
         self.test = test
         self.random = test.random
         self.qmp = daemon.qmp
@@ -37,6 +37,7 @@ class Round:
         self.jobs = {}  # id -> kind
         self.gone = []  # nodes deleted or cut after a job had left them
         self.paths = paths
+        self.speeds = [0, 64 * KIB, 64 * KIB, 256 * KIB] if many else [0, 0, 256 * KIB, 2 * MIB, 8 * MIB]
         self.shown = {}  # read-only exports and what they show
         self.admitted = 0
 
@@ -46,7 +47,7 @@ class Round:
     def start_job(self):
         """Starts a random job; a refusal is a fine answer when another job is there."""
         job = f"job{len(self.jobs)}-{self.random.randrange(10000)}"
-        arguments = {"job-id": job, "speed": self.random.choice([0, 0, 256 * KIB, 2 * MIB, 8 * MIB])}
+        arguments = {"job-id": job, "speed": self.random.choice(self.speeds)}
         if self.random.random() < 0.5:
             kind = self.plan_commit(arguments)
         else:
@@ -324,7 +325,7 @@ class Rounds(TestCase):
         return left, done
 
     def one_round(self, daemon, names, regions, clients, paths, many):
-        round_ = Round(self, daemon, names, paths)
+        round_ = Round(self, daemon, names, paths, many)
         if many:
             for _ in range(12):
                 if round_.admitted < 5:

@@ -320,10 +320,13 @@ static int coroutine_fn commit_flush(struct commit *commit, struct error **err)
     return result;
 }
 
-/* Active: what is dirty becomes little while the users go on. */
+/* Active: what is dirty becomes little while the users go on, and nothing if they write nothing just now. */
 static int coroutine_fn commit_converge(struct commit *commit)
 {
-    for (unsigned round = 0; round < CONVERGE_ROUNDS && dirty_bytes(commit->dirty) > CONVERGED; round++) {
+    for (unsigned round = 0; round < CONVERGE_ROUNDS; round++) {
+        if (dirty_bytes(commit->dirty) <= (round == 0 ? 0 : CONVERGED)) {
+            break;
+        }
         int result = copy_dirty(commit->copy, commit->dirty, true);
         if (result < 0) {
             return result;
@@ -332,12 +335,13 @@ static int coroutine_fn commit_converge(struct commit *commit)
     return 0;
 }
 
-/* Users are held up from here on. */
+/* Users are held up from here on, and so is every command that wants the graph's lock. What was flushed before, and is
+ * not dirty again, is not flushed a second time: B may be slow. */
 static int coroutine_fn commit_finish_drained(struct commit *commit, struct error **err)
 {
     struct job *job = commit->job;
     int result = 0;
-    if (commit->active) {
+    if (commit->active && dirty_bytes(commit->dirty) > 0) {
         result = copy_dirty(commit->copy, commit->dirty, true);
         if (result == 0) {
             result = commit_flush(commit, err);
