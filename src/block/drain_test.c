@@ -4,6 +4,7 @@
  * moved meanwhile. Run under TSan as well.
  */
 #include "block/memory_node.h"
+#include "loop/sim.h"
 
 #define CLIENTS 8
 #define ROUNDS 200
@@ -212,6 +213,7 @@ static void test_except(void)
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
+    sim_create_if_asked();
     g_test_add_func("/drain/requests-from-two-loops", test_drain);
     g_test_add_func("/drain/attach-and-detach-under-clients", test_eject);
     g_test_add_func("/drain/except-own-backend", test_except);

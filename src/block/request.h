@@ -21,7 +21,8 @@ enum request_flags {
     REQUEST_NO_FALLBACK = 1 << 2, /* write-zeroes: -ENOTSUP rather than slow */
     REQUEST_IF_UNALLOCATED =
         1 << 3, /* write, write-zeroes: only where this layer has nothing of its own; needs write-metadata
-                   instead of write-data. Granularity: the format's cluster; the caller aligns. */
+                   instead of write-data. Granularity: the format's cluster; the caller aligns. A node may have
+                   grown since: what lies behind the old end in its cluster, the driver fills. */
 };
 
 enum extent_flags {

@@ -3,6 +3,7 @@
  * The request path: ranges, grants, padding, zeroes, options of a node. One node in memory, one loop.
  */
 #include "block/memory_node.h"
+#include "loop/sim.h"
 #include <stdlib.h>
 
 static int coroutine_fn put(struct backend *backend, uint64_t offset, const void *from, uint64_t bytes)
@@ -311,6 +312,7 @@ static void test_chain_status(void)
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
+    sim_create_if_asked();
     g_test_add_func("/request/bounds", test_bounds);
     g_test_add_func("/request/grants", test_grants);
     g_test_add_func("/request/unclaimed-aborts", test_unclaimed_aborts);

@@ -4,6 +4,7 @@
  * how roles follow the graph, and that a refusal changes nothing.
  */
 #include "block/memory_node.h"
+#include "loop/sim.h"
 #include "schema/claims.h"
 
 /* Begins an operation on up to two nodes. NULL: refused. */
@@ -337,6 +338,7 @@ static void test_users(void)
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
+    sim_create_if_asked();
     g_test_add_func("/operation/claims-of-commit-and-stream", test_claims);
     g_test_add_func("/operation/bottom-is-a-role", test_bottom);
     g_test_add_func("/operation/claims-follow-the-backend", test_pivot);

@@ -4,6 +4,7 @@
 #include "job/chain_testing.h"
 #include "job/commit.h"
 #include "job/stream.h"
+#include "loop/sim.h"
 #include "schema/claims.h"
 #include <errno.h>
 
@@ -556,6 +557,7 @@ int main(int argc, char **argv)
         {"/job/sizes-differ", sizes_differ},
     };
     g_test_init(&argc, &argv, NULL);
+    sim_create_if_asked();
     g_assert_cmpint(loop_create(ENGINE_AUTO, &control_loop, NULL), ==, 0);
     for (unsigned i = 0; i < G_N_ELEMENTS(tests); i++) {
         g_test_add_data_func(tests[i].name, tests[i].body, run);

@@ -5,6 +5,7 @@
 #include "job/commit.h"
 #include "job/resize.h"
 #include "job/stream.h"
+#include "loop/sim.h"
 #include <errno.h>
 
 #define SIZE (48 * TEST_CLUSTER - 512)
@@ -351,6 +352,7 @@ int main(int argc, char **argv)
         {"/job-meet/random-rounds", random_rounds},
     };
     g_test_init(&argc, &argv, NULL);
+    sim_create_if_asked();
     g_assert_cmpint(loop_create(ENGINE_AUTO, &control_loop, NULL), ==, 0);
     g_assert_cmpint(loop_thread_start("guest", ENGINE_AUTO, &guest_loop, NULL), ==, 0);
     for (unsigned i = 0; i < G_N_ELEMENTS(tests); i++) {

@@ -7,6 +7,7 @@
 #include "job/commit.h"
 #include "job/resize.h"
 #include "job/stream.h"
+#include "loop/sim.h"
 #include "schema/claims.h"
 #include <errno.h>
 
@@ -183,6 +184,7 @@ static void a_stream_bears_growth_of_all_its_images(void *unused)
     bench_open(&bench, 4, SIZE);
     bench_resize(bench.nodes[BASE], grown);
     bench_fill(bench.nodes[BASE], 21 * TEST_CLUSTER, TEST_CLUSTER, 0x99); /* what no overlay ever showed */
+    bench_fill(bench.nodes[B], 0, 20 * TEST_CLUSTER - 512, 0x33);         /* enough for a second of streaming */
     struct block_stream_args stream = {.job_id = "j", .device = "c", .base_node = "base"};
     stream.has_speed = true;
     stream.speed = 4 * TEST_CLUSTER;
@@ -259,6 +261,7 @@ static void run(gconstpointer test)
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
+    sim_create_if_asked();
     g_assert_cmpint(loop_create(ENGINE_AUTO, &control_loop, NULL), ==, 0);
     g_test_add_data_func("/resize/every-image-grows", every_image_of_a_chain_grows_under_guests, run);
     g_test_add_data_func("/resize/told", who_stands_on_it_is_told, run);

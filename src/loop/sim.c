@@ -556,6 +556,18 @@ struct sim *sim_create(const struct sim_config *config)
     return sim;
 }
 
+void sim_create_if_asked(void)
+{
+    const char *asked = g_getenv("INTERLOCK_SIM");
+
+    if (asked && *asked) {
+        uint64_t seed = g_ascii_strtoull(asked, NULL, 10);
+        struct sim_config config = {.seed = seed, .preempt_percent = seed % 4 * 10, .short_percent = seed % 3 * 10};
+
+        sim_create(&config);
+    }
+}
+
 void sim_destroy(struct sim *sim)
 {
     struct sim_thread *main = container_of(sim->threads.next, struct sim_thread, link);

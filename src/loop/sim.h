@@ -31,6 +31,12 @@ struct sim_config {
 
 struct sim *sim_create(const struct sim_config *config);
 void sim_destroy(struct sim *sim); /* its loops are gone */
+/*
+ * For the main function of a unit test whose loops are of ENGINE_AUTO: when INTERLOCK_SIM=SEED is in the environment,
+ * the whole program runs in a world of that seed (preemption and short transfers follow from it too), to its end. Else
+ * this does nothing. meson runs such tests on the real engine and in some worlds.
+ */
+void sim_create_if_asked(void);
 int64_t sim_now_ns(const struct sim *sim);
 uint64_t sim_random(struct sim *sim); /* from the seed */
 /* A hash of all decisions up to now: two runs with the same hash went the same way. */

@@ -17,6 +17,7 @@
 #include "driver/format/qcow2_create.h"
 #include "driver/format/qcow2_testing.h"
 #include "loop/loop.h"
+#include "loop/sim.h"
 #include <errno.h>
 #include <glib/gstdio.h>
 #include <string.h>
@@ -214,6 +215,7 @@ static void test_faults(void)
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
+    sim_create_if_asked();
     testing_register_drivers();
     g_test_add_func("/qcow2/faults", test_faults);
     return g_test_run();

@@ -13,6 +13,7 @@
 #include "driver/format/qcow2_create.h"
 #include "driver/format/qcow2_testing.h"
 #include "loop/loop.h"
+#include "loop/sim.h"
 #include <endian.h>
 #include <errno.h>
 #include <string.h>
@@ -341,6 +342,7 @@ static void run(gconstpointer test)
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
+    sim_create_if_asked();
     testing_register_drivers();
     g_test_add_func("/qcow2/resize/random", test_random);
     g_test_add_data_func("/qcow2/resize/leftovers", leftovers, run);
