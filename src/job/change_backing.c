@@ -6,7 +6,9 @@
  * 1. The new name is another name of the image that is open there: so the header's format becomes that image's, and an
  *    image without a backing image, or a name that is empty, is refused: what the image shows would change with the
  * next opening. Whether the name leads there cannot be checked (it may be meant for another host), and is not.
- * 2. A failure has changed nothing.
+ * 2. The name was chosen for what the image leant on when the command came. Where a job's last step, which the command
+ *    had to wait for, has changed that, the command is refused.
+ * 3. A failure has changed nothing.
  */
 #include "job/change_backing.h"
 #include "block/driver.h"
@@ -85,13 +87,27 @@ static int coroutine_fn change_do(struct change_backing *change, const char *fil
     return result;
 }
 
+/* The name of the image's backing node, or NULL; g_free(). */
+static char *backing_now(struct graph *graph, const char *name)
+{
+    const struct node *node = graph_find(graph, name), *below = node ? node_backing(node) : NULL;
+    return below ? g_strdup(below->name) : NULL;
+}
+
 int coroutine_fn change_backing_file(struct graph *graph, const struct change_backing_file_args *args,
                                      struct error **err)
 {
     struct change_backing change = {.graph = graph};
     struct operation_config config;
+    g_autofree char *before = backing_now(graph, args->image_node_name);
     graph_lock(graph);
+    g_autofree char *now = backing_now(graph, args->image_node_name);
     int result = change_plan(&change, args, &config, err);
+    if (result == 0 && g_strcmp0(before, now) != 0) {
+        result = error_set(err, -EBUSY, "Node '%s' leans on '%s' since a job ended while this command waited for it",
+                           args->image_node_name, now);
+        error_hint(err, "Look at the graph again, and name that image if its name is to change");
+    }
     if (result == 0) {
         result = operation_begin(graph, &config, &change.operation, err);
     }

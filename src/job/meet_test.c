@@ -2,6 +2,7 @@
 /* Jobs that meet, while guests on other threads write and verify: both orders of ending, and random rounds. */
 #include "base/size.h"
 #include "job/chain_testing.h"
+#include "job/change_backing.h"
 #include "job/commit.h"
 #include "job/resize.h"
 #include "job/stream.h"
@@ -241,6 +242,35 @@ static void a_stream_is_not_cut_short(void *unused)
     bench_close(&bench);
 }
 
+/* The name of a backing file is for the image that was there when the command came. */
+static void a_name_does_not_outlive_its_image(void *unused)
+{
+    unsigned refused = 0;
+    for (unsigned round = 0; round < 12; round++) {
+        struct test_bench bench;
+        bench_open(&bench, 3, SIZE);
+        struct job *stream = begin_stream(&bench, "stream", "b", "base");
+        struct change_backing_file_args args = {
+            .device = (char *)"b", .image_node_name = (char *)"b", .backing_file = (char *)"other-name-of-a.img"};
+        bench_await(&bench, "stream", JOB_STATUS_PENDING);
+        loop_spawn(control_loop, finalize_entry, stream);
+        for (unsigned i = 0; i < round; i++) {
+            coroutine_pause();
+        }
+        bool leant_on_a = node_backing(bench.nodes[2]) == bench.nodes[1];
+        int result = change_backing_file(bench.graph, &args, NULL);
+        bench_await(&bench, "stream", JOB_STATUS_NULL);
+        refused += result == -EBUSY;
+        g_assert_true(!leant_on_a || result == -EBUSY);
+        g_assert_true(node_backing(bench.nodes[2]) == bench.nodes[0]);
+        if (leant_on_a) {
+            g_assert_cmpstr(bench_disk_backing(bench.nodes[2]), ==, "base.img");
+        }
+        bench_close(&bench);
+    }
+    g_assert_cmpuint(refused, >, 0);
+}
+
 /* --- random rounds --- */
 
 static void try_start(struct test_bench *bench, unsigned number)
@@ -349,6 +379,7 @@ int main(int argc, char **argv)
         {"/job-meet/a-client-leaves-in-the-last-step", a_client_leaves_in_the_last_step},
         {"/job-meet/refusals", refusals},
         {"/job-meet/a-stream-is-not-cut-short", a_stream_is_not_cut_short},
+        {"/job-meet/a-name-does-not-outlive-its-image", a_name_does_not_outlive_its_image},
         {"/job-meet/random-rounds", random_rounds},
     };
     g_test_init(&argc, &argv, NULL);
