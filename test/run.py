@@ -257,6 +257,42 @@ def run_suite(identities):
     return 0 if result.wasSuccessful() else 1
 
 
+# ---- the explorer (doc/exploration.md) ------------------------------------------------------------------------------
+
+EXPLORE_SLICE = "--slice --topology=chain --singles --pairs --schedules=4 --refused=0 --mutate --mutate-rounds=60"
+EXPLORE_ASAN = "--slice --topology=fork --singles --pairs --schedules=1 --refused=0"
+EXPLORE_FULL = "--singles --everywhere --pairs --schedules=60 --refused=400 --triples=5000 --mutate --mutate-rounds=120"
+EXPLORE_LEAST = {"schedules": 2000, "mutations-caught": 12}  # what a slice is worth
+
+
+def explore_shortfall(figures):
+    """What a slice that found nothing has looked at too little of; empty: nothing."""
+    caught = sum(part.get("mutations-caught", 0) for part in figures.values() if isinstance(part, dict))
+    done = {"schedules": figures["schedules"], "mutations-caught": caught}
+    return "".join(f"only {done[key]} {key}\n" for key, least in EXPLORE_LEAST.items() if done[key] < least)
+
+
+def run_explorer(results, name, build, options, limit, is_slice=False):
+    if not results.wants(name):
+        return
+    command = [os.path.join(ROOT, FOLDERS[build], "test", "explore", "explore"), *options.split(), "--json"]
+    start = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    lines = result.stdout.strip().splitlines()
+    text = result.stdout + result.stderr
+    try:
+        figures = json.loads(lines[-1])
+    except (ValueError, IndexError):
+        figures = {"schedules": 0, "failures": 1}
+    shortfall = explore_shortfall(figures) if is_slice else ""
+    failed = result.returncode != 0 or bool(shortfall)
+    if results.names and not failed:
+        print(text)
+    label = "" if build == "release" else f" [{build}]"
+    verdict = "FAIL" if failed else "PASS"
+    results.add(verdict, f"{name} {figures['schedules']} schedules{label}", time.monotonic() - start, text + shortfall)
+
+
 # ---- fuzzing -------------------------------------------------------------------------------------------------------
 
 
@@ -310,13 +346,16 @@ def check(arguments):
             run_unit_tests(results, "asan")
         run_generator_tests(results)
     run_suites(results, "short", arguments.quick)
+    run_explorer(results, "explore-slice", "release", EXPLORE_SLICE, 600, is_slice=True)
     if not arguments.quick:
+        run_explorer(results, "explore-slice-asan", "asan", EXPLORE_ASAN, 600)
         run_fuzz(results, [target for target in fuzz_targets() if results.wants(f"fuzz-{target}")], FUZZ_SLICE_SECONDS)
     return results.finish()
 
 
 def long(arguments):
     results = Results(arguments.names)
+    run_explorer(results, "explore", "release", EXPLORE_FULL, 4 * 3600)
     run_suites(results, "full")
     return results.finish()
 

@@ -1,0 +1,353 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The moves: one entry in the table per kind of operation. An entry says where the operation fits, starts it through
+ * the function behind its command, sees it to its end, and then changes the model as a good end changes the truth:
+ *
+ *   commit T>B   B shows what T showed; what leant on T leans on B; T and the images between are stale
+ *   stream X..Y  X leans on Y (or on what Y has been committed into); nobody shows anything else
+ *   grow N       behind the old end N shows zeroes
+ *   shrink N     what is cut off is gone
+ *   export, cbf  nothing
+ *
+ * The names of kinds are those of test/data/access-scenarios.json: an export without "-sh" is exclusive.
+ */
+#include "test/explore/moves.h"
+#include "block/graph.h"
+#include "block/node.h"
+#include "job/change_backing.h"
+#include "job/commit.h"
+#include "job/resize.h"
+#include "job/stream.h"
+#include "schema/claims.h"
+#include "test/explore/clients.h"
+#include "test/explore/world.h"
+#include <errno.h>
+#include <string.h>
+
+#define POLL_NS (15 * MICROSECOND)
+#define SECTOR 512
+
+/* --- jobs --- */
+
+/* Mostly as fast as it goes; else so slow that it takes some milliseconds. */
+static int64_t draw_speed(struct world *world)
+{
+    return world_chance(world, 50) ? 0 : (int64_t)(world->cluster * (200 + world_below(world, 2000)));
+}
+
+static enum job_status status_of(struct actor *actor)
+{
+    enum job_status status = JOB_STATUS_NULL;
+    struct job_info_list *list = jobs_query(actor->world->jobs);
+    for (size_t i = 0; i < list->count; i++) {
+        if (strcmp(list->items[i]->id, actor->id) == 0) {
+            status = list->items[i]->status;
+        }
+    }
+    job_info_list_free(list);
+    return status;
+}
+
+/* Takes the job through what it asks for: complete when it is ready, finalize when it is pending. */
+static void coroutine_fn job_live(struct actor *actor)
+{
+    struct world *world = actor->world;
+    unsigned asked = 0;
+    for (enum job_status status; (status = status_of(actor)) != JOB_STATUS_NULL;) {
+        bool ready = status == JOB_STATUS_READY && asked == 0, pending = status == JOB_STATUS_PENDING;
+        bool hold = world_in_turn(world) && !world_all_begun(world);
+        if ((!ready && !pending) || hold) {
+            world_sleep(POLL_NS);
+            continue;
+        }
+        world_sleep(actor->linger_ns[pending]);
+        struct job *job = jobs_find(world->jobs, actor->id);
+        if (job && ready) {
+            job_complete(job, NULL);
+            asked++;
+        } else if (job) {
+            job_finalize(job, NULL);
+        }
+    }
+}
+
+/* --- commit --- */
+
+static bool commit_fits(const struct topology *topology, int upper, int lower)
+{
+    return lower != NO_IMAGE && topology_is_above(topology, upper, lower);
+}
+
+static int coroutine_fn commit_begin(struct actor *actor, struct error **err)
+{
+    struct world *world = actor->world;
+    struct block_commit_args args = {
+        .job_id = actor->id,
+        .device = (char *)world->pictures[actor->move->upper].name,
+        .base_node = (char *)world->pictures[actor->move->lower].name,
+        .has_speed = true,
+        .speed = draw_speed(world),
+        .has_auto_finalize = true,
+    };
+    world->pictures[actor->move->lower].may_grow = true;
+    world_forget_above(world, actor->move->lower);
+    return commit_start(world->jobs, &args, err);
+}
+
+static void commit_done(struct actor *actor)
+{
+    struct world *world = actor->world;
+    if (actor->settled) {
+        return;
+    }
+    actor->settled = true;
+    struct picture *top = &world->pictures[actor->move->upper], *base = &world->pictures[actor->move->lower];
+    uint64_t size = MAX(top->view->size, base->view->size);
+    view_unref(base->view);
+    base->view = view_ref(top->view);
+    if (size > base->view->size) {
+        view_resize(base->view, size);
+    }
+    for (int at = actor->move->upper; at != NO_IMAGE && at != actor->move->lower; at = world->pictures[at].below) {
+        world->pictures[at].stale = true;
+        world->pictures[at].moved_to = actor->move->lower;
+    }
+    for (unsigned i = 0; i < world->topology->count; i++) {
+        struct picture *picture = &world->pictures[i];
+        bool leans = !picture->stale && picture->below != NO_IMAGE;
+        if (leans && !world_node(world, (int)i)) {
+            const struct picture *below = &world->pictures[picture->below];
+            picture->forgotten |= below->stale || below->forgotten;
+        } else if (leans && picture->below == actor->move->upper) {
+            picture->below = actor->move->lower;
+        }
+    }
+}
+
+/* What is in base, and what shows it, is a mixture from now on. */
+static void commit_failed(struct actor *actor)
+{
+    struct world *world = actor->world;
+    int at = world->pictures[actor->move->upper].below;
+    for (; at != NO_IMAGE; at = world->pictures[at].below) {
+        world->pictures[at].view->unknown = true;
+        if (at == actor->move->lower) {
+            break;
+        }
+    }
+}
+
+/* --- stream --- */
+
+static bool stream_fits(const struct topology *topology, int upper, int lower)
+{
+    int below = topology->images[upper].below;
+    return below != NO_IMAGE && lower != below && topology_is_above(topology, upper, lower);
+}
+
+static int coroutine_fn stream_begin(struct actor *actor, struct error **err)
+{
+    struct world *world = actor->world;
+    struct block_stream_args args = {
+        .job_id = actor->id,
+        .device = (char *)world->pictures[actor->move->upper].name,
+        .base_node = actor->move->lower == NO_IMAGE ? NULL : (char *)world->pictures[actor->move->lower].name,
+        .has_speed = true,
+        .speed = draw_speed(world),
+        .has_auto_finalize = true,
+    };
+    return stream_start(world->jobs, &args, err);
+}
+
+/* Where another stream into the same image has gone further down, that stays. */
+static void stream_done(struct actor *actor)
+{
+    struct world *world = actor->world;
+    struct picture *picture = &world->pictures[actor->move->upper];
+    int lower = actor->move->lower, at = picture->below;
+    while (lower != NO_IMAGE && world->pictures[lower].stale) {
+        lower = world->pictures[lower].moved_to;
+    }
+    while (at != NO_IMAGE && at != lower) {
+        at = world->pictures[at].below;
+    }
+    picture->below = at == lower ? lower : picture->below;
+}
+
+/* --- exports --- */
+
+static bool any_image(const struct topology *topology, int upper, int lower)
+{
+    return true;
+}
+
+static int coroutine_fn export_ro_begin(struct actor *actor, struct error **err)
+{
+    return client_start(actor, false, true, err);
+}
+
+static int coroutine_fn export_ro_shared_begin(struct actor *actor, struct error **err)
+{
+    return client_start(actor, false, false, err);
+}
+
+static int coroutine_fn export_rw_begin(struct actor *actor, struct error **err)
+{
+    return client_start(actor, true, true, err);
+}
+
+static int coroutine_fn export_rw_shared_begin(struct actor *actor, struct error **err)
+{
+    return client_start(actor, true, false, err);
+}
+
+/* Stays until everybody else has come to an end, or goes at a moment of its own. */
+static void coroutine_fn client_live(struct actor *actor)
+{
+    struct world *world = actor->world;
+    while (!world_is_quiet(world) && (actor->leave_ns == 0 || sim_now_ns(world->sim) < actor->leave_ns)) {
+        world_sleep(POLL_NS);
+    }
+    world_sleep(actor->linger_ns[0]);
+    client_finish(actor);
+}
+
+/* --- commands --- */
+
+static int coroutine_fn resize_begin(struct actor *actor, int64_t size, struct error **err)
+{
+    actor->size = (uint64_t)size;
+    struct picture *picture = &actor->world->pictures[actor->move->upper];
+    struct block_resize_args args = {.node_name = (char *)picture->name, .size = size};
+    return resize_node(actor->world->graph, &args, err);
+}
+
+static int64_t size_now(struct actor *actor)
+{
+    struct node *node = world_node(actor->world, actor->move->upper);
+    return node ? (int64_t)atomic_load(&node->size) : 0;
+}
+
+static int coroutine_fn grow_begin(struct actor *actor, struct error **err)
+{
+    actor->world->pictures[actor->move->upper].may_grow = true;
+    return resize_begin(actor, (size_now(actor) / SECTOR + 2) * SECTOR, err);
+}
+
+static int coroutine_fn shrink_begin(struct actor *actor, struct error **err)
+{
+    struct picture *picture = &actor->world->pictures[actor->move->upper];
+    int64_t size = (size_now(actor) / SECTOR - 1) * SECTOR;
+    world_forget_above(actor->world, actor->move->upper);
+    picture->may_shrink = true;
+    picture->shrinks_to = (uint64_t)size;
+    return resize_begin(actor, size, err);
+}
+
+static void resize_done(struct actor *actor)
+{
+    struct picture *picture = &actor->world->pictures[actor->move->upper];
+    if (!picture->stale) {
+        view_resize(picture->view, actor->size);
+    }
+}
+
+static bool has_backing(const struct topology *topology, int upper, int lower)
+{
+    return topology->images[upper].below != NO_IMAGE;
+}
+
+/* The name is chosen for what the image leans on at this moment. */
+static int coroutine_fn change_backing_begin(struct actor *actor, struct error **err)
+{
+    struct world *world = actor->world;
+    const struct picture *picture = &world->pictures[actor->move->upper];
+    struct node *node = world_node(world, actor->move->upper), *below = node ? node_backing(node) : NULL;
+    g_autofree char *name = g_strdup_printf("/%s.img", below ? below->name : "nothing");
+    struct change_backing_file_args args = {
+        .device = (char *)picture->name, .image_node_name = (char *)picture->name, .backing_file = name};
+    return change_backing_file(world->graph, &args, err);
+}
+
+/* --- the table --- */
+
+static const struct move_kind kinds[] = {
+    {"commit", MOVE_JOB, commit_fits, true, ">", commit_begin, job_live, commit_done, commit_failed},
+    {"stream", MOVE_JOB, stream_fits, true, "..", stream_begin, job_live, stream_done, NULL},
+    {"export-ro", MOVE_CLIENT, any_image, false, "", export_ro_begin, client_live, NULL, NULL},
+    {"export-ro-sh", MOVE_CLIENT, any_image, false, "", export_ro_shared_begin, client_live, NULL, NULL},
+    {"export-rw", MOVE_CLIENT, any_image, false, "", export_rw_begin, client_live, NULL, NULL},
+    {"export-rw-sh", MOVE_CLIENT, any_image, false, "", export_rw_shared_begin, client_live, NULL, NULL},
+    {"resize", MOVE_COMMAND, any_image, false, "", grow_begin, NULL, resize_done, NULL, &block_resize_claims, 0},
+    {"shrink", MOVE_COMMAND, any_image, false, "", shrink_begin, NULL, resize_done, NULL, &block_resize_claims,
+     CLAIM_IF_SHRINK},
+    {"cbf", MOVE_COMMAND, has_backing, false, "", change_backing_begin, NULL, NULL, NULL, &change_backing_file_claims,
+     0},
+};
+
+/* --- moves on a topology --- */
+
+static void add_move(GArray *moves, const struct topology *topology, const struct move_kind *kind, int upper, int lower)
+{
+    struct move move = {.kind = kind, .upper = upper, .lower = lower, .index = moves->len};
+    const char *lower_name = lower == NO_IMAGE ? (kind->pair ? "none" : "") : topology->images[lower].name;
+    g_snprintf(move.name, sizeof(move.name), "%s %s%s%s", kind->name, topology->images[upper].name, kind->separator,
+               lower_name);
+    g_array_append_val(moves, move);
+}
+
+static GArray *make_moves(const struct topology *topology)
+{
+    GArray *moves = g_array_new(FALSE, FALSE, sizeof(struct move));
+    for (unsigned i = 0; i < G_N_ELEMENTS(kinds); i++) {
+        for (int upper = 0; upper < (int)topology->count; upper++) {
+            for (int lower = NO_IMAGE; lower < (kinds[i].pair ? upper : 0); lower++) {
+                if (kinds[i].fits(topology, upper, lower)) {
+                    add_move(moves, topology, &kinds[i], upper, lower);
+                }
+            }
+        }
+    }
+    return moves;
+}
+
+const struct move *moves_on(const struct topology *topology, unsigned *ret_count)
+{
+    static GHashTable *made; /* topology -> GArray, kept for good */
+    if (!made) {
+        made = g_hash_table_new(NULL, NULL);
+    }
+    GArray *moves = g_hash_table_lookup(made, topology);
+    if (!moves) {
+        moves = make_moves(topology);
+        g_hash_table_insert(made, (void *)topology, moves);
+    }
+    *ret_count = moves->len;
+    return (const struct move *)(void *)moves->data;
+}
+
+const struct move *move_find(const struct topology *topology, const char *name)
+{
+    unsigned count;
+    const struct move *moves = moves_on(topology, &count);
+    for (unsigned i = 0; i < count; i++) {
+        if (strcmp(moves[i].name, name) == 0) {
+            return &moves[i];
+        }
+    }
+    return NULL;
+}
+
+unsigned companion_moves(const struct topology *topology, const struct move *ret[COMPANIONS_MAX])
+{
+    static const char *const sorts[] = {"export-rw-sh", "export-ro-sh"};
+    unsigned count = 0;
+    for (int image = (int)topology->count - 1; image >= 0; image--) {
+        for (unsigned i = 0; topology_is_leaf(topology, image) && i < G_N_ELEMENTS(sorts); i++) {
+            g_autofree char *name = g_strdup_printf("%s %s", sorts[i], topology->images[image].name);
+            g_assert(count < COMPANIONS_MAX);
+            ret[count++] = move_find(topology, name);
+        }
+    }
+    return count;
+}

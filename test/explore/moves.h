@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_TEST_EXPLORE_MOVES_H
+#define INTERLOCK_TEST_EXPLORE_MOVES_H
+
+#include "base/error.h"
+#include "loop/coroutine.h"
+#include "test/explore/topology.h"
+
+/*
+ * What is explored: operations, each at its places on a topology ("commit c>a"). A kind is one entry in the table in
+ * moves.c; the names are those of test/data/access-scenarios.json.
+ */
+struct actor;
+struct claim_table;
+
+struct move_kind {
+    const char *name;
+    enum { MOVE_JOB, MOVE_CLIENT, MOVE_COMMAND } sort;
+    /* Is there such a move with these images? `lower` is NO_IMAGE where the kind has only one. */
+    bool (*fits)(const struct topology *topology, int upper, int lower);
+    bool pair;         /* has a lower image, */
+    char separator[3]; /* written so between the two */
+    /* 0: it has begun. The same way in as the command's. */
+    int coroutine_fn (*start)(struct actor *actor, struct error **err);
+    /* Until its end. NULL: starting was all of it. */
+    void coroutine_fn (*live)(struct actor *actor);
+    /* What a good end means for the model. May be NULL. */
+    void (*done)(struct actor *actor);
+    /* What an end that was not good means for the model. May be NULL. */
+    void (*failed)(struct actor *actor);
+    /* Of a command: what it claims while it lasts, on its one image, so that it can be held in mid-course. */
+    const struct claim_table *claims;
+    unsigned conditions; /* CLAIM_IF_ bits */
+};
+struct move {
+    const struct move_kind *kind;
+    int upper, lower;
+    unsigned index; /* among the moves of its topology */
+    char name[48];
+};
+
+/* Every move that there is on a topology; made once. */
+const struct move *moves_on(const struct topology *topology, unsigned *ret_count);
+const struct move *move_find(const struct topology *topology, const char *name); /* NULL: none */
+
+/* The clients that are there besides the moves of a schedule: a writer and a reader of every leaf. */
+#define COMPANIONS_MAX 4
+unsigned companion_moves(const struct topology *topology, const struct move *ret[COMPANIONS_MAX]);
+
+#endif

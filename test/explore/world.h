@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_TEST_EXPLORE_WORLD_H
+#define INTERLOCK_TEST_EXPLORE_WORLD_H
+
+#include "loop/coroutine.h"
+#include "loop/loop.h"
+#include "loop/sim.h"
+#include "loop/sync.h"
+#include "test/explore/schedule.h"
+#include "test/explore/view.h"
+
+/*
+ * The world of one schedule: simulated disks and loops, the graph of the real code above them, and beside it the model
+ * of what is true: which image shows what, leans on what, and is stale.
+ */
+struct graph;
+struct jobs;
+struct node;
+
+/* An image, as it ought to be. */
+struct picture {
+    const char *name; /* of its node */
+    char path[16];    /* of its disk */
+    struct view *view;
+    int below;      /* what it leans on, or NO_IMAGE */
+    int moved_to;   /* when stale: where its content is now */
+    bool stale;     /* its file may be deleted */
+    bool forgotten; /* nobody had it open any more when what it leant on changed: nobody could stand up for it */
+    bool may_grow, may_shrink; /* somebody has begun to change its size, and may not have got further */
+    uint64_t shrinks_to;       /* what lies behind is nobody's from the beginning of a shrink on */
+};
+
+enum actor_end { ACTOR_RUNS, ACTOR_DONE, ACTOR_FAILED, ACTOR_CANCELLED };
+
+/* Who makes a move. */
+struct actor {
+    struct world *world;
+    const struct move *move;
+    unsigned number;
+    bool companion;
+    char id[16];                              /* of its job or export */
+    int64_t start_ns, linger_ns[2], leave_ns; /* moments and pauses, drawn from the seed */
+    enum verdict verdict;
+    bool begun, started; /* about to start; admitted or refused */
+    enum actor_end end;
+    bool settled;      /* a commit: the model has followed it */
+    bool cancelled;    /* a cancel was taken */
+    int64_t cancel_ns; /* or 0: is not cancelled */
+    char *error;
+    uint64_t size; /* of a resize */
+    struct client *client;
+};
+#define ACTORS_MAX (SCHEDULE_MOVES_MAX + COMPANIONS_MAX)
+
+struct world {
+    const struct schedule *schedule;
+    const struct topology *topology;
+    struct result *result;
+    uint64_t random;
+    struct sim *sim;
+    struct loop *control, *io[2];
+    unsigned io_count;
+    struct graph *graph;
+    struct jobs *jobs;
+    struct picture pictures[TOPOLOGY_IMAGES_MAX];
+    uint64_t cluster;
+    bool nested; /* opened by the leaf, images below read-only until somebody needs them */
+    struct actor actors[ACTORS_MAX];
+    unsigned actor_count;
+    struct co_group alive; /* actors */
+};
+
+/* The first violation ends the process. */
+void world_violation(struct world *world, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
+void world_good(struct world *world) __attribute__((noreturn));
+
+uint64_t world_random(struct world *world);
+/* Evenly below `limit`; true in so many of a hundred. */
+uint64_t world_below(struct world *world, uint64_t limit);
+bool world_chance(struct world *world, unsigned percent);
+void coroutine_fn world_sleep(int64_t duration_ns);
+#define MICROSECOND ((int64_t)1000)
+
+/* Disks with seeded images, and the model of them. */
+void world_make_images(struct world *world);
+void coroutine_fn world_open_graph(struct world *world);
+void coroutine_fn world_close_graph(struct world *world);
+struct node *world_node(struct world *world, int image); /* NULL: is not in the graph any more */
+/* A commit is followed by the model when it says that it has ended; whoever begins something just before that, but
+ * after the graph has changed, calls this first. */
+void world_catch_up(struct world *world);
+/* Whatever leans on the image and is not open any more is forgotten: the image is about to change. */
+void world_forget_above(struct world *world, int image);
+/* May requests fail in this schedule, so that what was not flushed may be lost? */
+bool world_has_faults(const struct world *world);
+/* Have all moves that are no clients come to their ends? */
+bool world_is_quiet(const struct world *world);
+bool world_all_begun(const struct world *world);
+/* Does one move begin after the other, and no job end before all have begun? Where rules are broken on purpose. */
+bool world_in_turn(const struct world *world);
+
+/* Everything that a refusal must leave alone, as text; g_free(). */
+char *world_fingerprint(struct world *world);
+
+#endif
