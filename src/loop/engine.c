@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Which engine a loop gets, and what the real ones share: clocks, random numbers and threads.
+ * Which engine a loop gets, and what the real ones share: clocks, random numbers, threads, and the event that ends a
+ * wait.
  * ENGINE_AUTO tries uring and falls back to epoll whatever the refusal was (a container's filter,
  * an old kernel, a memory limit). New threads have all signals blocked, so that handlers run on the
  * control thread. Which engine runs is a matter of each loop; nothing here is a global choice.
@@ -15,6 +16,7 @@
 #include <string.h>
 #include <sys/random.h>
 #include <time.h>
+#include <unistd.h>
 
 static const struct {
     const char *name;
@@ -139,4 +141,12 @@ void native_thread_join(struct engine_thread *thread)
 {
     pthread_join(thread->thread, NULL);
     g_free(thread);
+}
+
+void native_event_signal(int event_fd)
+{
+    uint64_t one = 1;
+
+    while (write(event_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
+    }
 }

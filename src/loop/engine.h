@@ -142,13 +142,19 @@ const struct engine_ops *engine_ops_self(void);
 /* Creates an engine of the kind for the calling thread. */
 int engine_create(enum engine_kind kind, struct engine **ret, struct error **err);
 
-/* What the real engines share. */
+/* What the real engines share: their tables begin with how they wait, and end alike. */
 int64_t native_clock_ns(void);
 int64_t native_realtime_us(void);
 uint64_t native_random(void);
 int native_thread_start(const char *name, void (*entry)(void *argument), void *argument, struct engine_thread **ret);
 void native_thread_join(struct engine_thread *thread);
 int coroutine_fn worker_pool_run(int (*work)(void *argument), void *argument);
+/* Any thread, also a signal handler: makes an eventfd readable. */
+void native_event_signal(int event_fd);
+#define NATIVE_ENGINE_OPS                                                                            \
+    .clock_ns = native_clock_ns, .realtime_us = native_realtime_us, .random = native_random,         \
+    .thread_start = native_thread_start, .thread_join = native_thread_join, .work = worker_pool_run, \
+    .files = &file_native_ops, .streams = &stream_native_ops
 
 /* A coroutine that did something without waiting says so: after enough of it the others get their turn. */
 void coroutine_fn loop_spend(unsigned units);

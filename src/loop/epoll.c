@@ -107,10 +107,8 @@ static void epoll_turn(struct engine *engine, int64_t timeout_ns)
 static void epoll_interrupt(struct engine *engine)
 {
     struct epoll_engine *epoll = container_of(engine, struct epoll_engine, engine);
-    uint64_t one = 1;
 
-    while (write(epoll->event_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
-    }
+    native_event_signal(epoll->event_fd);
 }
 
 struct epoll_job {
@@ -249,13 +247,6 @@ const struct engine_ops epoll_engine_ops = {
     .destroy = epoll_engine_destroy,
     .turn = epoll_turn,
     .interrupt = epoll_interrupt,
-    .clock_ns = native_clock_ns,
-    .realtime_us = native_realtime_us,
-    .random = native_random,
-    .thread_start = native_thread_start,
-    .thread_join = native_thread_join,
-    .work = worker_pool_run,
-    .files = &file_native_ops,
-    .streams = &stream_native_ops,
+    NATIVE_ENGINE_OPS,
     .native = &epoll_native_ops,
 };

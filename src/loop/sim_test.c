@@ -422,6 +422,44 @@ static void test_files(void)
     }
 }
 
+static void coroutine_fn direct_main(void *argument)
+{
+    struct file *file = open_file("a", FILE_WRITABLE | FILE_DIRECT);
+    struct file_info info;
+    g_autofree uint8_t *memory = g_malloc(3 * SIM_SECTOR);
+    uint8_t *aligned = memory + SIM_SECTOR - (uintptr_t)memory % SIM_SECTOR;
+
+    g_assert_cmpint(file_info(file, &info), ==, 0);
+    g_assert_cmpuint(info.size, ==, 700);
+    g_assert_cmpuint(info.alignment, ==, SIM_SECTOR);
+    g_assert_cmpint(read_all(file, 0, aligned + 1, SIM_SECTOR), ==, -EINVAL);
+    g_assert_cmpint(read_all(file, 1, aligned, SIM_SECTOR), ==, -EINVAL);
+    g_assert_cmpint(read_all(file, 0, aligned, 100), ==, -EINVAL);
+    /* The end lies inside of a sector. */
+    g_assert_cmpint(read_all(file, 0, aligned, 2 * SIM_SECTOR), ==, 0);
+    for (unsigned i = 0; i < 2 * SIM_SECTOR; i++) {
+        g_assert_cmpuint(aligned[i], ==, i < 700 ? 5 : 0);
+    }
+    file_close(file);
+}
+
+static void test_direct(void)
+{
+    for (uint64_t seed = 0; seed < 20; seed++) {
+        struct sim_config config = {.seed = seed, .short_percent = 30};
+        struct sim *sim = sim_create(&config);
+        uint8_t fives[700];
+        struct loop *loop;
+
+        memset(fives, 5, sizeof(fives));
+        sim_disk_set(sim, "a", fives, sizeof(fives));
+        g_assert_cmpint(loop_create(ENGINE_AUTO, &loop, NULL), ==, 0);
+        loop_run_coroutine(loop, direct_main, NULL);
+        loop_destroy(loop);
+        sim_destroy(sim);
+    }
+}
+
 static void coroutine_fn short_main(void *argument)
 {
     static uint8_t data[16 * 512];
@@ -812,6 +850,7 @@ int main(int argc, char **argv)
     g_test_add_func("/sim/posts-keep-their-order", test_posts);
     g_test_add_func("/sim/threads-without-a-control-loop", test_without_loop);
     g_test_add_func("/sim/files", test_files);
+    g_test_add_func("/sim/direct-files", test_direct);
     g_test_add_func("/sim/short-transfers", test_short);
     g_test_add_func("/sim/faults", test_faults);
     g_test_add_func("/sim/room", test_room);

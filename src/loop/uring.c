@@ -176,10 +176,8 @@ static void uring_turn(struct engine *engine, int64_t timeout_ns)
 static void uring_interrupt(struct engine *engine)
 {
     struct uring_engine *uring = container_of(engine, struct uring_engine, engine);
-    uint64_t one = 1;
 
-    while (write(uring->event_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
-    }
+    native_event_signal(uring->event_fd);
 }
 
 static ssize_t coroutine_fn uring_transfer(struct engine *engine, int fd, bool write, const struct iovec *iov,
@@ -293,13 +291,6 @@ const struct engine_ops uring_engine_ops = {
     .destroy = uring_destroy,
     .turn = uring_turn,
     .interrupt = uring_interrupt,
-    .clock_ns = native_clock_ns,
-    .realtime_us = native_realtime_us,
-    .random = native_random,
-    .thread_start = native_thread_start,
-    .thread_join = native_thread_join,
-    .work = worker_pool_run,
-    .files = &file_native_ops,
-    .streams = &stream_native_ops,
+    NATIVE_ENGINE_OPS,
     .native = &uring_native_ops,
 };
