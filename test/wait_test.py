@@ -605,12 +605,74 @@ class Override(WaitCase):
             self.qmp.wait_job(job)
         self.assertEqual(self.qmp.jobs(), {})
 
+    def test_a_last_step_into_a_new_overlap_fails_and_is_undone(self):
+        """The writer was let in beside the commit, but not beneath the image that is to lean on base afterwards."""
+        self.export("writer", "base", writable=True, override="test")
+        self.commit("j", "a", "base", override="test", speed=0)
+        self.assertRegex(self.qmp.wait_job("j"), r"block-commit j: .*export writer|export writer")
+        self.assertEqual(self.server.chain_of("top"), ["top", "c", "b", "a", "base"])
+        self.delete("writer")
+        self.commit("j", "a", "base", speed=0)
+        self.assertIsNone(self.qmp.wait_job("j"))
+
+    def test_an_active_commit_beside_a_writer_beneath_ends(self):
+        for verb in ("job-cancel", "job-complete"):
+            self.export("writer", "c", writable=True, override="test")
+            self.qmp.execute("block-commit", {"job-id": "j", "device": "top", "base-node": "c", "override": "test"})
+            self.qmp.wait_event("BLOCK_JOB_READY", device="j")
+            self.qmp.execute(verb, id="j")
+            self.assertIsNone(self.qmp.wait_job("j"))
+            self.delete("writer")
+
     def test_it_passes_those_who_wait(self):
         self.export("reader", "base")
         self.commit("j", "a", "base", **WAIT)
         self.export("urgent", "base", override="rescue")
         self.assertIn("block-commit j", self.overridden("urgent")["refusal"])
         self.assertEqual(set(self.waiting()["j"]), {"reader", "urgent"})
+
+    def ask(self, command, arguments):
+        """Says whatever happens: what is refused for another reason, or has just ended, is no matter here."""
+        try:
+            self.qmp.execute(command, arguments)
+        except QmpError:
+            pass
+
+    def random_override(self, name):
+        nodes = self.server.chain_of("top")[::-1]
+        low, high = sorted(self.random.sample(range(len(nodes)), 2)) if len(nodes) > 1 else (0, 0)
+        job = {"job-id": name, "speed": self.random.choice((0, 4 * SLOW, MIB)), "override": "test"}
+        writable, size = self.random.random() < 0.5, SIZE + self.random.randrange(-3, 4) * MIB
+        operations = (
+            ("block-commit", {"device": "top", "top-node": nodes[high], "base-node": nodes[low], **job}),
+            ("block-stream", {"device": nodes[high], "base-node": nodes[low], **job}),
+            ("block-export-add", {
+                "type": "nbd", "id": name, "name": name, "node-name": nodes[low], "writable": writable, "override": "test"}),
+            ("block_resize", {"node-name": nodes[low], "size": size, "override": "test"}),
+        )
+        self.ask(*self.random.choice(operations))
+
+    def test_whatever_is_overridden_the_daemon_lives(self):
+        """The data may be lost, but every overlap ends: nothing asserts that it cannot happen, and nothing stays."""
+        for number in range(scale(30, 300)):
+            self.random_override(f"o{number}")
+            if self.random.random() < 0.3:
+                for job in self.qmp.jobs():
+                    self.ask("job-cancel", {"id": job})
+            for name in self.exports():
+                if self.random.random() < 0.3:
+                    self.ask("block-export-del", {"id": name})
+        deadline = time.monotonic() + 30 * SLOWNESS
+        while self.qmp.jobs() or self.exports():
+            self.assertLess(time.monotonic(), deadline, f"seed {self.seed}: {self.qmp.jobs()} {self.exports()}")
+            for name in self.exports():
+                self.ask("block-export-del", {"id": name})
+            for job in self.qmp.jobs():
+                self.ask("block-job-set-speed", {"device": job, "speed": 0})
+                self.ask("job-complete", {"id": job})
+            time.sleep(0.01)
+        holders = self.qmp.execute("query-access")["holders"]
+        self.assertEqual({holder["kind"] for holder in holders}, {"edge"})
 
     def test_a_stale_image_may_be_read_in_an_emergency(self):
         self.commit("j", "b", "a", speed=0)

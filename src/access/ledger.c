@@ -240,8 +240,13 @@ struct access_holder *holder_create_shadow(struct access_ledger *ledger, const s
     return holder;
 }
 
+/* What an adopter leaves behind stands where it stood: it tolerates whom the adopter did, or a later change would find
+ * them at odds. */
 static void holder_set_adopter(struct access_holder *holder, struct access_holder *adopter)
 {
+    if (holder->adopter && holder->adopter != adopter) {
+        access_holder_inherit(holder, holder->adopter);
+    }
     list_remove(&holder->adopter_link);
     holder->adopter = adopter;
     if (adopter) {
@@ -495,12 +500,12 @@ static void changes_contest(const struct access_change *changes, unsigned count)
 
 static void changes_check(const struct access_change *changes, unsigned count, struct refusal *refusal)
 {
-    g_autoptr(GHashTable) seen = g_hash_table_new(NULL, NULL);
+    g_autoptr(GHashTable) seen = count > 1 ? g_hash_table_new(NULL, NULL) : NULL;
 
     for (unsigned i = 0; i < count; i++) {
         struct access_holder *owner = holder_owner(changes[i].holder);
 
-        if (!changes[i].holder->contested && g_hash_table_add(seen, owner)) {
+        if (!changes[i].holder->contested && (!seen || g_hash_table_add(seen, owner))) {
             group_clashes(owner, refusal);
         }
     }

@@ -103,7 +103,8 @@ void holder_add_shadow_entry(struct access_holder *holder, const struct access_c
 /* The actions of `require` by one entry that another holder's entry does not allow; 0: no conflict that way round. */
 unsigned ledger_clash(const struct ledger_entry *requiring, const struct ledger_entry *denying);
 
-/* One explained reason why a change is refused. `holder`: whose change it is, if it is one's; `arrives`: who is new. */
+/* One explained reason why a change is refused. `holder`: whose change it is, if it is one's; `arrives`: who is new.
+ * Borrows `subject`. */
 struct refusal;
 struct refusal *refusal_create(const char *subject, const struct access_holder *holder, bool arrives);
 /* Adds every conflict of `entry` with the other holders on its node. */

@@ -234,6 +234,33 @@ static void test_override_of_an_adopter(void)
     access_ledger_destroy(ledger);
 }
 
+/* An edge that was adopted by somebody tolerated stands beside the other when the adopter has gone. */
+static void test_override_outlives_an_adopter(void)
+{
+    struct access_ledger *ledger = access_ledger_create();
+    struct access_holder *edge = holder(ledger, "edge", "a -> base (backing)");
+    struct access_holder *adopter = holder(ledger, "job", "adopter"), *writer = holder(ledger, "job", "writer");
+    struct access_claim standing = {"base", R, W, 0, "backing"}, write = {"base", W, 0, 0, "base"};
+    struct access_claim own = {"x", R, W, 0, "top"}, clash = {"x", W, 0, 0, "top"}, both[] = {write, clash};
+    struct access_change adopt[] = {
+        {.holder = adopter, .claims = &own, .count = 1, .arrives = true},
+        {.holder = edge, .claims = &standing, .count = 1, .set_adopter = true, .adopter = adopter}};
+    struct access_change more = {.holder = writer, .claims = both, .count = 2};
+
+    g_assert_cmpint(access_apply(ledger, "adopter", adopt, 1, NULL), ==, 0);
+    access_set_override(ledger, allow, NULL);
+    g_assert_cmpint(claim_one(writer, ledger, clash, NULL), ==, 0);
+    access_set_override(ledger, NULL, NULL);
+    g_assert_cmpint(access_apply(ledger, "adopter", adopt, 2, NULL), ==, 0);
+    g_assert_cmpint(access_apply(ledger, "writer", &more, 1, NULL), ==,
+                    0); /* against the edge, in its adopter's name */
+    access_holder_destroy(adopter);
+    g_assert_cmpint(access_apply(ledger, "writer", &more, 1, NULL), ==, 0);
+    access_holder_destroy(writer);
+    access_holder_destroy(edge);
+    access_ledger_destroy(ledger);
+}
+
 static void test_override_of_staleness(void)
 {
     struct access_ledger *ledger = access_ledger_create();
@@ -334,6 +361,7 @@ int main(int argc, char **argv)
     g_test_add_func("/access/override", test_override);
     g_test_add_func("/access/filter", test_filter);
     g_test_add_func("/access/override-of-an-adopter", test_override_of_an_adopter);
+    g_test_add_func("/access/override-outlives-an-adopter", test_override_outlives_an_adopter);
     g_test_add_func("/access/override-of-staleness", test_override_of_staleness);
     g_test_add_func("/access/claims-on-one-node", test_claims_on_one_node);
     g_test_add_func("/access/stale", test_stale);

@@ -15,12 +15,12 @@
 #include <errno.h>
 
 struct refusal {
-    char *subject;
+    const char *subject;                /* the caller's */
     const struct access_holder *holder; /* the subject, or NULL: a change of several holders */
     bool arrives;                       /* it is somebody new */
     char *sentence;                     /* the first conflict that is clear, or the first */
     char *remedy;                       /* for that conflict */
-    json_t *conflicts;
+    json_t *conflicts;   /* NULL: none; whatever costs something waits for the first, for most changes have none */
     GHashTable *seen;    /* set of texts: a clash is met from both sides */
     GPtrArray *pairs;    /* struct access_holder, two by two, for refusal_tolerate() */
     GPtrArray *on_stale; /* struct ledger_entry, for the same */
@@ -31,16 +31,15 @@ struct refusal *refusal_create(const char *subject, const struct access_holder *
 {
     struct refusal *refusal = g_new0(struct refusal, 1);
 
-    refusal->subject = g_strdup(subject);
+    refusal->subject = subject;
     refusal->holder = holder;
     refusal->arrives = arrives;
-    refusal->conflicts = json_array();
     return refusal;
 }
 
 unsigned refusal_count(const struct refusal *refusal)
 {
-    return (unsigned)json_array_size(refusal->conflicts);
+    return refusal->conflicts ? (unsigned)json_array_size(refusal->conflicts) : 0;
 }
 
 bool refusal_is_for_good(const struct refusal *refusal)
@@ -167,6 +166,9 @@ static void refusal_add(struct refusal *refusal, json_t *conflict, bool clear, c
 {
     json_object_set_new(conflict, "remedy", json_string(remedy));
     json_object_set_new(conflict, "sentence", json_string(sentence));
+    if (!refusal->conflicts) {
+        refusal->conflicts = json_array();
+    }
     json_array_append_new(refusal->conflicts, conflict);
     if (!refusal->sentence || (clear && !refusal->clear)) {
         g_free(refusal->sentence);
@@ -353,7 +355,6 @@ int refusal_finish(struct refusal *refusal, struct error **err)
     g_clear_pointer(&refusal->seen, g_hash_table_destroy);
     g_clear_pointer(&refusal->pairs, g_ptr_array_unref);
     g_clear_pointer(&refusal->on_stale, g_ptr_array_unref);
-    g_free(refusal->subject);
     g_free(refusal->sentence);
     g_free(refusal->remedy);
     g_free(refusal);

@@ -5,7 +5,8 @@
  * whatever change it came with, even the one that ends the overlap.
  *
  * 1. Tolerance is between two holders, symmetric, and lasts until one of them ends; it covers every claim of the two.
- * 2. What an adopter is tolerated for its adopted edges are, and the other way round.
+ * 2. What an adopter is tolerated for its adopted edges are, and the other way round; when it lets an edge go, the edge
+ *    keeps its tolerances. An edge that moves hands its own on.
  * 3. ledger->tolerances counts the sets that exist: 0 (always, without --allow-override) keeps decisions on the masks.
  *
  * It decides nothing: ledger.c asks, and refusal.c knows the pairs.
