@@ -5,7 +5,8 @@
  *
  * 1. An edge that is linked holds a reference on its child.
  * 2. A linked edge with a parent has a holder of its own in the ledger, whose claims are its role's; an edge of a stale
- *    parent claims nothing. Root edges have none: what they may do is claimed by their operation.
+ *    parent claims nothing, but for its file edge: as long as it is open it may write its metadata. Root edges have
+ * none: what they may do is claimed by their operation.
  * 3. An edge that comes or goes may give operations a role more or less (a new overlay): their claims follow in the
  *    same step.
  * 4. edge->granted never exceeds what was claimed, but for two cases with their reason in the table.
@@ -121,7 +122,7 @@ static const struct node *edge_shown(const struct edge *edge)
 
 static unsigned edge_claim(const struct edge *edge, const struct standing_claim *standing, struct access_claim *ret)
 {
-    if (edge->role == EDGE_ROOT || !edge->child || edge->parent->stale) {
+    if (edge->role == EDGE_ROOT || !edge->child || (edge->parent->stale && edge->role != EDGE_FILE)) {
         return 0;
     }
     const struct node *shown = edge_shown(edge);

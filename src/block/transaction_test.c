@@ -309,6 +309,35 @@ static void test_shape(void)
     in_coroutine(shape_body);
 }
 
+/* A stale image lets go of what it leans on; its file is its own until it is closed, which writes metadata. */
+static void coroutine_fn stale_file_body(void *argument)
+{
+    struct graph *graph = graph_create();
+    struct node *disk = memory_node(graph, "disk", NULL), *below = memory_node(graph, "below", NULL);
+    struct node *image = memory_node(graph, "image", below), *other = memory_node(graph, "other", NULL);
+    g_assert_cmpint(edge_attach(image, EDGE_FILE, disk, NULL, NULL), ==, 0);
+    struct operation *surgery = memory_surgery(graph, image, NULL, NULL);
+    graph_lock(graph);
+    struct transaction *transaction = graph_begin(graph, "test");
+    transaction_by(transaction, surgery);
+    transaction_mark_stale(transaction, image, "test");
+    g_assert_cmpint(graph_commit(transaction, NULL), ==, 0);
+    graph_unlock(graph);
+    operation_end(surgery);
+    struct operation *guest = export(graph, "e0", below, true);
+    g_assert(guest);
+    operation_end(guest);
+    g_assert_cmpint(edge_attach(other, EDGE_FILE, disk, NULL, NULL), ==, -EBUSY);
+    g_assert_cmpint(graph_delete(graph, "image", NULL), ==, 0);
+    g_assert_cmpint(edge_attach(other, EDGE_FILE, disk, NULL, NULL), ==, 0);
+    memory_end(graph);
+}
+
+static void test_stale_file(void)
+{
+    in_coroutine(stale_file_body);
+}
+
 static void coroutine_fn users_body(void *argument)
 {
     struct graph *graph = graph_create();
@@ -344,6 +373,7 @@ int main(int argc, char **argv)
     g_test_add_func("/operation/claims-follow-the-backend", test_pivot);
     g_test_add_func("/operation/adoption-follows-the-chain", test_adoption);
     g_test_add_func("/transaction/shape-and-refusal", test_shape);
+    g_test_add_func("/transaction/files-of-stale-images", test_stale_file);
     g_test_add_func("/graph/users-of-a-node", test_users);
     return g_test_run();
 }
