@@ -562,7 +562,7 @@ void sim_create_if_asked(void)
 
     if (asked && *asked) {
         uint64_t seed = g_ascii_strtoull(asked, NULL, 10);
-        struct sim_config config = {.seed = seed, .preempt_percent = seed % 4 * 10, .short_percent = seed % 3 * 10};
+        struct sim_config config = {.seed = seed, .preempt_percent = 5 + seed % 4 * 10, .short_percent = seed % 3 * 10};
 
         sim_create(&config);
     }

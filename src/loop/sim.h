@@ -19,6 +19,7 @@
  */
 struct sim;
 
+/* Without preemption loops change only where they visit the engine: two that poll in lockstep may do so for ever. */
 struct sim_config {
     uint64_t seed;
     int64_t latency_min_ns, latency_max_ns; /* of each transfer, sync, piece of work; drawn evenly. 0, 0: 1 to 100 us */
