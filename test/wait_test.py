@@ -492,15 +492,17 @@ class Waiting(WaitCase):
 
     def test_at_the_command_line(self):
         self.export("e", "base")
-        sub = self.path("verbs")
-        server = self.daemon("--chardev", f"socket,id=verbs,path={sub},server=on,wait=off", "--monitor", "chardev=verbs")
+        sub, other = self.path("verbs"), self.path("more")  # a monitor serves one client at a time
+        monitors = [("verbs", sub), ("more", other)]
+        options = [["--chardev", f"socket,id={name},path={path},server=on,wait=off", "--monitor", name] for name, path in monitors]
+        server = self.daemon(*options[0], *options[1])
         server.add_chain(self.create_chain([f"v{name}" for name in CHAIN], SIZE))
         server.nbd_server()
         self.export("e", "vbase", server.qmp)
         command = [PROGRAM, "commit", "va", "--into=vbase", "--queue", "--qmp", sub]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as waiting:
             self.assertEqual(waiting.stdout.readline(), "commit-va waits for e\n")
-            shown = subprocess.run([PROGRAM, "access", "--qmp", sub], capture_output=True, text=True, check=True).stdout
+            shown = subprocess.run([PROGRAM, "access", "--qmp", other], capture_output=True, text=True, check=True).stdout
             self.assertRegex(shown, r"block-commit commit-va waits since \d+ s for e\n")
             server.qmp.execute("block-export-del", id="e")
             text = waiting.communicate(timeout=20 * SLOWNESS)[0]
