@@ -59,6 +59,10 @@ static void coroutine_fn client_read(struct client *client, uint64_t offset, uin
         client_failed(client, "read", code);
         return;
     }
+    const struct picture *picture = &world->pictures[client->actor->move->upper];
+    if (picture->may_shrink) { /* what is to be cut off is nobody's, even if the shrink failed */
+        bytes = offset < picture->shrinks_to ? MIN(bytes, picture->shrinks_to - offset) : 0;
+    }
     g_autofree char *difference = client->view->unknown ? NULL : view_compare(client->view, &look, offset, bytes, seen);
     if (difference) {
         world_violation(world, "%s: %s (at %u us)", client->actor->move->name, difference,

@@ -112,9 +112,13 @@ static int explore(const struct options *options, struct runner *runner)
         failures += explore_topology(options, topology, runner, own);
         json_object_set_new(figures, topology->name, own);
     }
-    json_object_set_new(figures, "schedules", json_integer((json_int_t)runner_count(runner)));
+    const struct totals *totals = runner_totals(runner);
+    json_object_set_new(figures, "schedules", json_integer((json_int_t)totals->schedules));
     json_object_set_new(figures, "failures", json_integer(failures));
-    printf("%u schedules, %u findings\n", (unsigned)runner_count(runner), failures);
+    printf(
+        "%u schedules, %u findings; operations: %u ended well, %u cancelled, %u failed; %u power cuts; %u requests\n",
+        (unsigned)totals->schedules, failures, (unsigned)totals->ended_well, (unsigned)totals->cancelled,
+        (unsigned)totals->failed, (unsigned)totals->cuts, (unsigned)totals->requests);
     if (options->json) {
         json_dumpf(figures, stdout, JSON_COMPACT);
         printf("\n");
@@ -128,7 +132,7 @@ int main(int argc, char **argv)
     struct options options = {.schedules = 4, .refused = 40, .mutate_rounds = 20, .seed = 1, .jobs = 2};
     const GOptionEntry entries[] = {
         {"topology", 't', 0, G_OPTION_ARG_STRING, &options.topology, "only this one (chain, fork, deep)", "NAME"},
-        {"slice", 0, 0, G_OPTION_ARG_NONE, &options.slice, "what fits between two commits", NULL},
+        {"slice", 0, 0, G_OPTION_ARG_NONE, &options.slice, "of the breakages, only those that must be noticed", NULL},
         {"singles", 0, 0, G_OPTION_ARG_NONE, &options.singles, "every operation alone", NULL},
         {"everywhere", 0, 0, G_OPTION_ARG_NONE, &options.everywhere, "alone, with every fault and every cut", NULL},
         {"pairs", 0, 0, G_OPTION_ARG_NONE, &options.pairs, "every pair that is admitted", NULL},

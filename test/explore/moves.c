@@ -48,13 +48,38 @@ static enum job_status status_of(struct actor *actor)
     return status;
 }
 
-/* Takes the job through what it asks for: complete when it is ready, finalize when it is pending. */
+static void coroutine_fn job_rest(struct actor *actor)
+{
+    struct jobs *jobs = actor->world->jobs;
+    struct job *job = jobs_find(jobs, actor->id);
+    bool pauses = job && job_pause(job, NULL) == 0;
+    world_sleep(actor->linger_ns[0]);
+    job = pauses ? jobs_find(jobs, actor->id) : NULL;
+    if (job) {
+        job_resume(job, NULL);
+    }
+}
+
+/* It is ready: it is to move its users, or to leave them where they are. */
+static void job_answer(struct actor *actor, struct job *job)
+{
+    actor->asked = true;
+    if (actor->stays) {
+        job_cancel(job, false, NULL);
+    } else {
+        job_complete(job, NULL);
+    }
+}
+
+/* Takes the job through what it asks for: an answer when it is ready, finalize when it is pending. */
 static void coroutine_fn job_live(struct actor *actor)
 {
     struct world *world = actor->world;
-    unsigned asked = 0;
+    if (actor->rests) {
+        job_rest(actor);
+    }
     for (enum job_status status; (status = status_of(actor)) != JOB_STATUS_NULL;) {
-        bool ready = status == JOB_STATUS_READY && asked == 0, pending = status == JOB_STATUS_PENDING;
+        bool ready = status == JOB_STATUS_READY && !actor->asked, pending = status == JOB_STATUS_PENDING;
         bool hold = world_in_turn(world) && !world_all_begun(world);
         if ((!ready && !pending) || hold) {
             world_sleep(POLL_NS);
@@ -63,8 +88,7 @@ static void coroutine_fn job_live(struct actor *actor)
         world_sleep(actor->linger_ns[pending]);
         struct job *job = jobs_find(world->jobs, actor->id);
         if (job && ready) {
-            job_complete(job, NULL);
-            asked++;
+            job_answer(actor, job);
         } else if (job) {
             job_finalize(job, NULL);
         }
@@ -237,11 +261,17 @@ static int coroutine_fn grow_begin(struct actor *actor, struct error **err)
 static int coroutine_fn shrink_begin(struct actor *actor, struct error **err)
 {
     struct picture *picture = &actor->world->pictures[actor->move->upper];
+    struct picture before = *picture;
     int64_t size = (size_now(actor) / SECTOR - 1) * SECTOR;
     world_forget_above(actor->world, actor->move->upper);
     picture->may_shrink = true;
     picture->shrinks_to = (uint64_t)size;
-    return resize_begin(actor, size, err);
+    int code = resize_begin(actor, size, err);
+    if (code == -EBUSY) {
+        picture->may_shrink = before.may_shrink;
+        picture->shrinks_to = before.shrinks_to;
+    }
+    return code;
 }
 
 static void resize_done(struct actor *actor)

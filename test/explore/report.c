@@ -20,7 +20,46 @@ struct reason {
 };
 
 static const struct reason reasons[] = {
-    {NULL, NULL, NULL, NULL},
+    {"commit", "commit",
+     "=><=", "the same commit twice: the second would find its work done; its user is told at once"},
+    {"commit", "commit", "<><>",
+     "one commit inside the other's range: the outer one moves the same data and makes the inner one's base stale"},
+    {"commit", "commit", "><<>", "the same, seen from the outer one"},
+    {"commit", "active commit", "<><>",
+     "one commit inside the other's range: the outer one moves the same data and makes the inner one's base stale"},
+    {"active commit", "commit", "><<>", "the same, seen from the outer one"},
+    {"active commit", "active commit",
+     "=><=", "the same commit twice: the second would find its work done; its user is told at once"},
+    {"commit", "stream", "=><>",
+     "the stream would cut the commit's base off under it: that is harmless only with nothing between, or when all is "
+     "copied"},
+    {"active commit", "stream", "=><>",
+     "the stream would cut the commit's base off under it: that is harmless only with nothing between, or when all is "
+     "copied"},
+    {"commit", "stream", ">><>",
+     "the stream would cut the commit's base off under it: what the commit has not copied yet is copied whole only by "
+     "luck"},
+    {"active commit", "stream", ">><>",
+     "the stream would cut the commit's base off under it: what the commit has not copied yet is copied whole only by "
+     "luck"},
+    {"commit", "resize", ">.=.",
+     "base gets top's size once, and then top's content: a size asked for in between would be that of an image that is "
+     "half-written"},
+    {"active commit", "resize", ">.=.",
+     "base gets top's size once, and then top's content: a size asked for in between would be that of an image that is "
+     "half-written"},
+    {"commit", "resize", ">.<.",
+     "an image between ends stale: what is done to it is lost, and whoever asks for it should know"},
+    {"active commit", "resize", ">.<.",
+     "an image between ends stale: what is done to it is lost, and whoever asks for it should know"},
+    {"commit", "cbf", "<.<.",
+     "the commit will write this header at its end, and what the name was chosen for will be stale"},
+    {"commit", "cbf", "=.<.", "the header of top or of an image between is that of an image that ends stale"},
+    {"commit", "cbf", ">.<.", "the header of top or of an image between is that of an image that ends stale"},
+    {"active commit", "cbf", "=.<.", "the header of top or of an image between is that of an image that ends stale"},
+    {"active commit", "cbf", ">.<.", "the header of top or of an image between is that of an image that ends stale"},
+    {"stream", "cbf", "=.<.", "the stream will write this header at its end: the name would not last"},
+    {"stream", "cbf", "=...", "the stream will write this header at its end: the name would not last"},
 };
 
 /* --- kinds --- */
@@ -78,7 +117,7 @@ static const char *reason_for(const char *kind)
     g_auto(GStrv) parts = g_strsplit(kind, "|", 3);
     for (unsigned i = 0; i < G_N_ELEMENTS(reasons); i++) {
         const struct reason *reason = &reasons[i];
-        if (reason->first && strcmp(reason->first, parts[0]) == 0 && strcmp(reason->second, parts[1]) == 0 &&
+        if (strcmp(reason->first, parts[0]) == 0 && strcmp(reason->second, parts[1]) == 0 &&
             fits(reason->relation, parts[2])) {
             return reason->text;
         }

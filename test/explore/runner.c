@@ -27,7 +27,7 @@ struct slot {
 };
 struct runner {
     unsigned count, busy;
-    uint64_t run;
+    struct totals totals;
     struct slot *slots;
     struct result *results; /* shared, one for each slot */
 };
@@ -60,9 +60,19 @@ void runner_destroy(struct runner *runner)
     g_free(runner);
 }
 
-uint64_t runner_count(const struct runner *runner)
+const struct totals *runner_totals(const struct runner *runner)
 {
-    return runner->run;
+    return &runner->totals;
+}
+
+static void add_to_totals(struct totals *totals, const struct result *result)
+{
+    totals->schedules++;
+    totals->ended_well += result->ended_well;
+    totals->cancelled += result->cancelled;
+    totals->failed += result->failed;
+    totals->cuts += result->cut;
+    totals->requests += result->requests;
 }
 
 /* The end of what the child said, and how it ended. */
@@ -99,7 +109,7 @@ static void reap_one(struct runner *runner)
             }
             slot->process = 0;
             runner->busy--;
-            runner->run++;
+            add_to_totals(&runner->totals, &result);
             slot->done(&schedule, &result, slot->argument);
             return;
         }

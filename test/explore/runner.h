@@ -15,6 +15,13 @@ void runner_destroy(struct runner *runner);
 void runner_submit(struct runner *runner, const struct schedule *schedule, runner_done *done, void *argument);
 /* Until all that was submitted is done. */
 void runner_drain(struct runner *runner);
-uint64_t runner_count(const struct runner *runner); /* of schedules run */
+
+/* What all schedules came to. */
+struct totals {
+    uint64_t schedules;
+    uint64_t ended_well, cancelled, failed; /* jobs and commands */
+    uint64_t cuts, requests;                /* of power; of clients */
+};
+const struct totals *runner_totals(const struct runner *runner);
 
 #endif

@@ -43,10 +43,14 @@ static struct actor *actor_by_id(struct world *world, const char *id)
 static void actor_end(struct actor *actor, enum actor_end end, const char *error)
 {
     const struct move_kind *kind = actor->move->kind;
+    bool done = end == ACTOR_DONE && !(actor->stays && actor->asked);
     actor->end = end;
     actor->error = g_strdup(error);
-    if (end == ACTOR_DONE ? kind->done != NULL : kind->failed != NULL) {
-        (end == ACTOR_DONE ? kind->done : kind->failed)(actor);
+    actor->world->result->ended_well += end == ACTOR_DONE;
+    actor->world->result->cancelled += end == ACTOR_CANCELLED;
+    actor->world->result->failed += end == ACTOR_FAILED && !actor->world->result->cut;
+    if (done ? kind->done != NULL : kind->failed != NULL) {
+        (done ? kind->done : kind->failed)(actor);
     }
 }
 
@@ -174,6 +178,8 @@ static void add_actor(struct world *world, const struct move *move, bool compani
     for (unsigned i = 0; i < G_N_ELEMENTS(actor->linger_ns); i++) {
         actor->linger_ns[i] = world_chance(world, 40) ? 0 : (int64_t)world_below(world, LINGER);
     }
+    actor->stays = world_chance(world, 12);
+    actor->rests = world_chance(world, 20);
     actor->leave_ns = world_chance(world, 25) ? (int64_t)world_below(world, 4 * START_WITHIN) : 0;
 }
 
@@ -269,7 +275,7 @@ static void after_cut(struct sim *sim, void *argument)
 {
     struct world *world = argument;
     struct loop *loop;
-    world->result->virtual_ns = sim_now_ns(world->sim);
+    world->result->cut = true;
     settle_commits(world);
     world->sim = sim;
     check_disks(world, &cut_rules);
@@ -386,7 +392,6 @@ void schedule_run(const struct schedule *schedule, struct result *result)
     }
     loop_run_coroutine(world.control, conduct, &world);
     result->changes = sim_changes(world.sim);
-    result->virtual_ns = sim_now_ns(world.sim);
     for (unsigned i = 0; i < world.io_count; i++) {
         loop_thread_join(world.io[i]);
     }

@@ -53,7 +53,8 @@ struct result {
     char text[2048];                       /* of a violation */
     uint64_t changes;
     uint64_t requests;
-    int64_t virtual_ns;
+    unsigned ended_well, cancelled, failed; /* moves that had begun */
+    bool cut;                               /* the power was */
 };
 
 /* In a process of its own: runs it, fills *result, and ends the process. */

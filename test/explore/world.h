@@ -43,6 +43,9 @@ struct actor {
     enum verdict verdict;
     bool begun, started; /* about to start; admitted or refused */
     enum actor_end end;
+    bool stays;        /* an active commit that is ready ends there, and its users stay where they are */
+    bool rests;        /* a job is paused for a while */
+    bool asked;        /* job-complete, or the end of an active commit that stays */
     bool settled;      /* a commit: the model has followed it */
     bool cancelled;    /* a cancel was taken */
     int64_t cancel_ns; /* or 0: is not cancelled */
