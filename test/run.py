@@ -259,6 +259,7 @@ def run_suite(identities):
 
 # ---- the explorer (doc/exploration.md) ------------------------------------------------------------------------------
 
+EXPLORE_SCENARIOS = os.path.join(HERE, "data", "access-scenarios.json")
 EXPLORE_SLICE = "--slice --topology=chain --singles --pairs --schedules=4 --refused=0 --mutate --mutate-rounds=60"
 EXPLORE_ASAN = "--slice --topology=fork --singles --pairs --schedules=1 --refused=0"
 EXPLORE_FULL = "--singles --everywhere --pairs --schedules=60 --refused=400 --triples=5000 --mutate --mutate-rounds=120"
@@ -275,7 +276,8 @@ def explore_shortfall(figures):
 def run_explorer(results, name, build, options, limit, is_slice=False):
     if not results.wants(name):
         return
-    command = [os.path.join(ROOT, FOLDERS[build], "test", "explore", "explore"), *options.split(), "--json"]
+    program = os.path.join(ROOT, FOLDERS[build], "test", "explore", "explore")
+    command = [program, *options.split(), "--scenarios", EXPLORE_SCENARIOS, "--json"]
     start = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     lines = result.stdout.strip().splitlines()

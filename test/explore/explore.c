@@ -9,13 +9,14 @@
 #include "test/explore/exploration.h"
 #include "test/explore/mutations.h"
 #include "test/explore/report.h"
+#include "test/explore/scenarios.h"
 #include "tool/registry.h"
 #include <glib.h>
 #include <stdio.h>
 #include <string.h>
 
 struct options {
-    char *topology, *replay;
+    char *topology, *replay, *scenarios;
     gboolean slice, singles, pairs, mutate, everywhere, json, verbose;
     gint64 triples, schedules, refused, mutate_rounds, seed, jobs;
 };
@@ -69,7 +70,8 @@ static unsigned explore_topology(const struct options *options, const struct top
         json_object_set_new(figures, "mutations-caught", json_integer(caught));
         json_object_set_new(figures, "mutations-missed", json_integer(missed));
     }
-    unsigned failures = missed + report_print(exploration, figures) + exploration->failures;
+    unsigned different = options->scenarios ? scenarios_check(exploration, options->scenarios) : 0;
+    unsigned failures = missed + different + report_print(exploration, figures) + exploration->failures;
     if (options->verbose) {
         print_findings(exploration);
     }
@@ -137,6 +139,7 @@ int main(int argc, char **argv)
         {"everywhere", 0, 0, G_OPTION_ARG_NONE, &options.everywhere, "alone, with every fault and every cut", NULL},
         {"pairs", 0, 0, G_OPTION_ARG_NONE, &options.pairs, "every pair that is admitted", NULL},
         {"triples", 0, 0, G_OPTION_ARG_INT64, &options.triples, "so many random triples", "N"},
+        {"scenarios", 0, 0, G_OPTION_ARG_FILENAME, &options.scenarios, "compare the verdicts with this list", "FILE"},
         {"mutate", 0, 0, G_OPTION_ARG_NONE, &options.mutate, "break the rules, one bit at a time", NULL},
         {"mutate-rounds", 0, 0, G_OPTION_ARG_INT64, &options.mutate_rounds, "schedules of each pair let in", "N"},
         {"schedules", 0, 0, G_OPTION_ARG_INT64, &options.schedules, "of each that is admitted", "N"},
@@ -161,5 +164,6 @@ int main(int argc, char **argv)
     runner_destroy(runner);
     g_free(options.topology);
     g_free(options.replay);
+    g_free(options.scenarios);
     return status;
 }
