@@ -550,6 +550,9 @@ static int changes_try(struct access_ledger *ledger, const char *subject, const 
                              : count == 1 ? changes->holder
                                           : NULL,
                              arriving != NULL);
+    if (!err && !asker && !(keep && ledger->override)) {
+        refusal_set_silent(refusal);
+    }
     if (asker && keep) {
         queue_asked(asker, changes, count, refusal);
     }

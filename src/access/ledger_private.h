@@ -119,6 +119,8 @@ void refusal_add_adopter(struct refusal *refusal, struct access_holder *edge, st
  * enough, for nobody reads them all. */
 void refusal_set_waits(struct refusal *refusal, bool brief);
 bool refusal_is_enough(const struct refusal *refusal);
+/* Nobody asks why: conflicts are counted, not explained. */
+void refusal_set_silent(struct refusal *refusal);
 unsigned refusal_count(const struct refusal *refusal);
 bool refusal_is_for_good(const struct refusal *refusal);     /* no waiting would help */
 const char *refusal_sentence(const struct refusal *refusal); /* the first conflict; NULL without one */

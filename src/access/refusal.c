@@ -25,6 +25,8 @@ struct refusal {
     GPtrArray *pairs;    /* struct access_holder, two by two, for refusal_tolerate() */
     GPtrArray *on_stale; /* struct ledger_entry, for the same */
     bool waits, brief, for_good, clear;
+    bool silent;       /* nobody will read it: conflicts are counted only */
+    unsigned unspoken; /* that many */
 };
 
 struct refusal *refusal_create(const char *subject, const struct access_holder *holder, bool arrives)
@@ -39,7 +41,19 @@ struct refusal *refusal_create(const char *subject, const struct access_holder *
 
 unsigned refusal_count(const struct refusal *refusal)
 {
-    return refusal->conflicts ? (unsigned)json_array_size(refusal->conflicts) : 0;
+    return refusal->unspoken + (refusal->conflicts ? (unsigned)json_array_size(refusal->conflicts) : 0);
+}
+
+void refusal_set_silent(struct refusal *refusal)
+{
+    refusal->silent = true;
+}
+
+/* True: the conflict has been counted, and that is all. */
+static bool refusal_count_only(struct refusal *refusal)
+{
+    refusal->unspoken += refusal->silent;
+    return refusal->silent;
 }
 
 bool refusal_is_for_good(const struct refusal *refusal)
@@ -226,6 +240,9 @@ static char *refusal_who(const struct refusal *refusal, const struct ledger_entr
 static void refusal_add_clash(struct refusal *refusal, const struct ledger_entry *ours,
                               const struct ledger_entry *theirs, unsigned actions, bool we_require)
 {
+    if (refusal_count_only(refusal)) {
+        return;
+    }
     g_autofree char *names = access_actions_format(actions);
     g_autofree char *node = node_format(ours->node, ours->holder->ledger);
     g_autofree char *holder = holder_format(theirs->holder);
@@ -275,6 +292,9 @@ void refusal_add_entry(struct refusal *refusal, const struct ledger_entry *entry
 
 void refusal_add_stale(struct refusal *refusal, const struct ledger_entry *entry)
 {
+    if (refusal_count_only(refusal)) {
+        return;
+    }
     unsigned needs = entry->require & (ACCESS_READ_DATA | ACCESS_READ_METADATA | ACCESS_WRITE_DATA);
     g_autofree char *names = access_actions_format(needs);
     g_autofree char *node = node_format(entry->node, entry->holder->ledger);
@@ -296,6 +316,9 @@ void refusal_add_stale(struct refusal *refusal, const struct ledger_entry *entry
 void refusal_add_adopter(struct refusal *refusal, struct access_holder *edge, struct access_holder *wanting,
                          struct access_holder *adopter)
 {
+    if (refusal_count_only(refusal)) {
+        return;
+    }
     g_autofree char *holder = holder_format(adopter);
     const struct ledger_entry *entry =
         list_is_empty(&edge->entries) ? NULL : container_of(edge->entries.next, struct ledger_entry, holder_link);
@@ -343,8 +366,9 @@ int refusal_finish(struct refusal *refusal, struct error **err)
 {
     unsigned count = refusal_count(refusal);
     struct error *error = NULL;
+    int r = count ? -EBUSY : 0;
 
-    if (count) {
+    if (count && err) {
         g_autofree char *more = count > 1 ? g_strdup_printf(" (and %u more)", count - 1) : g_strdup("");
 
         error_set(&error, -EBUSY, "%s%s", refusal->sentence, more);
@@ -358,7 +382,10 @@ int refusal_finish(struct refusal *refusal, struct error **err)
     g_free(refusal->sentence);
     g_free(refusal->remedy);
     g_free(refusal);
-    return error ? error_move(err, error) : 0;
+    if (error) {
+        error_move(err, error);
+    }
+    return r;
 }
 
 /* --- query-access --- */
