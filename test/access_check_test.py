@@ -2,6 +2,7 @@
 """access-check: what it says is what the command then does, and asking changes nothing."""
 import hashlib
 import json
+import os
 import re
 import time
 
@@ -276,6 +277,37 @@ class AccessCheck(TestCase):
             self.server.qmp.execute(command, arguments)
         self.assertEqual(asked.exception.desc, done.exception.desc)
         self.assertIn("read-only", asked.exception.desc)
+
+    def test_nor_can_its_overlay_be_linked_anew(self):
+        self.server.stop()
+        self.daemons.remove(self.server)
+        self.server = self.daemon()
+        self.server.add_qcow2("base", self.path("base.qcow2"), None)
+        self.server.add_qcow2("a", self.path("a.qcow2"), "base")
+        self.server.add_qcow2("top", self.path("top.qcow2"), "a", **{"read-only": True})
+        command, arguments = commit("a", "base")
+        with self.assertRaises(QmpError) as asked:
+            self.check(command, arguments)
+        with self.assertRaises(QmpError) as done:
+            self.server.qmp.execute(command, arguments)
+        self.assertEqual(asked.exception.desc, done.exception.desc)
+        self.assertIn("read-only", asked.exception.desc)
+
+    def test_a_file_name_may_hold_any_bytes(self):
+        self.server.nbd_server()
+        folder = os.fsencode(self.directory)
+        name = b"odd\xff\xfe.qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", os.fsdecode(folder + b"/" + name), str(SIZE))
+        over = self.path("over.qcow2")
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", os.fsdecode(name), "-F", "qcow2", over)
+        self.server.qmp.execute(
+            "blockdev-add", {"driver": "qcow2", "node-name": "over", "file": {"driver": "file", "filename": over}})
+        self.server.export("#over.backing", writable=False, name="odd")
+        arguments = {"job-id": "asked", "device": "over"}
+        error = self.assert_refused("odd\ufffd\ufffd.qcow2", self.server.qmp.execute, "block-commit", arguments)
+        check = self.check("block-commit", arguments)
+        for conflict in [*check["conflicts"], *error.data["conflicts"]]:
+            self.assertIn("odd\ufffd\ufffd.qcow2", conflict["sentence"])
 
     def test_a_container_that_somebody_reads_is_no_base(self):
         """The file below an image: its format would have it for itself once it writes to it."""

@@ -2,6 +2,7 @@
 """block_resize and change-backing-file on a running daemon: clients that write meanwhile, what they see when they connect
 again, refusals beside exports and jobs, and what the peer's tools find in the images afterwards."""
 import json
+import os
 import threading
 import time
 
@@ -109,6 +110,27 @@ class Resizing(TestCase):
                 daemon.stop()
                 image_check(chain[2][1])
                 qemu_io(chain[2][1], f"read -q -P 9 0 {SIZE}", f"read -q -P 0 {SIZE} {SIZE + MIB}")
+
+    def test_an_image_whose_snapshots_do_not_know_their_size_keeps_its_own(self):
+        for options, allowed in (("compat=0.10", False), ("compat=1.1", True)):
+            with self.subTest(options):
+                path = self.create_image("snapshot.qcow2", SIZE, options)
+                qemu_io(path, f"write -q -P 1 0 {SIZE}")
+                qemu_img("snapshot", "-c", "s", path)
+                qemu_io(path, f"write -q -P 2 0 {MIB}")
+                daemon = self.daemon()
+                daemon.add_qcow2("snapshot", path)
+                arguments = {"node-name": "snapshot", "size": 2 * SIZE}
+                if allowed:
+                    daemon.qmp.execute("block_resize", arguments)
+                else:
+                    self.assert_refused("snapshot", daemon.qmp.execute, "block_resize", arguments)
+                daemon.stop()
+                image_check(path)
+                qemu_img("snapshot", "-a", "s", path)
+                self.assertEqual(self.info(path)["virtual-size"], SIZE)
+                qemu_io(path, f"read -q -P 1 0 {SIZE}")
+                os.unlink(path)
 
     def test_shrinking_is_for_who_is_alone_on_an_image(self):
         if IS_PEER:

@@ -6,11 +6,12 @@ event. And every refusal names somebody whom a user knows.
 """
 import hashlib
 import json
+import os
 import re
 import subprocess
 import time
 
-from harness import IS_PEER, MIB, PROGRAM, SLOWNESS, QmpError, TestCase, image_check, scale
+from harness import IS_PEER, MIB, PROGRAM, SLOWNESS, QmpError, TestCase, image_check, qemu_img, scale
 
 SIZE = 4 * MIB
 SLOW = 64 * 1024
@@ -191,6 +192,13 @@ class Waiting(WaitCase):
         self.commit("j", "a", "base", speed=0)  # the id is free
         self.assertIsNone(self.qmp.wait_job("j"))
 
+    def test_the_shortest_time_is_not_none(self):
+        self.export("e", "base")
+        for seconds in (1e-9, 1e-10, 5e-324):
+            self.commit("j", "a", "base", **WAIT, **{"on-conflict-timeout": seconds})
+            self.wait_end("j", "ACCESS_WAIT_ENDED", reason="timeout")
+        self.assertEqual(self.waiting(), {})
+
     def test_cancel(self):
         self.export("e", "base")
         for verb, key in (("access-cancel", "id"), ("job-cancel", "id"), ("block-job-cancel", "device")):
@@ -248,6 +256,55 @@ class Waiting(WaitCase):
         end = self.wait_end("j2", "ACCESS_WAIT_ENDED", reason="failed")  # b's data are in a, and nobody's any more
         self.assertRegex(end["error"], r"'b'")
         self.assertIsNone(self.qmp.wait_job("j1"))
+
+    def assert_leans_on(self, name, file):
+        info = json.loads(qemu_img("info", "-U", "--output=json", self.path(f"{name}.qcow2")))
+        self.assertEqual(os.path.basename(info["backing-filename"]), file)
+
+    def test_a_backing_file_name_is_not_for_what_came_in_the_place_of_its_image(self):
+        change = {"device": "top", "image-node-name": "c", "backing-file": "./b.qcow2"}
+        self.commit("j", "b", "a")
+        self.qmp.execute("change-backing-file", {**change, **WAIT})
+        self.speed_up("j")
+        end = self.wait_end("change-backing-file-c", "ACCESS_WAIT_ENDED", reason="failed")
+        self.assertIn("'a'", end["error"])
+        self.assertIsNone(self.qmp.wait_job("j"))
+        self.assert_leans_on("c", "a.qcow2")
+        self.qmp.execute("change-backing-file", {**change, "backing-file": "./a.qcow2"})
+
+    def test_nor_is_the_one_that_was_given_to_a_commit(self):
+        self.qmp.execute("block-stream", {"job-id": "s", "device": "b", "speed": SLOW})
+        commit = {"job-id": "j", "device": "top", "top-node": "c", "backing-file": "./base.qcow2"}
+        self.qmp.execute("block-commit", {**commit, **WAIT})  # to the end of the chain, which is going to be b
+        self.assertEqual(self.waiting(), {"j": ["s"]})
+        self.speed_up("s")
+        end = self.wait_end("j", "ACCESS_WAIT_ENDED", reason="failed")
+        self.assertRegex(end["error"], "'backing-file' was given for node 'base'.*'b'")
+        self.assertIsNone(self.qmp.wait_job("s"))
+        self.assert_leans_on("top", "c.qcow2")
+        self.qmp.execute("block-commit", {**commit, "backing-file": "./b.qcow2"})
+        self.assertIsNone(self.qmp.wait_job("j"))
+        self.assert_leans_on("top", "b.qcow2")
+
+    def test_nor_is_the_one_that_was_given_to_a_stream(self):
+        self.qmp.execute("block-stream", {"job-id": "s", "device": "c", "base-node": "base", "speed": SLOW})
+        stream = {"job-id": "j", "device": "top", "bottom": "c", "backing-file": "./b.qcow2"}
+        self.qmp.execute("block-stream", {**stream, **WAIT})
+        self.assertEqual(self.waiting(), {"j": ["s"]})
+        self.speed_up("s")
+        end = self.wait_end("j", "ACCESS_WAIT_ENDED", reason="failed")
+        self.assertRegex(end["error"], "'backing-file' was given for node 'b'.*'base'")
+        self.assertIsNone(self.qmp.wait_job("s"))
+        self.assert_leans_on("top", "c.qcow2")
+
+    def test_what_stays_in_its_place_keeps_its_name(self):
+        self.commit("j1", "a", "base")
+        commit = {"job-id": "j2", "device": "top", "top-node": "c", "base-node": "base", "backing-file": "./base.qcow2"}
+        self.qmp.execute("block-commit", {**commit, **WAIT})
+        self.speed_up("j1")
+        self.wait_end("j2")
+        self.assertEqual(self.qmp.wait_jobs(("j1", "j2")), {"j1": None, "j2": None})
+        self.assert_leans_on("top", "base.qcow2")
 
     def test_a_node_that_goes_away_ends_the_waiting(self):
         alone = self.create_image("alone.qcow2", SIZE)

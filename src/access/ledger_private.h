@@ -80,6 +80,7 @@ struct access_ticket {
     struct access_ledger *ledger;
     struct access_holder *shadow; /* what it asked for when it was last refused; NULL: it has not asked */
     GHashTable *edges;            /* set of ids of edges that it wants to adopt */
+    char *note;                   /* access_asker_note(), or NULL */
     double timeout_s;             /* shown only; 0: none */
     bool may_wait, waiting, granted, refused, closed;
 };

@@ -45,6 +45,7 @@ void access_ticket_destroy(struct access_ticket *ticket)
         ticket_leave(ticket);
         holder_destroy_shadow(ticket->shadow);
         g_clear_pointer(&ticket->edges, g_hash_table_destroy);
+        g_free(ticket->note);
         g_free(ticket);
     }
 }
@@ -109,6 +110,19 @@ void access_set_asker(struct access_ledger *ledger, struct access_ticket *(*aske
 struct access_ticket *queue_asker(struct access_ledger *ledger)
 {
     return ledger->asker ? ledger->asker(ledger->asker_argument) : NULL;
+}
+
+const char *access_asker_note(struct access_ledger *ledger, const char *note)
+{
+    struct access_ticket *asker = queue_asker(ledger);
+
+    if (!asker) {
+        return note;
+    }
+    if (!asker->note) {
+        asker->note = g_strdup(note);
+    }
+    return asker->note;
 }
 
 bool access_id_waits(struct access_ledger *ledger, const char *id)

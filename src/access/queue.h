@@ -40,6 +40,9 @@ const char *access_ticket_id(const struct access_ticket *ticket);
 const char *access_ticket_operation(const struct access_ticket *ticket);
 const char *access_ticket_kind(const struct access_ticket *ticket);
 double access_ticket_age_s(const struct access_ticket *ticket); /* seconds since it first asked */
+/* What the arguments of the operation that asks just now stand for, for one that runs again from its beginning: the
+ * first `note` of its ticket (copied), whatever it says later; without a ticket the given one. Borrowed. */
+const char *access_asker_note(struct access_ledger *ledger, const char *note);
 
 /* Whose ticket it is that asks just now, or NULL: somebody without one, who may not wait and comes last. */
 void access_set_asker(struct access_ledger *ledger, struct access_ticket *(*asker)(void *argument), void *argument);

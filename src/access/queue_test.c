@@ -196,6 +196,21 @@ static void test_not_for_nothing(void)
     access_ledger_destroy(ledger);
 }
 
+static void test_note(void)
+{
+    struct access_ledger *ledger = ledger_open();
+    struct access_ticket *ticket = access_ticket_create(ledger, true);
+
+    g_assert_cmpstr(access_asker_note(ledger, "a"), ==, "a");
+    g_assert_cmpstr(access_asker_note(ledger, "b"), ==, "b"); /* nobody's */
+    asking = ticket;
+    g_assert_cmpstr(access_asker_note(ledger, "c"), ==, "c");
+    g_assert_cmpstr(access_asker_note(ledger, "d"), ==, "c");
+    asking = NULL;
+    access_ticket_destroy(ticket);
+    access_ledger_destroy(ledger);
+}
+
 /* Two that want to adopt one edge are in each other's way, even where their own claims are not. */
 static void test_adopters(void)
 {
@@ -402,6 +417,7 @@ int main(int argc, char **argv)
     g_test_add_func("/queue/nobody-overtakes", test_no_overtaking);
     g_test_add_func("/queue/sets-are-taken-whole", test_whole_sets);
     g_test_add_func("/queue/not-for-nothing", test_not_for_nothing);
+    g_test_add_func("/queue/note", test_note);
     g_test_add_func("/queue/adopters", test_adopters);
     g_test_add_func("/queue/commands", test_commands);
     g_test_add_func("/queue/model", test_model);

@@ -174,12 +174,24 @@ static char *node_format(const struct ledger_node *node, const struct access_led
     return more ? g_strdup_printf("node '%s' (%s)", node->name, more) : g_strdup_printf("node '%s'", node->name);
 }
 
+/* File names may hold any bytes; what is not UTF-8 is shown as replacement characters. */
+static json_t *text_describe(const char *text)
+{
+    json_t *json = json_string(text);
+
+    if (!json) {
+        g_autofree char *valid = g_utf8_make_valid(text, -1);
+        json = json_string(valid);
+    }
+    return json;
+}
+
 /* Takes sentence and remedy. What the subject needs and may not do is `clear`er than what it would forbid others, and
  * is said first. */
 static void refusal_add(struct refusal *refusal, json_t *conflict, bool clear, char *sentence, char *remedy)
 {
-    json_object_set_new(conflict, "remedy", json_string(remedy));
-    json_object_set_new(conflict, "sentence", json_string(sentence));
+    json_object_set_new(conflict, "remedy", text_describe(remedy));
+    json_object_set_new(conflict, "sentence", text_describe(sentence));
     if (!refusal->conflicts) {
         refusal->conflicts = json_array();
     }

@@ -195,7 +195,9 @@ static int coroutine_fn run_with_options(struct control *control, const struct c
     }
     int result = dispatch_run(control, command, arguments, ticket, options->override, ret, &error);
     if (result < 0 && access_ticket_waits(ticket) && !control->quitting) {
-        int64_t timeout_ns = (int64_t)(options->on_conflict_timeout * 1e9);
+        /* The shortest time is not none. */
+        int64_t timeout_ns =
+            options->has_on_conflict_timeout ? MAX((int64_t)(options->on_conflict_timeout * 1e9), 1) : 0;
         waiting_begin(control, command, arguments, ticket, changes, timeout_ns, error);
         error_free(error);
         *ret = json_object();

@@ -66,10 +66,12 @@ static void note_error(struct waiting *waiting, struct error *error)
 /* Until something has changed, or it has ended. */
 static void coroutine_fn await_change(struct waiting *waiting)
 {
-    while (!waiting->ended && waiting->changes == waiting->control->changes) {
+    while (!waiting->ended) {
         int64_t left_ns = waiting->deadline_ns ? waiting->deadline_ns - loop_clock_ns() : LONG_NS;
-        if (left_ns <= 0) {
+        if (left_ns <= 0) { /* however much changes meanwhile */
             waiting_end(waiting, ACCESS_WAIT_END_TIMEOUT);
+        } else if (waiting->changes != waiting->control->changes) {
+            return;
         } else {
             loop_sleep_ns(&waiting->sleep, left_ns);
         }

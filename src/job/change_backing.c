@@ -6,17 +6,19 @@
  * 1. The new name is another name of the image that is open there: so the header's format becomes that image's, and an
  *    image without a backing image, or a name that is empty, is refused: what the image shows would change with the
  * next opening. Whether the name leads there cannot be checked (it may be meant for another host), and is not.
- * 2. The name was chosen for what the image leant on when the command came. Where a job's last step, which the command
- *    had to wait for, has changed that, the command is refused.
+ * 2. The name was chosen for what the image leant on when the command came. Where a job that the command had to wait
+ *    for (its last step, or with on-conflict=wait all of it) has changed that, the command is refused.
  * 3. A failure has changed nothing.
  */
 #include "job/change_backing.h"
+#include "access/queue.h"
 #include "block/driver.h"
 #include "block/graph.h"
 #include "block/operation.h"
 #include "job/relink.h"
 #include "schema/claims.h"
 #include <errno.h>
+#include <string.h>
 
 struct change_backing {
     struct graph *graph;
@@ -103,8 +105,8 @@ int coroutine_fn change_backing_file(struct graph *graph, const struct change_ba
     graph_lock(graph);
     g_autofree char *now = backing_now(graph, args->image_node_name);
     int result = change_plan(&change, args, &config, err);
-    if (result == 0 && g_strcmp0(before, now) != 0) {
-        result = error_set(err, -EBUSY, "Node '%s' leans on '%s' since a job ended while this command waited for it",
+    if (result == 0 && strcmp(access_asker_note(graph->ledger, before ? before : ""), now) != 0) {
+        result = error_set(err, -EBUSY, "Node '%s' leans on '%s' since a job ended while this command waited",
                            args->image_node_name, now);
         error_hint(err, "Look at the graph again, and name that image if its name is to change");
     }

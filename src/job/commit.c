@@ -535,11 +535,27 @@ static int commit_check_overlays(const struct commit *commit, struct error **err
     return 0;
 }
 
+/* For the dry run: can the headers be written? */
+static int commit_check_writable(const struct commit *commit, struct error **err)
+{
+    int result = 0;
+    list_for_each (link, &node_head(commit->top)->parents) {
+        const struct edge *edge = container_of(link, struct edge, child_link);
+        if (result == 0 && edge->role == EDGE_BACKING && !edge->parent->stale) {
+            result = node_writable_check(edge->parent, err);
+        }
+    }
+    return result;
+}
+
 /* All that the arguments decide, up to the claims; graph->lock is held. `args` has a job-id. */
 static int commit_plan(struct commit *commit, struct jobs *jobs, const struct block_commit_args *args,
                        struct operation_config *ret, struct error **err)
 {
     int result = commit_resolve(commit, args, err);
+    if (result == 0 && args->backing_file) {
+        result = relink_check_chosen(commit->graph, commit->base, err);
+    }
     if (result == 0) {
         commit->active = !commit_fresh_overlay(commit);
         result = commit_check_args(commit, args, err);
@@ -659,6 +675,9 @@ int coroutine_fn commit_check(struct jobs *jobs, const struct block_commit_args 
     }
     if (result == 0) {
         result = node_writable_check(commit->base, err);
+    }
+    if (result == 0) {
+        result = commit_check_writable(commit, err);
     }
     graph_unlock(commit->graph);
     commit_destroy(commit);

@@ -10,6 +10,7 @@
  * It takes no locks and drains nothing: its callers hold the graph still.
  */
 #include "job/relink.h"
+#include "access/queue.h"
 #include "block/driver.h"
 #include "block/graph.h"
 #include <errno.h>
@@ -102,6 +103,20 @@ int relink_name(const struct node *overlay, const struct node *base, const char 
     }
     *ret = name;
     return 0;
+}
+
+int relink_check_chosen(struct graph *graph, const struct node *base, struct error **err)
+{
+    const char *name = base ? base->name : "";
+    const char *chosen = access_asker_note(graph->ledger, name);
+    if (strcmp(chosen, name) == 0) {
+        return 0;
+    }
+    error_set(err, -EBUSY,
+              "'backing-file' was given for node '%s', but while the command waited '%s' came in its place", chosen,
+              name);
+    error_hint(err, "Look at the graph again, and give the name of the image that is there now");
+    return -EBUSY;
 }
 
 int coroutine_fn relink_write(struct relink *relink, struct node *overlay, const struct backing_name *name,

@@ -313,6 +313,9 @@ static int stream_plan(struct stream *stream, struct jobs *jobs, const char *id,
     if (result == 0) {
         result = stream_resolve(stream, args, err);
     }
+    if (result == 0 && args->backing_file) {
+        result = relink_check_chosen(stream->graph, node_backing(stream->bottom), err);
+    }
     if (result == 0) {
         result = job_check_id(jobs, id, err);
     }

@@ -8,7 +8,7 @@
  *    zero, and so are clusters that stand behind the old end already. A crash leaves the old size, and behind it
  *    clusters that nobody sees, or the new one with the area hidden.
  * 2. Shrinking: clusters behind the new end are freed first, then the header changes; tables stay as they are. Images
- *    with internal snapshots are not shrunk.
+ *    with internal snapshots are not shrunk; of version 2 not grown either, for these do not know their own size.
  */
 #include "driver/format/qcow2_resize.h"
 #include "base/size.h"
@@ -219,6 +219,10 @@ static int coroutine_fn grow(struct node *node, uint64_t size, struct error **er
                          "Size %" G_GUINT64_FORMAT " is too large for node '%s' with clusters of %" G_GUINT64_FORMAT
                          " bytes",
                          size, node->name, image->cluster_size);
+    }
+    if (image->header.version < 3 && image->header.snapshot_count) {
+        return error_set(err, -ENOTSUP, "Node '%s' is of qcow2 version 2 and has internal snapshots: it cannot grow",
+                         node->name);
     }
     int code = check_last_cluster(node, old, err);
     if (code < 0) {
