@@ -11,7 +11,7 @@ import re
 import subprocess
 import time
 
-from harness import IS_PEER, MIB, PROGRAM, SLOWNESS, QmpError, TestCase, image_check, qemu_img, scale
+from harness import IS_PEER, MIB, PROGRAM, SLOWNESS, QmpError, TestCase, image_check, qemu_img, qemu_io, scale
 
 SIZE = 4 * MIB
 SLOW = 64 * 1024
@@ -296,6 +296,28 @@ class Waiting(WaitCase):
         self.assertRegex(end["error"], "'backing-file' was given for node 'b'.*'base'")
         self.assertIsNone(self.qmp.wait_job("s"))
         self.assert_leans_on("top", "c.qcow2")
+
+    def test_what_was_to_grow_is_not_cut(self):
+        """A growth waits behind a commit, which makes the image longer than that."""
+        short = self.create_image("short.qcow2", SIZE)
+        over = self.create_image("over.qcow2", 4 * SIZE, backing=short)
+        qemu_io(over, f"write -q -P 7 {3 * SIZE} {SIZE}")
+        self.server.add_qcow2("short", short)
+        self.server.add_qcow2("over", over, "short")
+        self.export("e", "short")
+        self.qmp.execute("block-commit", {"job-id": "j", "device": "over", **WAIT})
+        self.qmp.execute("block_resize", {"node-name": "short", "size": 2 * SIZE, **WAIT})
+        self.assertEqual(self.waiting(), {"j": ["e"], "block_resize-short": ["j"]})
+        self.delete("e")
+        self.qmp.wait_event("BLOCK_JOB_READY", device="j")
+        self.qmp.execute("job-complete", id="j")
+        end = self.wait_end("block_resize-short", "ACCESS_WAIT_ENDED", reason="failed")
+        self.assertIn("longer", end["error"])
+        self.assertIsNone(self.qmp.wait_job("j"))
+        self.qmp.execute("block_resize", {"node-name": "short", "size": 5 * SIZE})
+        self.server.stop()
+        image_check(short)
+        qemu_io(short, f"read -q -P 7 {3 * SIZE} {SIZE}", f"read -q -P 0 {4 * SIZE} {SIZE}")
 
     def test_what_stays_in_its_place_keeps_its_name(self):
         self.commit("j1", "a", "base")

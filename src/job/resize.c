@@ -6,18 +6,20 @@
  *   lock, claim, drain, writable, change the size, flush, not writable, let requests go on, unlock
  *
  * 1. Whether it grows or shrinks is found out under the lock that it is claimed and done under, so nothing is shrunk on
- *    the claims of a growth.
+ *    the claims of a growth; nor by a command that was to make it grow when it began to wait.
  * 2. A size that is the same already is claimed as a growth, and changes nothing.
  *
  * The node named may have job filters over it; it is the image below them that changes, and they follow.
  */
 #include "job/resize.h"
+#include "access/queue.h"
 #include "block/graph.h"
 #include "block/operation.h"
 #include "block/user.h"
 #include "schema/claims.h"
 #include <errno.h>
 #include <glib.h>
+#include <string.h>
 
 struct resize {
     struct graph *graph;
@@ -26,6 +28,22 @@ struct resize {
     struct operation *operation;
     struct backend *backend;
 };
+
+/* Is it to get shorter? Who asked for a growth and waited does not cut what has become longer meanwhile. */
+static int resize_check_direction(const struct resize *resize, bool *ret_shrinks, struct error **err)
+{
+    uint64_t size = atomic_load(&resize->node->size);
+    bool shrinks = resize->size < size;
+    const char *chosen = access_asker_note(resize->graph->ledger, shrinks ? "shrink" : "grow");
+    if (shrinks && strcmp(chosen, "shrink") != 0) {
+        return error_set(err, -EBUSY,
+                         "Node '%s' was to grow to %" G_GUINT64_FORMAT " bytes, but while the command waited it has "
+                         "become longer than that: %" G_GUINT64_FORMAT " bytes",
+                         resize->node->name, resize->size, size);
+    }
+    *ret_shrinks = shrinks;
+    return 0;
+}
 
 /* All that the arguments decide, up to the claims; graph->lock is held. */
 static int resize_plan(struct resize *resize, const struct block_resize_args *args, struct operation_config *ret,
@@ -45,12 +63,17 @@ static int resize_plan(struct resize *resize, const struct block_resize_args *ar
     }
     resize->node = node_ref(node_beneath_filters(node));
     resize->size = (uint64_t)args->size;
+    bool shrinks = false;
+    int result = resize_check_direction(resize, &shrinks, err);
+    if (result < 0) {
+        return result;
+    }
     *ret = (struct operation_config){
         .kind = "command",
         .id = resize->node->name,
         .table = &block_resize_claims,
         .bound = {[CLAIM_NODE] = resize->node},
-        .conditions = resize->size < atomic_load(&resize->node->size) ? CLAIM_IF_SHRINK : 0,
+        .conditions = shrinks ? CLAIM_IF_SHRINK : 0,
     };
     return 0;
 }
