@@ -117,16 +117,18 @@ static void make_image(struct world *world, unsigned index, unsigned cluster_bit
     picture->view = view_create(compose(world, draft, size, below == NO_IMAGE ? NULL : &world->pictures[below]), size);
 }
 
-/* Mostly all of one size, whose last cluster is cut; sometimes each of its own. */
+/* Mostly all of one size, whose last cluster is cut anywhere; sometimes each of its own, in whole sectors, since an
+ * image is made longer by sectors only. Verdicts are not to depend on it. */
 void world_make_images(struct world *world)
 {
     unsigned cluster_bits = world_chance(world, 75) ? 9 : 12;
     world->cluster = UINT64_C(1) << cluster_bits;
     uint64_t clusters = CLUSTERS_MIN + world_below(world, CLUSTERS_MAX - CLUSTERS_MIN);
     uint64_t usual = clusters * world->cluster - world_below(world, world->cluster - 1);
-    bool same = world_chance(world, 65);
+    bool same = world_chance(world, 65) || world->schedule->mode == MODE_VERDICT;
     for (unsigned i = 0; i < world->topology->count; i++) {
-        uint64_t size = same ? usual : usual + world_below(world, 3 * world->cluster) - 2 * world->cluster;
+        uint64_t size = usual + world_below(world, 3 * world->cluster) - 2 * world->cluster;
+        size = same ? usual : (size + SIM_SECTOR - 1) / SIM_SECTOR * SIM_SECTOR;
         make_image(world, i, cluster_bits, MIN(size, CLUSTERS_MAX * world->cluster));
     }
 }
