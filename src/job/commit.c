@@ -48,6 +48,7 @@ struct commit {
     struct graph *graph;
     struct node *top, *base; /* references */
     bool active;
+    char *base_before;  /* commit_base_before() */
     char *backing_file; /* given by the user, or NULL */
     bool mask_protocol;
     struct operation *operation;
@@ -406,6 +407,7 @@ static void coroutine_fn commit_destroy(struct commit *commit)
     node_release(commit->top);
     node_release(commit->base);
     g_free(commit->backing_file);
+    g_free(commit->base_before);
     g_free(commit);
 }
 
@@ -554,7 +556,7 @@ static int commit_plan(struct commit *commit, struct jobs *jobs, const struct bl
 {
     int result = commit_resolve(commit, args, err);
     if (result == 0 && args->backing_file) {
-        result = relink_check_chosen(commit->graph, commit->base, err);
+        result = relink_check_chosen(commit->graph, commit->base, commit->base_before, err);
     }
     if (result == 0) {
         commit->active = !commit_fresh_overlay(commit);
@@ -637,11 +639,23 @@ static struct commit *commit_create(struct jobs *jobs, const struct block_commit
     return commit;
 }
 
+/* The base that the arguments stand for before the graph is locked, or NULL: while the command waits for another job's
+ * last step, the same arguments may come to mean another image. g_free(). */
+static char *coroutine_fn commit_base_before(struct commit *commit, const struct block_commit_args *args)
+{
+    struct commit seen = {.graph = commit->graph};
+    char *name = commit_resolve(&seen, args, NULL) == 0 ? g_strdup(seen.base->name) : NULL;
+    node_release(seen.top);
+    node_release(seen.base);
+    return name;
+}
+
 int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args *args, struct error **err)
 {
     struct block_commit_args named;
     struct operation_config config;
     struct commit *commit = commit_create(jobs, args, &named);
+    commit->base_before = args->backing_file ? commit_base_before(commit, args) : NULL;
     graph_lock(commit->graph); /* what is claimed is what was found: no other job is in its last step */
     int result = commit_plan(commit, jobs, &named, &config, err);
     if (result == 0) {

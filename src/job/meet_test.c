@@ -271,6 +271,37 @@ static void a_name_does_not_outlive_its_image(void *unused)
     g_assert_cmpuint(refused, >, 0);
 }
 
+/* The same for a commit into "the end of the chain", while a stream cuts that off: the name was given for base. */
+static void a_commit_does_not_give_a_name_to_another_base(void *unused)
+{
+    unsigned refused = 0;
+    for (unsigned round = 0; round < 12; round++) {
+        struct test_bench bench;
+        bench_open(&bench, 4, SIZE);
+        struct job *stream = begin_stream(&bench, "stream", "a", NULL);
+        struct block_commit_args args = {.job_id = (char *)"commit",
+                                         .device = (char *)"c",
+                                         .top_node = (char *)"b",
+                                         .backing_file = (char *)"other-name-of-base.img"};
+        bench_await(&bench, "stream", JOB_STATUS_PENDING);
+        loop_spawn(control_loop, finalize_entry, stream);
+        for (unsigned i = 0; i < round; i++) {
+            coroutine_pause();
+        }
+        bool whole = node_backing(bench.nodes[1]) == bench.nodes[0];
+        int result = commit_start(bench.jobs, &args, NULL);
+        refused += result == -EBUSY;
+        g_assert_true(!whole || result == -EBUSY);
+        bench_await(&bench, "stream", JOB_STATUS_NULL);
+        bench_await(&bench, "commit", JOB_STATUS_NULL);
+        if (whole) {
+            g_assert_cmpstr(bench_disk_backing(bench.nodes[3]), ==, "b.img");
+        }
+        bench_close(&bench);
+    }
+    g_assert_cmpuint(refused, >, 0);
+}
+
 /* --- random rounds --- */
 
 static void try_start(struct test_bench *bench, unsigned number)
@@ -380,6 +411,7 @@ int main(int argc, char **argv)
         {"/job-meet/refusals", refusals},
         {"/job-meet/a-stream-is-not-cut-short", a_stream_is_not_cut_short},
         {"/job-meet/a-name-does-not-outlive-its-image", a_name_does_not_outlive_its_image},
+        {"/job-meet/a-commit-does-not-give-a-name-to-another-base", a_commit_does_not_give_a_name_to_another_base},
         {"/job-meet/random-rounds", random_rounds},
     };
     g_test_init(&argc, &argv, NULL);

@@ -105,10 +105,10 @@ int relink_name(const struct node *overlay, const struct node *base, const char 
     return 0;
 }
 
-int relink_check_chosen(struct graph *graph, const struct node *base, struct error **err)
+int relink_check_chosen(struct graph *graph, const struct node *base, const char *before, struct error **err)
 {
     const char *name = base ? base->name : "";
-    const char *chosen = access_asker_note(graph->ledger, name);
+    const char *chosen = access_asker_note(graph->ledger, before ? before : name);
     if (strcmp(chosen, name) == 0) {
         return 0;
     }

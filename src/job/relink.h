@@ -26,9 +26,10 @@ struct backing_name {
     char *file, *format; /* NULL: none */
 };
 void backing_name_clear(struct backing_name *name);
-/* A name that a user gave for `base` (NULL: nothing), or that is to be given: -EBUSY if the command has waited, and it
- * was another image when the command came. graph->lock is held. */
-int relink_check_chosen(struct graph *graph, const struct node *base, struct error **err);
+/* A name that a user gave for `base` (NULL: nothing), or that is to be given: -EBUSY if it was another image when the
+ * command came, before it waited for its claims or for the lock. `before`: the name of that image as it was found
+ * before the lock ("": nothing), or NULL: nobody looked. graph->lock is held. */
+int relink_check_chosen(struct graph *graph, const struct node *base, const char *before, struct error **err);
 /* How `overlay` is to call `base` (NULL: nothing): `given` if not NULL, else base's file name such that it is found
  * from where the overlay is. mask_protocol: a mere protocol is called raw. -EINVAL when base has no file name. */
 int relink_name(const struct node *overlay, const struct node *base, const char *given, bool mask_protocol,

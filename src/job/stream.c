@@ -37,6 +37,7 @@ struct stream {
     struct graph *graph;
     struct node *node;   /* X; a reference */
     struct node *bottom; /* only until the operation has it */
+    char *base_before;   /* stream_base_before() */
     char *base_name;     /* of Y as it was at the start, or NULL */
     char *backing_file;  /* given by the user for that Y, or NULL */
     bool mask_protocol;
@@ -197,6 +198,7 @@ static void coroutine_fn stream_destroy(struct stream *stream)
     node_release(stream->node);
     g_free(stream->base_name);
     g_free(stream->backing_file);
+    g_free(stream->base_before);
     g_free(stream);
 }
 
@@ -314,7 +316,7 @@ static int stream_plan(struct stream *stream, struct jobs *jobs, const char *id,
         result = stream_resolve(stream, args, err);
     }
     if (result == 0 && args->backing_file) {
-        result = relink_check_chosen(stream->graph, node_backing(stream->bottom), err);
+        result = relink_check_chosen(stream->graph, node_backing(stream->bottom), stream->base_before, err);
     }
     if (result == 0) {
         result = job_check_id(jobs, id, err);
@@ -382,11 +384,24 @@ static struct stream *stream_create(struct jobs *jobs, const struct block_stream
     return stream;
 }
 
+/* The same as a commit's: what the new name was given for when the command came ("": for nothing), or NULL. */
+static char *coroutine_fn stream_base_before(struct stream *stream, const struct block_stream_args *args)
+{
+    struct stream seen = {.graph = stream->graph};
+    bool found = stream_resolve(&seen, args, NULL) == 0;
+    const struct node *base = found ? node_backing(seen.bottom) : NULL;
+    char *name = found ? g_strdup(base ? base->name : "") : NULL;
+    node_release(seen.node);
+    g_free(seen.base_name);
+    return name;
+}
+
 int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args *args, struct error **err)
 {
     struct stream *stream = stream_create(jobs, args);
     struct operation_config config;
     const char *id = args->job_id ? args->job_id : "";
+    stream->base_before = args->backing_file ? stream_base_before(stream, args) : NULL;
     graph_lock(stream->graph); /* what is claimed is what was found: no other job is in its last step */
     int result = stream_plan(stream, jobs, id, args, &config, err);
     if (result == 0) {
