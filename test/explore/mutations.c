@@ -121,25 +121,38 @@ static bool mutation_try(int mutation, const struct exploration *before, unsigne
         printf("  caught: %s; admits %u more: %s\n", what, admitted, any_finding(exploration));
     } else {
         const char *why = mutations[mutation].survives;
-        printf("  %s: %s; admits %u more%s%s\n", why ? "survives" : "NOT CAUGHT", what, admitted, why ? ": " : "",
-               why ? why : "");
+        printf("  survives: %s; admits %u more: %s\n", what, admitted, why ? why : "not on this topology");
     }
     fflush(stdout);
     exploration_free(exploration);
     return caught;
 }
 
-unsigned mutations_try(const struct exploration *before, unsigned rounds, bool known_only, unsigned *ret_caught)
+static bool noticed[G_N_ELEMENTS(mutations)]; /* on any topology */
+
+unsigned mutations_try(const struct exploration *before, unsigned rounds, bool known_only)
 {
-    unsigned missed = 0, caught = 0;
+    unsigned caught = 0;
     for (unsigned i = 0; i < mutation_count; i++) {
         if (known_only && mutations[i].survives) {
             continue;
         }
-        bool noticed = mutation_try((int)i, before, rounds);
-        caught += noticed;
-        missed += !noticed && !mutations[i].survives;
+        bool here = mutation_try((int)i, before, rounds);
+        noticed[i] |= here;
+        caught += here;
     }
-    *ret_caught = caught;
+    return caught;
+}
+
+unsigned mutations_missed(void)
+{
+    unsigned missed = 0;
+    for (unsigned i = 0; i < mutation_count; i++) {
+        if (!noticed[i] && !mutations[i].survives) {
+            g_autofree char *what = mutation_describe((int)i);
+            printf("NOT CAUGHT: %s\n", what);
+            missed++;
+        }
+    }
     return missed;
 }

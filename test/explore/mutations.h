@@ -23,8 +23,11 @@ char *mutation_describe(int mutation);
 /* From here on the ledger sees the claims so. NO_MUTATION: as they are. */
 void mutation_install(int mutation, struct access_ledger *ledger);
 /* Tries every breakage against what `before` found, so many schedules of each pair that it lets in. Prints a line for
- * each; how many were not noticed that should have been. *ret_caught: how many were. known_only: without those of which
- * the table says that they survive. */
-unsigned mutations_try(const struct exploration *before, unsigned rounds, bool known_only, unsigned *ret_caught);
+ * each; how many were noticed, on this topology. known_only: without those of which the table says that they survive.
+ */
+unsigned mutations_try(const struct exploration *before, unsigned rounds, bool known_only);
+/* Prints each breakage that no topology has noticed in this process and that the table does not expect to survive; how
+ * many. */
+unsigned mutations_missed(void);
 
 #endif
