@@ -14,6 +14,7 @@
  * Files are sim_file.c, what is on disks sim_disk.c. There are no sockets.
  */
 #include "loop/sim.h"
+#include "base/seeded.h"
 #include "base/size.h"
 #include "loop/loop_private.h"
 #include "loop/sim_private.h"
@@ -74,11 +75,7 @@ struct sim *sim_self(void)
 
 uint64_t sim_random(struct sim *sim)
 {
-    uint64_t z = sim->random += UINT64_C(0x9e3779b97f4a7c15);
-
-    z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
-    return z ^ z >> 31;
+    return seeded_next(&sim->random);
 }
 
 uint64_t sim_below(struct sim *sim, uint64_t limit)

@@ -9,6 +9,7 @@
  * that get along with both moves are there, so nobody else's quarrel is taken for theirs.
  */
 #include "test/explore/exploration.h"
+#include "base/seeded.h"
 #include <glib.h>
 #include <stdio.h>
 #include <string.h>
@@ -68,17 +69,11 @@ bool exploration_has_pair(const struct exploration *exploration, unsigned first,
            (one->kind->sort != MOVE_COMMAND || other->kind->sort != MOVE_COMMAND);
 }
 
-static uint64_t mix(uint64_t value)
-{
-    value = (value ^ value >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    value = (value ^ value >> 27) * UINT64_C(0x94d049bb133111eb);
-    return value ^ value >> 31;
-}
-
 /* The seed of one schedule; short enough to be typed. */
 static uint64_t seed_of(const struct exploration *exploration, uint64_t first, uint64_t second, uint64_t round)
 {
-    return mix(mix(mix(exploration->seed + 1) + first * 1009 + second) + round * 65537) % 1000000000;
+    return seeded_mix(seeded_mix(seeded_mix(exploration->seed + 1) + first * 1009 + second) + round * 65537) %
+           1000000000;
 }
 
 static struct schedule schedule_of(const struct exploration *exploration)
@@ -220,9 +215,9 @@ static void set_mode(struct schedule *schedule, const struct cell *cell, unsigne
     uint64_t changes = cell->changes ? cell->changes : CHANGES_GUESSED;
     schedule->mode = modes[round % G_N_ELEMENTS(modes)];
     if (schedule->mode == MODE_CUT) {
-        schedule->at = 1 + mix(schedule->seed) % changes;
+        schedule->at = 1 + seeded_mix(schedule->seed) % changes;
     } else if (schedule->mode == MODE_FAULT) {
-        schedule->at = mix(schedule->seed) % FAILING_WITHIN;
+        schedule->at = seeded_mix(schedule->seed) % FAILING_WITHIN;
     }
 }
 
@@ -408,7 +403,7 @@ static unsigned draw_move(const struct exploration *exploration, uint64_t *rando
 {
     unsigned move;
     do {
-        move = (unsigned)(mix(++*random) % exploration->count);
+        move = (unsigned)(seeded_mix(++*random) % exploration->count);
     } while (exploration->singles[move].verdict != VERDICT_ADMITTED);
     return move;
 }
@@ -418,7 +413,7 @@ static bool is_worth_it(const struct exploration *exploration, const unsigned mo
 {
     for (unsigned i = 0; i < 3; i++) {
         if (exploration_pair(exploration, moves[i], moves[(i + 1) % 3])->verdict == VERDICT_REFUSED) {
-            return mix(++*random) % 10 == 0;
+            return seeded_mix(++*random) % 10 == 0;
         }
     }
     return true;

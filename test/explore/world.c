@@ -5,6 +5,7 @@
  * checks.c's.
  */
 #include "test/explore/world.h"
+#include "base/seeded.h"
 #include "block/graph.h"
 #include "block/node.h"
 #include "job/job.h"
@@ -39,10 +40,7 @@ void world_good(struct world *world)
 
 uint64_t world_random(struct world *world)
 {
-    uint64_t z = world->random += UINT64_C(0x9e3779b97f4a7c15);
-    z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
-    return z ^ z >> 31;
+    return seeded_next(&world->random);
 }
 
 uint64_t world_below(struct world *world, uint64_t limit)

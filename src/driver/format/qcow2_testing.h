@@ -3,6 +3,7 @@
 #define INTERLOCK_DRIVER_FORMAT_QCOW2_TESTING_H
 
 #include "base/error.h"
+#include "base/seeded.h"
 #include "loop/coroutine.h"
 #include <glib.h>
 #include <stdbool.h>
@@ -56,10 +57,7 @@ void testing_remove_directory(void);
 /* A generator of one's own, so that a seed says all. */
 static inline uint64_t testing_random(uint64_t *state)
 {
-    uint64_t z = *state += UINT64_C(0x9e3779b97f4a7c15);
-    z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
-    return z ^ z >> 31;
+    return seeded_next(state);
 }
 
 #endif
