@@ -22,6 +22,7 @@ FLOORS = {
     "src/base": 0,
     "src/loop": 1,
     "src/access": 2,
+    "src/crypto": 2,
     "src/block": 3,
     "src/copy": 4,
     "src/driver": 5,

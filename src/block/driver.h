@@ -4,6 +4,7 @@
 
 #include "base/buffers.h"
 #include "base/error.h"
+#include "block/image.h"
 #include "block/node.h"
 #include "block/request.h"
 #include "schema/types.h"
@@ -25,9 +26,10 @@ struct driver {
     bool grows_on_write;       /* writes behind the end are legal and move it (edge needs `attributes`) */
 
     /*
-     * Makes node->state usable; sets node->size, node->limits, node->filename (g_strdup), header_backing*. Children
-     * `file`/`filtered` given in the options are attached already (node->file); `backing` is opened and attached after
-     * this returns. node->writable says how to open. On error cleans up after itself (close is not called).
+     * Makes node->state usable; sets node->size, node->limits (a filter has them from its child), node->filename
+     * (g_strdup), header_backing*. Children `file`/`filtered` given in the options are attached already (node->file,
+     * node->data); `backing` is opened and attached after this returns. node->writable says how to open. On error
+     * cleans up after itself (close is not called).
      */
     int coroutine_fn (*open)(struct node *node, const struct blockdev_options *options, struct error **err);
     /* Flushes its caches and frees everything in state. Its children are still attached. */
@@ -49,7 +51,7 @@ struct driver {
     /* Describes [offset, offset + ret->bytes), 0 < ret->bytes <= bytes, of this layer alone. NULL: all data. */
     int coroutine_fn (*block_status)(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret);
 
-    /* Control. NULL: not supported. */
+    /* Control. NULL: not supported. `truncate` preallocates nothing (image.h: `grow`). */
     int coroutine_fn (*truncate)(struct node *node, uint64_t size, struct error **err);
     /* Opens for writing or stops writing (then everything is flushed). node->writable is changed by the caller after
      * success. Children have been made writable before / are released after. */
@@ -60,6 +62,8 @@ struct driver {
     /* For query-named-block-nodes: "format-specific" etc; may be NULL. */
     struct image_info_specific *(*specific_info)(struct node *node);
     uint64_t coroutine_fn (*allocated_size)(struct node *node); /* bytes on disk; NULL: ask the file child */
+    /* What can be done with an image besides I/O (image.h); NULL: nothing. */
+    const struct image_driver *image;
 };
 
 /* Drivers are registered once at start by src/tool. */

@@ -32,6 +32,9 @@ static const struct standing_claim standing_claims[][2] = {
     [EDGE_FILE] = {{"file edge", READ_BOTH, CHANGES, READ_BOTH},
                    {"file edge", WRITE_FILE, CHANGES | ACCESS_ATTRIBUTES | ACCESS_GRAPH,
                     WRITE_FILE | ACCESS_WRITE_BENEATH}},
+    [EDGE_DATA] = {{"data edge", READ_BOTH, CHANGES, READ_BOTH},
+                   {"data edge", WRITE_FILE, CHANGES | ACCESS_ATTRIBUTES | ACCESS_GRAPH,
+                    WRITE_FILE | ACCESS_WRITE_BENEATH}},
     /* The parent shows the child's data wherever it has none. */
     [EDGE_BACKING] = {{"backing edge", READ_BOTH, CHANGES, ACCESS_READ_DATA},
                       {"backing edge", READ_BOTH, CHANGES, ACCESS_READ_DATA}},
@@ -42,8 +45,11 @@ static const struct standing_claim standing_claims[][2] = {
 
 const char *edge_role_name(enum edge_role role)
 {
-    static const char *const names[] = {
-        [EDGE_FILE] = "file", [EDGE_BACKING] = "backing", [EDGE_FILTERED] = "filtered", [EDGE_ROOT] = "root"};
+    static const char *const names[] = {[EDGE_FILE] = "file",
+                                        [EDGE_DATA] = "data",
+                                        [EDGE_BACKING] = "backing",
+                                        [EDGE_FILTERED] = "filtered",
+                                        [EDGE_ROOT] = "root"};
     return names[role];
 }
 
@@ -74,6 +80,8 @@ static struct edge **edge_shortcut(const struct edge *edge)
     switch (edge->role) {
     case EDGE_FILE:
         return &edge->parent->file;
+    case EDGE_DATA:
+        return &edge->parent->data;
     case EDGE_BACKING:
         return &edge->parent->backing;
     case EDGE_FILTERED:
@@ -120,9 +128,14 @@ static const struct node *edge_shown(const struct edge *edge)
     return edge->role == EDGE_FILTERED ? edge->child : node_beneath_filters(edge->child);
 }
 
+bool edge_is_container(const struct edge *edge)
+{
+    return edge->role == EDGE_FILE || edge->role == EDGE_DATA;
+}
+
 static unsigned edge_claim(const struct edge *edge, const struct standing_claim *standing, struct access_claim *ret)
 {
-    if (edge->role == EDGE_ROOT || !edge->child || (edge->parent->stale && edge->role != EDGE_FILE)) {
+    if (edge->role == EDGE_ROOT || !edge->child || (edge->parent->stale && !edge_is_container(edge))) {
         return 0;
     }
     const struct node *shown = edge_shown(edge);

@@ -70,13 +70,22 @@ int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *o
 {
     struct node *node;
     graph_lock(graph);
-    int r = open_node(graph, options, &node, err);
+    int r = open_node(graph, options, false, &node, err);
     if (r == 0) {
         node->monitor_owned = true;
         if (ret) {
             *ret = node;
         }
     }
+    graph_unlock(graph);
+    return r;
+}
+
+int coroutine_fn graph_open_for_check(struct graph *graph, const struct blockdev_options *options, struct node **ret,
+                                      struct error **err)
+{
+    graph_lock(graph);
+    int r = open_node(graph, options, true, ret, err);
     graph_unlock(graph);
     return r;
 }

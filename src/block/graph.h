@@ -35,6 +35,10 @@ struct node *graph_find_or_error(struct graph *graph, const char *name, struct e
  * options must have a node-name. */
 int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *options, struct node **ret,
                            struct error **err);
+/* Opens an image to be checked or repaired (node->check_only): nothing in it is repaired on the way. The caller's
+ * reference: node_release(). */
+int coroutine_fn graph_open_for_check(struct graph *graph, const struct blockdev_options *options, struct node **ret,
+                                      struct error **err);
 /* blockdev-del: refused (-EBUSY) while used, naming by whom. */
 int coroutine_fn graph_delete(struct graph *graph, const char *name, struct error **err);
 /* Drops every monitor reference (shutdown: parents first). */

@@ -9,7 +9,8 @@
  *    while the driver writes, the node is still among the parents of its children.
  * 3. writable == (wants_writable || writers > 0), but for a node whose driver failed to stop writing: that stays
  *    writable, which loses nothing.
- * 4. Whoever makes a node writable has made its file child writable first, and the file edge claims accordingly.
+ * 4. Whoever makes a node writable has made its containers (file and data child) writable first, and their edges claim
+ *    accordingly.
  *
  * Names, opening and deletion by the monitor are graph.c's and open.c's.
  */
@@ -56,7 +57,7 @@ static void coroutine_fn node_close(struct node *node, struct list *dying)
     }
     while (!list_is_empty(&node->children)) {
         struct edge *edge = container_of(node->children.next, struct edge, parent_link);
-        bool made_writable = edge->role == EDGE_FILE && node->made_file_writable;
+        bool made_writable = edge_is_container(edge) && node->made_files_writable;
         struct node *child = edge_detach(edge);
         if (made_writable) {
             node_writable_end_locked(child);
@@ -153,14 +154,68 @@ static char *node_writing_subject(const struct node *node)
 
 int node_writable_check(struct node *node, struct error **err)
 {
-    int r = 0;
-    for (node = node_beneath_filters(node); node && !node->writable && r == 0;) {
-        g_autofree char *subject = node_writing_subject(node);
-        r = node_check_never_writable(node, err);
-        if (r == 0 && node->file) {
-            r = edge_writable_check(node->file, subject, err);
+    node = node_beneath_filters(node);
+    if (node->writable) {
+        return 0;
+    }
+    g_autofree char *subject = node_writing_subject(node);
+    int r = node_check_never_writable(node, err);
+    list_for_each (link, &node->children) {
+        struct edge *edge = container_of(link, struct edge, parent_link);
+        if (r == 0 && edge_is_container(edge)) {
+            r = edge_writable_check(edge, subject, err);
+            r = r < 0 ? r : node_writable_check(edge->child, err); /* formats nest a few levels (open.c) */
         }
-        node = node->file ? node->file->child : NULL;
+    }
+    return r;
+}
+
+/* The edges to the node's containers: at most two. */
+struct containers {
+    struct edge *edges[2];
+    unsigned count;
+};
+
+static struct containers node_containers(struct node *node)
+{
+    struct containers containers = {{0}, 0};
+    list_for_each (link, &node->children) {
+        struct edge *edge = container_of(link, struct edge, parent_link);
+        if (edge_is_container(edge)) {
+            g_assert(containers.count < G_N_ELEMENTS(containers.edges));
+            containers.edges[containers.count++] = edge;
+        }
+    }
+    return containers;
+}
+
+static int coroutine_fn containers_start_writing(const struct containers *containers, struct error **err)
+{
+    for (unsigned i = 0; i < containers->count; i++) {
+        int r = node_writable_begin_locked(containers->edges[i]->child, err);
+        if (r < 0) {
+            while (i-- > 0) {
+                node_writable_end_locked(containers->edges[i]->child);
+            }
+            return r;
+        }
+    }
+    return 0;
+}
+
+static void coroutine_fn containers_stop_writing(const struct containers *containers)
+{
+    for (unsigned i = 0; i < containers->count; i++) {
+        node_writable_end_locked(containers->edges[i]->child);
+    }
+}
+
+/* After node->writable changed. Fewer claims cannot be refused. */
+static int containers_claim_again(const struct containers *containers, const char *subject, struct error **err)
+{
+    int r = 0;
+    for (unsigned i = 0; i < containers->count && r == 0; i++) {
+        r = edge_claim_again(containers->edges[i], subject, err);
     }
     return r;
 }
@@ -168,37 +223,32 @@ int node_writable_check(struct node *node, struct error **err)
 static int coroutine_fn node_start_writing(struct node *node, struct error **err)
 {
     g_autofree char *subject = node_writing_subject(node);
+    struct containers containers = node_containers(node);
     int r = node_check_never_writable(node, err);
+    if (r == 0) {
+        r = containers_start_writing(&containers, err);
+    }
     if (r < 0) {
         return r;
     }
-    if (node->file) {
-        r = node_writable_begin_locked(node->file->child, err);
-        if (r < 0) {
-            return r;
-        }
-        node->made_file_writable = true;
-    }
+    node->made_files_writable = true;
     node->writable = true;
-    if (node->file) {
-        r = edge_claim_again(node->file, subject, err);
-    }
+    r = containers_claim_again(&containers, subject, err);
     if (r == 0 && node->driver->set_writable) {
         r = node->driver->set_writable(node, true, err);
     }
     if (r < 0) {
         node->writable = false;
-        if (node->file) {
-            edge_claim_again(node->file, subject, NULL);
-            node->made_file_writable = false;
-            node_writable_end_locked(node->file->child);
-        }
+        containers_claim_again(&containers, subject, NULL);
+        node->made_files_writable = false;
+        containers_stop_writing(&containers);
     }
     return r;
 }
 
 static void coroutine_fn node_stop_writing(struct node *node)
 {
+    struct containers containers = node_containers(node);
     struct error *error = NULL;
     if (node->driver->set_writable && node->driver->set_writable(node, false, &error) < 0) {
         g_warning("Node '%s' stays open for writing: %s", node->name, error ? error->message : "unknown error");
@@ -207,12 +257,10 @@ static void coroutine_fn node_stop_writing(struct node *node)
         return;
     }
     node->writable = false;
-    if (node->file) {
-        edge_claim_again(node->file, node->name, NULL); /* fewer claims: cannot be refused */
-    }
-    if (node->made_file_writable) {
-        node->made_file_writable = false;
-        node_writable_end_locked(node->file->child);
+    containers_claim_again(&containers, node->name, NULL);
+    if (node->made_files_writable) {
+        node->made_files_writable = false;
+        containers_stop_writing(&containers);
     }
 }
 

@@ -28,6 +28,7 @@ struct blockdev_options;
 
 enum edge_role {
     EDGE_FILE,     /* a format's container */
+    EDGE_DATA,     /* a second one: qcow2's external data file, the log of blklogwrites, what blkverify compares with */
     EDGE_BACKING,  /* where data come from that the parent has not */
     EDGE_FILTERED, /* what a filter shows */
     EDGE_ROOT,     /* a backend's */
@@ -65,6 +66,7 @@ struct node {
     struct list children; /* struct edge by parent_link */
     struct list parents;  /* struct edge by child_link */
     struct edge *file;    /* shortcuts into children, or NULL */
+    struct edge *data;
     struct edge *backing;
     struct edge *filtered;
     struct limits limits;
@@ -75,8 +77,9 @@ struct node {
     bool writable;             /* now */
     bool wants_writable;       /* opened for writing by its options */
     bool never_writable;       /* read-only by explicit option or by its nature */
+    bool check_only;           /* opened to be checked or repaired: nothing is repaired or loaded on the way */
     unsigned writers;          /* node_writable_begin() */
-    bool made_file_writable;   /* counts among the writers of its file child */
+    bool made_files_writable;  /* counts among the writers of its file and data children */
     bool discard;              /* discard=unmap */
     bool detect_zeroes, detect_zeroes_unmap;
     bool force_share;

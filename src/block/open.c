@@ -26,6 +26,7 @@
 struct opening {
     struct graph *graph;
     GPtrArray *nodes; /* not published yet, in order of creation */
+    bool check_only;  /* the top node is opened to be checked */
 };
 
 /* How a child is to be opened where its options do not say. */
@@ -112,23 +113,40 @@ static char *implicit_name(const struct opening *opening, const struct inheritan
 
 /* --- what options say --- */
 
-/* The children of a driver's options. False: it has none. */
-static bool options_children(const struct blockdev_options *options, const struct blockdev_ref **ret_file,
-                             const struct blockdev_ref_or_null **ret_backing)
+/* The children that options describe, besides backing: at most two. */
+struct option_child {
+    enum edge_role role;
+    const struct blockdev_ref *ref;
+};
+struct option_children {
+    struct option_child list[2];
+    unsigned count;
+    const struct blockdev_ref_or_null *backing; /* NULL: not given */
+};
+
+static void option_children_add(struct option_children *children, enum edge_role role, const struct blockdev_ref *ref)
 {
-    *ret_file = NULL;
-    *ret_backing = NULL;
+    if (ref) {
+        children->list[children->count++] = (struct option_child){role, ref};
+    }
+}
+
+static struct option_children options_children(const struct blockdev_options *options)
+{
+    struct option_children children = {0};
     switch (options->driver) {
     case BLOCKDEV_DRIVER_RAW:
-        *ret_file = options->u.raw.file;
-        return true;
+        option_children_add(&children, EDGE_FILE, options->u.raw.file);
+        break;
     case BLOCKDEV_DRIVER_QCOW2:
-        *ret_file = options->u.qcow2.file;
-        *ret_backing = options->u.qcow2.backing;
-        return true;
+        option_children_add(&children, EDGE_FILE, options->u.qcow2.file);
+        option_children_add(&children, EDGE_DATA, options->u.qcow2.data_file);
+        children.backing = options->u.qcow2.backing;
+        break;
     default:
-        return false;
+        break;
     }
+    return children;
 }
 
 /* Options for an image of format `driver` in a file; false when that format takes no file. */
@@ -181,32 +199,33 @@ static struct inheritance inherit(struct node *parent, enum edge_role role, cons
 {
     return (struct inheritance){.parent = parent,
                                 .role = role,
-                                .nesting = role == EDGE_FILE ? from->nesting + 1 : from->nesting,
+                                .nesting = role == EDGE_BACKING ? from->nesting : from->nesting + 1,
                                 .read_only = role == EDGE_BACKING || !parent->writable,
                                 .direct = parent->direct,
                                 .no_flush = parent->no_flush,
                                 .force_share = parent->force_share,
-                                .discard = role == EDGE_FILE};
+                                .discard = role != EDGE_BACKING};
 }
 
-static int coroutine_fn open_file_child(struct opening *opening, struct node *parent, const struct blockdev_ref *file,
-                                        const struct inheritance *from, struct error **err)
+static int coroutine_fn open_child(struct opening *opening, struct node *parent, const struct option_child *option,
+                                   const struct inheritance *from, struct error **err)
 {
-    struct inheritance how = inherit(parent, EDGE_FILE, from);
+    const struct blockdev_ref *ref = option->ref;
+    struct inheritance how = inherit(parent, option->role, from);
     struct node *child;
     int r = 0;
     if (how.nesting > NESTING_LIMIT) {
         return error_set(err, -EINVAL, "More than %d formats within each other at node '%s'", NESTING_LIMIT,
                          parent->name);
     }
-    if (file->kind == BLOCKDEV_REF_REFERENCE) {
-        child = graph_find_or_error(opening->graph, file->u.reference, err);
+    if (ref->kind == BLOCKDEV_REF_REFERENCE) {
+        child = graph_find_or_error(opening->graph, ref->u.reference, err);
         if (!child) {
             return -ENOENT;
         }
         node_ref(child);
     } else {
-        r = open_chain(opening, file->u.definition, &how, &child, err);
+        r = open_chain(opening, ref->u.definition, &how, &child, err);
         if (r < 0) {
             return r;
         }
@@ -216,7 +235,7 @@ static int coroutine_fn open_file_child(struct opening *opening, struct node *pa
         error_hint(err, "Open '%s' with read-only=on as well", parent->name);
     }
     if (r == 0) {
-        r = edge_attach(parent, EDGE_FILE, node_head(child), NULL, err);
+        r = edge_attach(parent, option->role, node_head(child), NULL, err);
     }
     node_unref(child);
     return r;
@@ -227,14 +246,12 @@ static bool is_refusal_to_write(int code)
     return code == -EACCES || code == -EPERM || code == -EROFS;
 }
 
-/* Opens a node with its file child, without its backing images. On success it is the last of opening->nodes. */
+/* Opens a node with its children, without its backing images. On success it is the last of opening->nodes. */
 static int coroutine_fn open_image(struct opening *opening, const struct blockdev_options *options,
                                    const struct inheritance *from, struct node **ret, struct error **err)
 {
     const char *driver_name = blockdev_driver_name(options->driver);
     const struct driver *driver = driver_find(driver_name);
-    const struct blockdev_ref *file;
-    const struct blockdev_ref_or_null *backing;
     if (!driver) {
         return error_set(err, -ENOTSUP, "Driver '%s' is not in this build", driver_name);
     }
@@ -246,9 +263,11 @@ static int coroutine_fn open_image(struct opening *opening, const struct blockde
     struct node *node = node_create(opening->graph, driver, name);
     unsigned before = opening->nodes->len;
     g_ptr_array_add(opening->nodes, node);
+    node->check_only = opening->check_only && !from->parent;
     r = apply_options(node, options, from, err);
-    if (r == 0 && options_children(options, &file, &backing)) {
-        r = open_file_child(opening, node, file, from, err);
+    struct option_children children = options_children(options);
+    for (unsigned i = 0; i < children.count && r == 0; i++) {
+        r = open_child(opening, node, &children.list[i], from, err);
     }
     if (r == 0) {
         r = driver->open(node, options, err);
@@ -440,20 +459,18 @@ static int coroutine_fn open_backing(struct opening *opening, struct node *top, 
 static int coroutine_fn open_chain(struct opening *opening, const struct blockdev_options *options,
                                    const struct inheritance *from, struct node **ret, struct error **err)
 {
-    const struct blockdev_ref *file;
-    const struct blockdev_ref_or_null *option;
+    const struct blockdev_ref_or_null *option = options_children(options).backing;
     unsigned before = opening->nodes->len;
     struct node *top, *next;
     int r = open_image_or_read_only(opening, options, from, &top, err);
     if (r < 0) {
         return r;
     }
-    options_children(options, &file, &option);
     unsigned depth = 1;
     for (struct node *node = top; node && r == 0; node = next, depth++) {
         r = open_backing(opening, top, node, depth, option, from, &next, err);
         if (option && option->kind == BLOCKDEV_REF_OR_NULL_DEFINITION) {
-            options_children(option->u.definition, &file, &option);
+            option = options_children(option->u.definition).backing;
         } else {
             option = NULL;
         }
@@ -467,12 +484,12 @@ static int coroutine_fn open_chain(struct opening *opening, const struct blockde
     return 0;
 }
 
-int coroutine_fn open_node(struct graph *graph, const struct blockdev_options *options, struct node **ret,
-                           struct error **err)
+int coroutine_fn open_node(struct graph *graph, const struct blockdev_options *options, bool check_only,
+                           struct node **ret, struct error **err)
 {
     struct inheritance from = {0};
     g_autoptr(GPtrArray) nodes = g_ptr_array_new();
-    struct opening opening = {graph, nodes};
+    struct opening opening = {graph, nodes, check_only};
     if (!options->node_name) {
         return error_set(err, -EINVAL, "'node-name' must be specified for the root node");
     }

@@ -53,7 +53,7 @@ static void derive_overlays(struct derivation *derivation, const struct claim_cl
 {
     list_for_each (link, &first->parents) {
         const struct edge *edge = container_of(link, struct edge, child_link);
-        if (edge->role == EDGE_BACKING || edge->role == EDGE_FILE) {
+        if (edge->role == EDGE_BACKING || edge_is_container(edge)) {
             if (!edge->parent->stale) {
                 claim_add(derivation, clause, edge->parent);
             }

@@ -26,6 +26,8 @@ char *node_users(struct node *node);
 
 /* --- edge.c --- */
 
+/* Does the parent keep its own bytes there (file, data)? */
+bool edge_is_container(const struct edge *edge);
 /* An edge that is linked nowhere and has no holder. */
 struct edge *edge_create(struct node *parent, enum edge_role role);
 /* The shape alone: lists and the parent's shortcuts. No reference, no claim. */
@@ -73,8 +75,8 @@ void chain_for_each_edge(struct node *top, struct node *base, void (*visit)(stru
 /* --- open.c --- */
 
 /* Opens a node and all that its options and headers name; graph->lock is held. One reference, the caller's. */
-int coroutine_fn open_node(struct graph *graph, const struct blockdev_options *options, struct node **ret,
-                           struct error **err);
+int coroutine_fn open_node(struct graph *graph, const struct blockdev_options *options, bool check_only,
+                           struct node **ret, struct error **err);
 /* A name that no node has: `wanted`, or with a number behind it; g_free(). */
 char *node_name_unused(struct graph *graph, const char *wanted);
 /* Where the backing string of the node's header leads: against the directory of its own file, without "file:". NULL

@@ -25,6 +25,10 @@ enum request_flags {
                    grown since: what lies behind the old end in its cluster, the driver fills. */
 };
 
+/* Writes only, among the flags above: the data are stored compressed, if the format has that and the data allow it;
+ * whole clusters (but for the last one), never over what is allocated already. -ENOTSUP where the format cannot. */
+#define REQUEST_COMPRESSED (1U << 4)
+
 enum extent_flags {
     EXTENT_DATA = 1 << 0,      /* reads need storage */
     EXTENT_ZERO = 1 << 1,      /* reads as zeroes */

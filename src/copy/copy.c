@@ -18,8 +18,8 @@
 #include "copy/copy.h"
 #include "base/list.h"
 #include "base/size.h"
+#include "block/dirty.h"
 #include "block/user.h"
-#include "copy/dirty.h"
 #include "loop/file.h"
 #include "loop/sync.h"
 #include <errno.h>

@@ -25,10 +25,10 @@
  */
 #include "job/commit.h"
 #include "base/size.h"
+#include "block/dirty.h"
 #include "block/graph.h"
 #include "block/operation.h"
 #include "block/user.h"
-#include "copy/dirty.h"
 #include "driver/filter/track.h"
 #include "job/policy.h"
 #include "job/relink.h"

@@ -6,11 +6,11 @@
  * the backing string in a header, and moving an edge.
  */
 #include "base/size.h"
+#include "block/dirty.h"
 #include "block/enforce.h"
 #include "block/graph.h"
 #include "block/operation.h"
 #include "block/user.h"
-#include "copy/dirty.h"
 #include "driver/drivers.h"
 #include "driver/filter/track.h"
 #include "driver/format/qcow2_testing.h"

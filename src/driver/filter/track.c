@@ -11,7 +11,7 @@
  * implemented: the request path passes them on.
  */
 #include "driver/filter/track.h"
-#include "copy/dirty.h"
+#include "block/dirty.h"
 
 struct track {
     struct dirty *dirty;

@@ -191,6 +191,9 @@ static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
 static int coroutine_fn qcow2_open(struct node *node, const struct blockdev_options *options, struct error **err)
 {
     struct qcow2 *image = node->state;
+    if (node->data) {
+        return error_set(err, -ENOTSUP, "qcow2 image of node '%s' has no external data file", node->name);
+    }
     image->node = node;
     co_mutex_init(&image->lock);
     list_init(&image->allocations);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#ifndef INTERLOCK_COPY_DIRTY_H
-#define INTERLOCK_COPY_DIRTY_H
+#ifndef INTERLOCK_BLOCK_DIRTY_H
+#define INTERLOCK_BLOCK_DIRTY_H
 
 #include <stdbool.h>
 #include <stdint.h>

@@ -10,7 +10,7 @@
  *
  * Scanning goes by words; an empty bitmap is seen by `count` without a scan. 1 TiB at 64 KiB are 2 MiB of words.
  */
-#include "copy/dirty.h"
+#include "block/dirty.h"
 #include "base/size.h"
 #include <errno.h>
 #include <glib.h>

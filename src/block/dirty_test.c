@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The dirty bitmap: against a plain model, and with marks from other loops while it is emptied. */
 #include "base/size.h"
-#include "copy/dirty.h"
+#include "block/dirty.h"
 #include "loop/loop.h"
 #include <errno.h>
 #include <glib.h>

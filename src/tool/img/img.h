@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_TOOL_IMG_IMG_H
+#define INTERLOCK_TOOL_IMG_IMG_H
+
+#include "base/error.h"
+#include "loop/coroutine.h"
+#include <stdbool.h>
+#include <stdint.h>
+
+/*
+ * `interlock img`, with the command line, the output and the exit statuses of qemu-img 10.0. Each sub-command is a
+ * coroutine of its own in a file of its name, run on the one loop of the program with a graph of its own; the table of
+ * them is in img.c. It reads its options with getopt_long() from argv (argv[0]: its name), prints, and returns the exit
+ * status. Nodes and backends that it opened are closed when it returns.
+ */
+struct graph;
+
+struct img {
+    struct graph *graph;
+};
+
+int coroutine_fn img_amend(struct img *img, int argc, char **argv);
+int coroutine_fn img_bench(struct img *img, int argc, char **argv);
+int coroutine_fn img_bitmap(struct img *img, int argc, char **argv);
+int coroutine_fn img_check(struct img *img, int argc, char **argv);
+int coroutine_fn img_commit(struct img *img, int argc, char **argv);
+int coroutine_fn img_compare(struct img *img, int argc, char **argv);
+int coroutine_fn img_convert(struct img *img, int argc, char **argv);
+int coroutine_fn img_create(struct img *img, int argc, char **argv);
+int coroutine_fn img_dd(struct img *img, int argc, char **argv);
+int coroutine_fn img_info(struct img *img, int argc, char **argv);
+int coroutine_fn img_map(struct img *img, int argc, char **argv);
+int coroutine_fn img_measure(struct img *img, int argc, char **argv);
+int coroutine_fn img_rebase(struct img *img, int argc, char **argv);
+int coroutine_fn img_resize(struct img *img, int argc, char **argv);
+int coroutine_fn img_snapshot(struct img *img, int argc, char **argv);
+
+/* Prints "interlock img COMMAND: message" and the hint to standard error, frees the error, returns 1. */
+int img_fail(const char *command, struct error *error);
+/* The same for what the options themselves are wrong about. */
+int img_usage(const char *command, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* -p, and SIGUSR1 without it: "    (12.34/100%)\r". `done` of `of`; img_progress_end() prints the last line. */
+struct img_progress {
+    bool shown; /* -p */
+    double last;
+};
+void img_progress_begin(struct img_progress *progress, bool shown);
+void img_progress_report(uint64_t done, uint64_t of, void *progress); /* as image_progress.report */
+void img_progress_end(struct img_progress *progress);
+
+/* "size" options: bytes with the suffixes b, k, M, G, T, P, E; -EINVAL names the option. */
+int img_size(const char *option, const char *text, uint64_t *ret, struct error **err);
+
+/* `-o` of create, convert, measure, amend: the options of `format` as blockdev-create-options, by the driver's table
+ * (block/image.h); `given` is a list of NAME=VALUE,... strings. `size` 0: from the options. The result lacks the
+ * children (`file`, and the like), which the caller fills in: blockdev_create_options_free(). */
+struct blockdev_create_options;
+int img_create_options(const char *format, char *const *given, unsigned count, uint64_t size, bool amend,
+                       struct blockdev_create_options **ret, struct error **err);
+/* "-o help". */
+void img_print_options(const char *format, bool amend);
+/* Makes a new image at `path` with options from img_create_options(): the file, and the format in it. */
+int coroutine_fn img_make(struct img *img, const char *path, struct blockdev_create_options *options,
+                          struct error **err);
+
+#endif
