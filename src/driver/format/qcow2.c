@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The qcow2 driver: its table, opening and closing. qcow2.h has the state and the rules that keep an image whole; in
- * reading order: qcow2_format.h (what is on disk), qcow2_header.c, qcow2_cache.c, qcow2_refcount.c, qcow2_map.c (L1
- * and L2), qcow2_read.c, qcow2_write.c, qcow2_zero.c, qcow2_flush.c (the order of writing metadata), qcow2_resize.c,
- * qcow2_check.c (repair of dirty images), qcow2_create.c.
+ * reading order: qcow2_format.h (what is on disk), qcow2_header.c, qcow2_cache.c, qcow2_refcount.c, qcow2_entry.c
+ * (what an L2 entry says), qcow2_map.c (L1 and L2), qcow2_read.c, qcow2_write.c, qcow2_zero.c, qcow2_flush.c (the order
+ * of writing metadata), qcow2_resize.c, qcow2_check.c (repair of dirty images), qcow2_create.c.
  *
  * 1. open, close, set_writable, change_backing and truncate run alone: the node is drained.
  * 2. An image with the corrupt bit is opened for reading only; one with the dirty bit is repaired before it is opened
@@ -16,8 +16,8 @@
 #include "block/graph.h"
 #include "driver/drivers.h"
 #include "driver/format/qcow2_check.h"
-
 #include "driver/format/qcow2_flush.h"
+#include "driver/format/qcow2_image.h"
 #include "driver/format/qcow2_read.h"
 #include "driver/format/qcow2_resize.h"
 #include "driver/format/qcow2_write.h"
@@ -42,7 +42,7 @@ static void read_options(struct node *node, const struct blockdev_options_qcow2 
 static int size_caches(const struct qcow2 *image, uint64_t *ret_l2, uint64_t *ret_refcounts, struct error **err)
 {
     const struct qcow2_options *options = &image->options;
-    uint64_t enough = div_up(image->header.size, image->cluster_size) * 8;
+    uint64_t enough = div_up(image->header.size, image->cluster_size) << image->entry_bits;
     uint64_t l2 = min_u64(enough, L2_CACHE_BYTES_MAX);
     uint64_t refcounts = max_u64(4 * image->cluster_size, l2 / 4);
     uint64_t l2_given = options->l2_cache_bytes;
@@ -175,7 +175,11 @@ static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
     }
     image->cluster_bits = image->header.cluster_bits;
     image->cluster_size = (uint64_t)1 << image->cluster_bits;
-    image->l2_bits = image->cluster_bits - 3;
+    bool extended = image->header.incompatible & QCOW2_INCOMPATIBLE_EXTENDED_L2;
+    image->entry_bits = extended ? 4 : 3;
+    image->l2_bits = image->cluster_bits - image->entry_bits;
+    image->subcluster_bits = extended ? image->cluster_bits - 5 : image->cluster_bits;
+    image->subcluster_size = (uint64_t)1 << image->subcluster_bits;
     image->refcount_block_bits = image->cluster_bits + 3 - image->header.refcount_order;
     image->clean_from = align_up(edge_size(node->file), image->cluster_size);
     code = load_tables(image, err);
@@ -293,4 +297,5 @@ const struct driver driver_qcow2 = {
     .set_writable = qcow2_set_writable,
     .change_backing = qcow2_change_backing,
     .specific_info = qcow2_specific_info,
+    .image = &qcow2_image,
 };

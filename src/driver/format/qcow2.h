@@ -60,7 +60,11 @@ struct qcow2 {
     struct qcow2_header header; /* what is on disk, but for unwritten parts */
     unsigned cluster_bits;
     uint64_t cluster_size;
-    unsigned l2_bits; /* log2 of entries per L2 table */
+    unsigned entry_bits;      /* log2 of the bytes of an L2 entry: 3, or 4 (extended) */
+    unsigned l2_bits;         /* log2 of entries per L2 table */
+    unsigned subcluster_bits; /* what an L2 entry tells apart; cluster_bits without extended L2 entries */
+    uint64_t subcluster_size;
+    uint64_t autoclear_kept; /* autoclear bits that need not be cleared before writing: they are kept true */
 
     struct co_mutex lock; /* of all below, but for the atomic members */
     uint64_t *l1;         /* host byte order, header.l1_size entries */
@@ -113,6 +117,12 @@ static inline unsigned qcow2_epoch_enter(struct qcow2 *image)
 static inline void qcow2_epoch_leave(struct qcow2 *image, unsigned parity)
 {
     atomic_fetch_sub_explicit(&image->inflight[parity], 1, memory_order_release);
+}
+
+/* The edge where the data of standard clusters are. */
+static inline struct edge *qcow2_data_edge(const struct qcow2 *image)
+{
+    return image->node->data ? image->node->data : image->node->file;
 }
 
 static inline uint64_t qcow2_cluster_floor(const struct qcow2 *image, uint64_t offset)

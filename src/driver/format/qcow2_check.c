@@ -71,24 +71,24 @@ static int coroutine_fn read_table(struct count *count, uint64_t offset, uint64_
 static int coroutine_fn count_l2(struct count *count, uint64_t table)
 {
     struct qcow2 *image = count->image;
-    g_autofree uint64_t *entries = NULL;
+    g_autofree void *entries = NULL;
     int code = count_uses(count, table, image->cluster_size, "an L2 table");
     if (code == 0) {
-        code = read_table(count, table, image->cluster_size, "L2 table", (void **)&entries);
+        code = read_table(count, table, image->cluster_size, "L2 table", &entries);
     }
     for (uint64_t i = 0; code == 0 && i < (uint64_t)1 << image->l2_bits; i++) {
-        uint64_t entry = be64toh(entries[i]);
-        enum qcow2_kind kind = qcow2_entry_kind(entry, image->header.version, image->cluster_bits);
+        struct qcow2_entry entry = qcow2_entry_load(image, entries, i);
+        enum qcow2_kind kind = qcow2_entry_kind(image, entry);
         if (kind == QCOW2_INVALID) {
-            return error_set(count->err, -EIO, "an L2 entry is invalid (0x%" G_GINT64_MODIFIER "x)", entry);
+            return error_set(count->err, -EIO, "an L2 entry is invalid (0x%" G_GINT64_MODIFIER "x)", entry.descriptor);
         }
         if (kind == QCOW2_COMPRESSED_DATA) {
             uint64_t offset;
             uint64_t bytes;
-            qcow2_compressed_place(image->cluster_bits, entry, &offset, &bytes);
+            qcow2_compressed_place(image->cluster_bits, entry.descriptor, &offset, &bytes);
             code = count_uses(count, offset, bytes, "compressed data");
         } else if (qcow2_kind_has_place(kind)) {
-            code = count_uses(count, entry & QCOW2_OFFSET_MASK, image->cluster_size, "data");
+            code = count_uses(count, entry.descriptor & QCOW2_OFFSET_MASK, image->cluster_size, "data");
         }
     }
     return code;
@@ -388,14 +388,14 @@ static bool correct_flag(const struct count *count, uint64_t *entry, uint64_t of
 static int coroutine_fn correct_table(struct count *count, uint64_t table)
 {
     struct qcow2 *image = count->image;
-    g_autofree uint64_t *entries = NULL;
-    int code = read_table(count, table, image->cluster_size, "L2 table", (void **)&entries);
+    g_autofree void *entries = NULL;
+    int code = read_table(count, table, image->cluster_size, "L2 table", &entries);
     bool changed = false;
     for (uint64_t i = 0; code == 0 && i < (uint64_t)1 << image->l2_bits; i++) {
-        uint64_t entry = be64toh(entries[i]);
-        if (qcow2_kind_has_place(qcow2_entry_kind(entry, image->header.version, image->cluster_bits)) &&
-            correct_flag(count, &entry, entry & QCOW2_OFFSET_MASK)) {
-            entries[i] = htobe64(entry);
+        struct qcow2_entry entry = qcow2_entry_load(image, entries, i);
+        if (qcow2_kind_has_place(qcow2_entry_kind(image, entry)) &&
+            correct_flag(count, &entry.descriptor, entry.descriptor & QCOW2_OFFSET_MASK)) {
+            qcow2_entry_store(image, entries, i, entry);
             changed = true;
         }
     }

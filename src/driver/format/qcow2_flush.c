@@ -68,8 +68,8 @@ int coroutine_fn qcow2_prepare_write(struct qcow2 *image)
     co_mutex_lock(&image->lock);
     if (!atomic_load(&image->prepared)) {
         uint64_t before = image->header.autoclear;
-        if (before) {
-            image->header.autoclear = 0;
+        if (before & ~image->autoclear_kept) {
+            image->header.autoclear = before & image->autoclear_kept;
             code = qcow2_header_write_autoclear(image->node->file, &image->header);
             if (code == 0) {
                 code = edge_flush(image->node->file);

@@ -23,6 +23,7 @@ void qcow2_header_clear(struct qcow2_header *header)
 {
     g_free(header->backing_file);
     g_free(header->backing_format);
+    g_free(header->data_file);
     for (unsigned i = 0; i < header->extension_count; i++) {
         g_free(header->extensions[i].data);
     }
@@ -114,7 +115,8 @@ static bool ranges_overlap(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_
 static int check_l1(const struct qcow2_header *header, uint64_t cluster_size, uint64_t file_size, struct error **err)
 {
     uint64_t l1_bytes = (uint64_t)header->l1_size * 8;
-    unsigned l2_span_bits = header->cluster_bits + header->cluster_bits - 3;
+    bool extended = header->incompatible & QCOW2_INCOMPATIBLE_EXTENDED_L2;
+    unsigned l2_span_bits = header->cluster_bits + header->cluster_bits - (extended ? 4 : 3);
     if (header->size > INT64_MAX - cluster_size) {
         return error_set(err, -EFBIG, "qcow2 virtual size %" G_GUINT64_FORMAT " is too large", header->size);
     }
@@ -140,6 +142,11 @@ static int check_fields(const struct qcow2_header *header, uint64_t file_size, s
 {
     if (header->cluster_bits < QCOW2_CLUSTER_BITS_MIN || header->cluster_bits > QCOW2_CLUSTER_BITS_MAX) {
         return error_set(err, -EINVAL, "Unsupported qcow2 cluster size: 2^%u bytes", header->cluster_bits);
+    }
+    if (header->incompatible & QCOW2_INCOMPATIBLE_EXTENDED_L2 &&
+        header->cluster_bits < QCOW2_EXTENDED_CLUSTER_BITS_MIN) {
+        return error_set(err, -EINVAL, "qcow2 extended L2 entries need clusters of 16 KiB at least, not 2^%u bytes",
+                         header->cluster_bits);
     }
     uint64_t cluster_size = (uint64_t)1 << header->cluster_bits;
     if (header->length > cluster_size) {
@@ -198,6 +205,12 @@ static int parse_extension(struct qcow2_header *header, uint32_t type, const uin
         header->bitmaps.bitmap_count = be32toh(header->bitmaps.bitmap_count);
         header->bitmaps.directory_size = be64toh(header->bitmaps.directory_size);
         header->bitmaps.directory_offset = be64toh(header->bitmaps.directory_offset);
+    } else if (type == QCOW2_EXTENSION_DATA_FILE) {
+        if (length == 0 || length > QCOW2_DATA_NAME_MAX || memchr(data, 0, length)) {
+            return error_set(err, -EINVAL, "qcow2 external data file name is invalid (%u bytes)", length);
+        }
+        g_free(header->data_file);
+        header->data_file = g_strndup((const char *)data, length);
     } else if (type == QCOW2_EXTENSION_ENCRYPTION) {
         return error_set(err, -ENOTSUP, "Encrypted qcow2 images (LUKS) are not supported");
     }

@@ -34,6 +34,7 @@ struct qcow2_header {
     uint64_t backing_offset; /* 0: no backing file */
     uint32_t backing_length;
     char *backing_file, *backing_format; /* or NULL */
+    char *data_file;                     /* name of the external data file, or NULL */
     uint32_t extensions_end;             /* where the list ends on disk, its end mark included */
     struct qcow2_extension *extensions;  /* all but the backing format and the end mark */
     unsigned extension_count;

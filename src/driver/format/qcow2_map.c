@@ -19,21 +19,6 @@
 #include <endian.h>
 #include <errno.h>
 
-enum qcow2_kind qcow2_entry_kind(uint64_t entry, unsigned version, unsigned cluster_bits)
-{
-    if (entry & QCOW2_COMPRESSED) {
-        return QCOW2_COMPRESSED_DATA;
-    }
-    uint64_t offset = entry & QCOW2_OFFSET_MASK;
-    if (entry & QCOW2_L2_RESERVED || !is_aligned(offset, (uint64_t)1 << cluster_bits)) {
-        return QCOW2_INVALID;
-    }
-    if (entry & QCOW2_ZERO) {
-        return version < 3 ? QCOW2_INVALID : offset ? QCOW2_ALLOCATED_ZERO : QCOW2_PLAIN_ZERO;
-    }
-    return offset ? QCOW2_DATA : QCOW2_UNALLOCATED;
-}
-
 static uint64_t l1_index(const struct qcow2 *image, uint64_t offset)
 {
     return offset >> (image->l2_bits + image->cluster_bits);
@@ -59,17 +44,17 @@ static int coroutine_fn table_offset(struct qcow2 *image, uint64_t index, uint64
 }
 
 /* The slice of the table at `table`, from the entry of `offset` on. */
-static int coroutine_fn load_entries(struct qcow2 *image, uint64_t table, uint64_t offset, uint64_t **ret,
+static int coroutine_fn load_entries(struct qcow2 *image, uint64_t table, uint64_t offset, void **ret,
                                      unsigned *ret_count)
 {
-    unsigned slice_entry_bits = image->l2_cache.slice_bits - 3;
+    unsigned slice_entry_bits = image->l2_cache.slice_bits - image->entry_bits;
     uint64_t in_table = offset >> image->cluster_bits & (((uint64_t)1 << image->l2_bits) - 1);
     unsigned in_slice = in_table & ((1u << slice_entry_bits) - 1);
     void *slice;
     int code =
         qcow2_cache_get(&image->l2_cache, table + (in_table >> slice_entry_bits << image->l2_cache.slice_bits), &slice);
     if (code == 0) {
-        *ret = (uint64_t *)slice + in_slice;
+        *ret = (uint8_t *)slice + ((size_t)in_slice << image->entry_bits);
         *ret_count = (1u << slice_entry_bits) - in_slice;
     }
     return code;
@@ -87,7 +72,7 @@ uint64_t qcow2_unmapped_span(struct qcow2 *image, uint64_t offset, uint64_t byte
 int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct qcow2_run *ret)
 {
     uint64_t table;
-    uint64_t *entries = NULL;
+    void *entries = NULL;
     unsigned count = 0;
     uint64_t index = l1_index(image, offset);
     g_assert(bytes && index < image->header.l1_size);
@@ -103,9 +88,8 @@ int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t byt
     if (code < 0) {
         return code;
     }
-    unsigned version = image->header.version;
-    uint64_t entry = be64toh(entries[0]);
-    enum qcow2_kind kind = qcow2_entry_kind(entry, version, image->cluster_bits);
+    uint64_t entry = qcow2_entry_load(image, entries, 0).descriptor;
+    enum qcow2_kind kind = qcow2_entry_kind(image, qcow2_entry_load(image, entries, 0));
     uint64_t host = qcow2_kind_has_place(kind) ? entry & QCOW2_OFFSET_MASK : 0;
     if (kind == QCOW2_INVALID || (host && qcow2_overlaps_metadata(image, host, image->cluster_size))) {
         return qcow2_mark_corrupt(image,
@@ -118,7 +102,7 @@ int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t byt
                          : min_u64(count, (in_cluster + bytes + image->cluster_size - 1) >> image->cluster_bits);
     uint64_t step = host ? image->cluster_size : 0;
     uint64_t run = 1;
-    while (run < limit && be64toh(entries[run]) == entry + run * step &&
+    while (run < limit && qcow2_entry_load(image, entries, run).descriptor == entry + run * step &&
            !(host && qcow2_overlaps_metadata(image, host + run * step, image->cluster_size))) {
         run++;
     }
@@ -181,7 +165,7 @@ static int coroutine_fn make_table(struct qcow2 *image, uint64_t index, uint64_t
     return 0;
 }
 
-int coroutine_fn qcow2_l2_for_write(struct qcow2 *image, uint64_t offset, uint64_t **ret, unsigned *ret_count)
+int coroutine_fn qcow2_l2_for_write(struct qcow2 *image, uint64_t offset, void **ret, unsigned *ret_count)
 {
     uint64_t index = l1_index(image, offset);
     uint64_t table;
@@ -204,26 +188,17 @@ void qcow2_map_changed(struct qcow2 *image, bool leans_on_new)
     qcow2_consider_settling(image);
 }
 
-void qcow2_compressed_place(unsigned cluster_bits, uint64_t entry, uint64_t *ret_offset, uint64_t *ret_bytes)
+void qcow2_free_entry(struct qcow2 *image, struct qcow2_entry entry, bool discard)
 {
-    unsigned offset_bits = 62 - (cluster_bits - 8);
-    uint64_t offset = entry & ((UINT64_C(1) << offset_bits) - 1);
-    uint64_t sectors = (entry & (QCOW2_COMPRESSED - 1)) >> offset_bits;
-    *ret_offset = offset;
-    *ret_bytes = (sectors + 1) * QCOW2_SECTOR - (offset & (QCOW2_SECTOR - 1));
-}
-
-void qcow2_free_entry(struct qcow2 *image, uint64_t entry, bool discard)
-{
-    switch (qcow2_entry_kind(entry, image->header.version, image->cluster_bits)) {
+    switch (qcow2_entry_kind(image, entry)) {
     case QCOW2_DATA:
     case QCOW2_ALLOCATED_ZERO:
-        qcow2_free(image, entry & QCOW2_OFFSET_MASK, 1, discard);
+        qcow2_free(image, entry.descriptor & QCOW2_OFFSET_MASK, 1, discard);
         break;
     case QCOW2_COMPRESSED_DATA: {
         uint64_t offset;
         uint64_t bytes;
-        qcow2_compressed_place(image->cluster_bits, entry, &offset, &bytes);
+        qcow2_compressed_place(image->cluster_bits, entry.descriptor, &offset, &bytes);
         uint64_t first = qcow2_cluster_floor(image, offset);
         uint64_t end = qcow2_cluster_ceiling(image, offset + bytes);
         qcow2_free(image, first, (end - first) >> image->cluster_bits, discard);

@@ -2,29 +2,12 @@
 #ifndef INTERLOCK_DRIVER_FORMAT_QCOW2_MAP_H
 #define INTERLOCK_DRIVER_FORMAT_QCOW2_MAP_H
 
+#include "driver/format/qcow2_entry.h"
 #include "loop/coroutine.h"
 #include <stdbool.h>
 #include <stdint.h>
 
 /* The L1 and L2 tables: where guest clusters are. In a coroutine, the image's lock held. */
-struct qcow2;
-
-enum qcow2_kind {
-    QCOW2_UNALLOCATED,
-    QCOW2_PLAIN_ZERO,     /* zeroes, no host cluster */
-    QCOW2_ALLOCATED_ZERO, /* zeroes, and a host cluster kept for later */
-    QCOW2_DATA,
-    QCOW2_COMPRESSED_DATA,
-    QCOW2_INVALID,
-};
-
-/* What an entry (host byte order) says in an image of `version`. Pure. */
-enum qcow2_kind qcow2_entry_kind(uint64_t entry, unsigned version, unsigned cluster_bits);
-static inline bool qcow2_kind_has_place(enum qcow2_kind kind)
-{
-    return kind == QCOW2_DATA || kind == QCOW2_ALLOCATED_ZERO;
-}
-
 /* A stretch of guest clusters of one kind, contiguous on the host if they have a place there. */
 struct qcow2_run {
     enum qcow2_kind kind;
@@ -37,17 +20,15 @@ struct qcow2_run {
 int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct qcow2_run *ret);
 
 /* The L2 entry of `offset`, for changing: makes the table, or a copy of our own of a shared one. *ret are *ret_count
- * entries in disk order, up to the end of the slice; valid until the next use of the L2 cache. After a change:
+ * entries (qcow2_entry.h), up to the end of the slice; valid until the next use of the L2 cache. After a change:
  * qcow2_map_changed(). */
-int coroutine_fn qcow2_l2_for_write(struct qcow2 *image, uint64_t offset, uint64_t **ret, unsigned *ret_count);
+int coroutine_fn qcow2_l2_for_write(struct qcow2 *image, uint64_t offset, void **ret, unsigned *ret_count);
 /* leans_on_new: the entries lean on data or refcounts that may not be stable. */
 void qcow2_map_changed(struct qcow2 *image, bool leans_on_new);
 /* Guest bytes from `offset` that no L2 table covers; 0 if one does at `offset`. */
 uint64_t qcow2_unmapped_span(struct qcow2 *image, uint64_t offset, uint64_t bytes);
 void qcow2_l1_changed(struct qcow2 *image, uint64_t index);
-/* Where the compressed data of an entry are; *ret_bytes rounded up to what the entry says in sectors. */
-void qcow2_compressed_place(unsigned cluster_bits, uint64_t entry, uint64_t *ret_offset, uint64_t *ret_bytes);
-/* Drops what `entry` (host byte order) used: for an entry that is replaced. */
-void qcow2_free_entry(struct qcow2 *image, uint64_t entry, bool discard);
+/* Drops what `entry` used: for an entry that is replaced. */
+void qcow2_free_entry(struct qcow2 *image, struct qcow2_entry entry, bool discard);
 
 #endif

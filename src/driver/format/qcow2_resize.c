@@ -289,3 +289,12 @@ int coroutine_fn qcow2_truncate(struct node *node, uint64_t size, struct error *
     }
     return size > image->header.size ? grow(node, size, err) : shrink(node, size, err);
 }
+
+int coroutine_fn qcow2_grow(struct node *node, uint64_t size, enum preallocation_mode mode, struct error **err)
+{
+    if (mode != PREALLOCATION_MODE_OFF) {
+        return error_set(err, -ENOTSUP, "Node '%s' cannot be grown with preallocation '%s'", node->name,
+                         preallocation_mode_name(mode));
+    }
+    return qcow2_truncate(node, size, err);
+}

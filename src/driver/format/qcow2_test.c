@@ -66,7 +66,14 @@ static void test_entries(void)
         {QCOW2_COMPRESSED | 0x50123, 3, QCOW2_COMPRESSED_DATA},
     };
     for (unsigned i = 0; i < G_N_ELEMENTS(cases); i++) {
-        g_assert_cmpint(qcow2_entry_kind(cases[i].entry, cases[i].version, 16), ==, cases[i].kind);
+        struct node node = {0};
+        struct qcow2 image = {.node = &node,
+                              .cluster_bits = 16,
+                              .subcluster_bits = 16,
+                              .cluster_size = 64 << 10,
+                              .entry_bits = 3,
+                              .header.version = cases[i].version};
+        g_assert_cmpint(qcow2_entry_kind(&image, (struct qcow2_entry){cases[i].entry, 0}), ==, cases[i].kind);
     }
     uint64_t offset;
     uint64_t bytes;

@@ -22,7 +22,6 @@
 #include "driver/format/qcow2_map.h"
 #include "driver/format/qcow2_read.h"
 #include "driver/format/qcow2_refcount.h"
-#include <endian.h>
 #include <errno.h>
 #include <limits.h>
 #include <string.h>
@@ -172,15 +171,16 @@ static int coroutine_fn link_step(struct step *step)
     struct qcow2 *image = step->image;
     uint64_t done = 0;
     while (done < step->clusters) {
-        uint64_t *entries;
+        void *entries;
         unsigned count;
         int code = qcow2_l2_for_write(image, step->first + (done << image->cluster_bits), &entries, &count);
         if (code < 0) {
             return code; /* only before anything was linked: a step stays inside a slice */
         }
         for (unsigned i = 0; i < count && done < step->clusters; i++, done++) {
-            uint64_t old = be64toh(entries[i]);
-            entries[i] = htobe64((step->host + (done << image->cluster_bits)) | QCOW2_COPIED);
+            struct qcow2_entry old = qcow2_entry_load(image, entries, i);
+            struct qcow2_entry new = {(step->host + (done << image->cluster_bits)) | QCOW2_COPIED, 0};
+            qcow2_entry_store(image, entries, i, new);
             if (!step->reused) {
                 qcow2_free_entry(image, old, image->options.pass_discard_other);
             }
@@ -194,7 +194,7 @@ static int coroutine_fn link_step(struct step *step)
 static int coroutine_fn place_step(struct step *step)
 {
     struct qcow2 *image = step->image;
-    uint64_t *entries;
+    void *entries;
     unsigned count;
     step->first = qcow2_cluster_floor(image, step->offset);
     uint64_t end = qcow2_cluster_ceiling(image, step->offset + step->bytes);

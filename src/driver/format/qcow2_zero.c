@@ -14,7 +14,6 @@
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_map.h"
 #include "driver/format/qcow2_write.h"
-#include <endian.h>
 #include <errno.h>
 
 /* How the entries of a request change. */
@@ -31,10 +30,11 @@ static bool nothing_below(const struct qcow2 *image)
 }
 
 /* What an entry becomes; *ret_free: its clusters are freed. */
-static int change_entry(const struct qcow2 *image, const struct change *change, uint64_t old, uint64_t *ret,
+static int change_entry(const struct qcow2 *image, const struct change *change, struct qcow2_entry entry, uint64_t *ret,
                         bool *ret_free)
 {
-    enum qcow2_kind kind = qcow2_entry_kind(old, image->header.version, image->cluster_bits);
+    uint64_t old = entry.descriptor;
+    enum qcow2_kind kind = qcow2_entry_kind(image, entry);
     bool zero_flag = image->header.version >= 3;
     bool below = !nothing_below(image);
     *ret = old;
@@ -75,7 +75,7 @@ static int coroutine_fn change_slice(struct qcow2 *image, const struct change *c
             return 0;
         }
     }
-    uint64_t *entries;
+    void *entries;
     unsigned count;
     int code = qcow2_l2_for_write(image, offset, &entries, &count);
     if (code < 0) {
@@ -85,15 +85,15 @@ static int coroutine_fn change_slice(struct qcow2 *image, const struct change *c
     bool changed = false;
     uint64_t i;
     for (i = 0; i < clusters; i++) {
-        uint64_t old = be64toh(entries[i]);
-        uint64_t new;
+        struct qcow2_entry old = qcow2_entry_load(image, entries, i);
+        struct qcow2_entry new = {0};
         bool freed;
-        code = change_entry(image, change, old, &new, &freed);
+        code = change_entry(image, change, old, &new.descriptor, &freed);
         if (code < 0) {
             break;
         }
-        if (new != old) {
-            entries[i] = htobe64(new);
+        if (!qcow2_entry_same(new, old)) {
+            qcow2_entry_store(image, entries, i, new);
             changed = true;
         }
         if (freed) {

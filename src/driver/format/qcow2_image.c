@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The table of what can be done with a qcow2 image besides I/O (block/image.h). It owns nothing else: each member
+ * stands in the file that its name leads to (qcow2_create.c, qcow2_check.c, qcow2_amend.c, qcow2_snapshot.c,
+ * qcow2_resize.c).
+ */
+#include "driver/format/qcow2_image.h"
+#include "driver/format/qcow2_resize.h"
+
+const struct image_driver qcow2_image = {
+    .grow = qcow2_grow,
+};
