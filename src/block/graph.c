@@ -70,7 +70,7 @@ int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *o
 {
     struct node *node;
     graph_lock(graph);
-    int r = open_node(graph, options, false, &node, err);
+    int r = open_node(graph, options, 0, &node, err);
     if (r == 0) {
         node->monitor_owned = true;
         if (ret) {
@@ -81,11 +81,11 @@ int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *o
     return r;
 }
 
-int coroutine_fn graph_open_for_check(struct graph *graph, const struct blockdev_options *options, struct node **ret,
-                                      struct error **err)
+int coroutine_fn graph_open(struct graph *graph, const struct blockdev_options *options, unsigned flags,
+                            struct node **ret, struct error **err)
 {
     graph_lock(graph);
-    int r = open_node(graph, options, true, ret, err);
+    int r = open_node(graph, options, flags, ret, err);
     graph_unlock(graph);
     return r;
 }

@@ -26,7 +26,7 @@
 struct opening {
     struct graph *graph;
     GPtrArray *nodes; /* not published yet, in order of creation */
-    bool check_only;  /* the top node is opened to be checked */
+    unsigned flags;   /* enum graph_open_flags, for the top node */
 };
 
 /* How a child is to be opened where its options do not say. */
@@ -263,7 +263,8 @@ static int coroutine_fn open_image(struct opening *opening, const struct blockde
     struct node *node = node_create(opening->graph, driver, name);
     unsigned before = opening->nodes->len;
     g_ptr_array_add(opening->nodes, node);
-    node->check_only = opening->check_only && !from->parent;
+    node->check_only = (opening->flags & GRAPH_OPEN_CHECK) && !from->parent;
+    node->no_data = (opening->flags & GRAPH_OPEN_NO_DATA) && !from->parent;
     r = apply_options(node, options, from, err);
     struct option_children children = options_children(options);
     for (unsigned i = 0; i < children.count && r == 0; i++) {
@@ -416,7 +417,8 @@ static int coroutine_fn open_backing(struct opening *opening, struct node *top, 
                                      const struct blockdev_ref_or_null *option, const struct inheritance *from,
                                      struct node **ret, struct error **err)
 {
-    bool by_header = !option && node->header_backing && *node->header_backing;
+    bool ignores = (opening->flags & GRAPH_OPEN_NO_BACKING) && node == top && !from->parent;
+    bool by_header = !option && !ignores && node->header_backing && *node->header_backing;
     struct inheritance how = inherit(node, EDGE_BACKING, from);
     struct node *child = NULL;
     int r = 0;
@@ -484,12 +486,12 @@ static int coroutine_fn open_chain(struct opening *opening, const struct blockde
     return 0;
 }
 
-int coroutine_fn open_node(struct graph *graph, const struct blockdev_options *options, bool check_only,
+int coroutine_fn open_node(struct graph *graph, const struct blockdev_options *options, unsigned flags,
                            struct node **ret, struct error **err)
 {
     struct inheritance from = {0};
     g_autoptr(GPtrArray) nodes = g_ptr_array_new();
-    struct opening opening = {graph, nodes, check_only};
+    struct opening opening = {graph, nodes, flags};
     if (!options->node_name) {
         return error_set(err, -EINVAL, "'node-name' must be specified for the root node");
     }

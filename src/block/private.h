@@ -74,8 +74,9 @@ void chain_for_each_edge(struct node *top, struct node *base, void (*visit)(stru
 
 /* --- open.c --- */
 
-/* Opens a node and all that its options and headers name; graph->lock is held. One reference, the caller's. */
-int coroutine_fn open_node(struct graph *graph, const struct blockdev_options *options, bool check_only,
+/* Opens a node and all that its options and headers name; graph->lock is held. `flags`: enum graph_open_flags. One
+ * reference, the caller's. */
+int coroutine_fn open_node(struct graph *graph, const struct blockdev_options *options, unsigned flags,
                            struct node **ret, struct error **err);
 /* A name that no node has: `wanted`, or with a number behind it; g_free(). */
 char *node_name_unused(struct graph *graph, const char *wanted);

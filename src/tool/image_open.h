@@ -21,7 +21,8 @@ struct image_name {
     bool image_opts;    /* `name` is DRIVER-OPTIONS, and `format` NULL */
     bool writable;      /* needs a format that is given: -EINVAL says how (never guessed from what a guest may write) */
     bool no_backing;    /* what the header names as backing file is not opened */
-    bool check_only;    /* graph_open_for_check() */
+    bool check_only;    /* GRAPH_OPEN_CHECK of graph_open(): nothing is repaired on the way */
+    bool no_data;       /* GRAPH_OPEN_NO_DATA: to be looked at; no key and no data file are needed */
     bool force_share;   /* -U */
     const char *cache;  /* "none", "writeback", ... as -t and -T; NULL: writeback */
     const char *discard; /* "unmap", "ignore", or NULL */

@@ -13,11 +13,14 @@
 #define TEXT_MAX (64 * 1024)
 #define DEPTH_MAX 32
 
-/* Takes the next "KEY=VALUE" or "VALUE" (up to a single comma) from *text, with doubled commas undone. */
-static char *take_item(const char **text)
+char *keyval_next(const char **text)
 {
-    GString *item = g_string_new(NULL);
     const char *at = *text;
+
+    if (!*at) {
+        return NULL;
+    }
+    GString *item = g_string_new(NULL);
 
     for (; *at; at++) {
         if (*at == ',' && at[1] != ',') {
@@ -116,7 +119,7 @@ static int parse_pairs(const char *text, const char *implied, json_t *root, stru
     bool first = true;
 
     for (; *text; first = false) {
-        g_autofree char *item = take_item(&text);
+        g_autofree char *item = keyval_next(&text);
         char *equals = strchr(item, '=');
         int code;
 

@@ -12,5 +12,8 @@
  * the key of a first value without one. *ret_text: whether it was of the KEY=VALUE kind.
  */
 int keyval_parse(const char *text, const char *implied, json_t **ret, bool *ret_text, struct error **err);
+/* The next item of a list that commas part ("KEY=VALUE" or whatever stands there), with doubled commas undone; *text
+ * moves behind it. NULL at the end of the text. g_free(). */
+char *keyval_next(const char **text);
 
 #endif

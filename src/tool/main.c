@@ -16,6 +16,7 @@ static const struct sub_command {
     const char *help;
 } sub_commands[] = {
     {"daemon", "qemu-storage-daemon", tool_daemon, "serve images and run live operations on them"},
+    {"img", "qemu-img", tool_img, "make, look at, check, convert and change disk images"},
     {"status", NULL, tool_status, "nodes, exports and jobs of a running daemon at a glance"},
     {"graph", NULL, tool_graph, "the picture of its nodes: text, dot or SVG"},
     {"commit", NULL, tool_commit, "merge an image down into one below it, live"},

@@ -12,6 +12,7 @@ int tool_job(int argc, char **argv);
 int tool_commit(int argc, char **argv);
 int tool_stream(int argc, char **argv);
 int tool_access(int argc, char **argv);
+int tool_img(int argc, char **argv); /* called as qemu-img it goes by that name */
 
 /* The options of a sub-command that is a client of a daemon: `own` and, for all of them, --qmp. -EINVAL with *err. */
 struct _GOptionEntry;

@@ -35,21 +35,31 @@ int coroutine_fn img_rebase(struct img *img, int argc, char **argv);
 int coroutine_fn img_resize(struct img *img, int argc, char **argv);
 int coroutine_fn img_snapshot(struct img *img, int argc, char **argv);
 
-/* Prints "interlock img COMMAND: message" and the hint to standard error, frees the error, returns 1. */
+/* Prints "interlock img: message" (called as qemu-img: "qemu-img: message") and the hint to standard error, frees the
+ * error, returns 1. */
 int img_fail(const char *command, struct error *error);
-/* The same for what the options themselves are wrong about. */
+/* The same for what the options themselves are wrong about, with where to look; `format` NULL: getopt_long() has said
+ * what it was. */
 int img_usage(const char *command, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* "-h, --help": prints "Usage: interlock img COMMAND " and `text`, which goes on with the rest of that line, and the
+ * options; 0. */
+int img_help(const char *command, const char *text);
+/* --output; -EINVAL. */
+int img_output(const char *text, bool *ret_json, struct error **err);
+/* Standard output is a person's if not JSON; writes `json` indented as qemu-img does, and frees it. */
+void img_print_json(json_t *json);
 
 /* -p, and SIGUSR1 without it: "    (12.34/100%)\r". `done` of `of`; img_progress_end() prints the last line. */
 struct img_progress {
-    bool shown; /* -p */
-    double last;
+    bool shown;  /* -p */
+    double last; /* per cent, as printed last */
+    double now;
 };
 void img_progress_begin(struct img_progress *progress, bool shown);
 void img_progress_report(uint64_t done, uint64_t of, void *progress); /* as image_progress.report */
 void img_progress_end(struct img_progress *progress);
 
-/* "size" options: bytes with the suffixes b, k, M, G, T, P, E; -EINVAL names the option. */
+/* "size" options: bytes with the suffixes b, k, M, G, T, P, E; -EINVAL names the option ("image size"). */
 int img_size(const char *option, const char *text, uint64_t *ret, struct error **err);
 
 /* `-o` of create, convert, measure, amend: the options of `format` as blockdev-create-options, by the driver's table

@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What the options of several sub-commands mean: sizes, and `-o`, whose names are those of the format's table
+ * (block/image.h) and whose values become members of blockdev-create-options. And the one way to make a new image.
+ *
+ * 1. A name that the table of the format does not have is refused; given twice, the last one counts, as with the peer.
+ * 2. The members that are children of the new image's node are nobody's until img_make() fills them in: `file`.
+ *
+ * Types and limits of values are the schema's and the driver's to check, not this file's.
+ */
+#include "base/size.h"
+#include "block/driver.h"
+#include "block/graph.h"
+#include "schema/marshal.h"
+#include "schema/types.h"
+#include "tool/img/img.h"
+#include "tool/keyval.h"
+#include <errno.h>
+#include <glib.h>
+#include <stdio.h>
+#include <string.h>
+
+int img_size(const char *option, const char *text, uint64_t *ret, struct error **err)
+{
+    int r = size_parse(text, ret);
+    if (r == -ERANGE || (r == 0 && *ret > INT64_MAX)) {
+        return error_set(err, -EINVAL, "Invalid %s specified. Must be between 0 and %" G_GINT64_FORMAT ".", option,
+                         INT64_MAX);
+    }
+    if (r < 0) {
+        error_set(err, -EINVAL, "Invalid %s specified: '%s'.", option, text);
+        error_hint(err, "A size is a number of bytes, or one with k, M, G, T, P or E behind it (kibibytes, ...)");
+    }
+    return r;
+}
+
+/* --- the options of a format --- */
+
+/* A raw image is its file. */
+static const struct driver *driver_of_format(const char *format)
+{
+    return driver_find(!strcmp(format, "raw") ? "file" : format);
+}
+
+static const struct image_option *option_find(const struct driver *driver, const char *name, bool amend)
+{
+    const struct image_option *option = driver->image ? driver->image->options : NULL;
+    for (; option && option->name; option++) {
+        if (!strcmp(option->name, name) && (amend ? option->amendable || option->amend_only : !option->amend_only)) {
+            return option;
+        }
+    }
+    return NULL;
+}
+
+/* The value as the member's type wants it. A new reference. */
+static json_t *option_value(const struct image_option *option, const char *member, const char *value)
+{
+    if (!strcmp(member, "version")) {
+        value = !strcmp(value, "0.10") ? "v2" : !strcmp(value, "1.1") ? "v3" : value;
+    }
+    if (!strcmp(member, "data-file")) {
+        return json_pack("{s:s, s:s}", "driver", "file", "filename", value);
+    }
+    return json_string(value);
+}
+
+static int option_set(json_t *root, const struct image_option *option, const char *value, struct error **err)
+{
+    g_autofree char *member = g_strdelimit(g_strdup(option->member ? option->member : option->name), "_", '-');
+    json_t *json = option_value(option, member, value), *at = root;
+    if (!json) {
+        return error_set(err, -EINVAL, "The value of '%s' is not valid UTF-8", option->name);
+    }
+    g_auto(GStrv) parts = g_strsplit(member, ".", -1);
+    unsigned last = g_strv_length(parts) - 1;
+    for (unsigned i = 0; i < last; i++) {
+        json_t *next = json_object_get(at, parts[i]);
+        if (!next) {
+            next = json_object();
+            json_object_set_new(at, parts[i], next);
+        }
+        at = next;
+    }
+    json_object_set_new(at, parts[last], json);
+    return 0;
+}
+
+/* One "-o": NAME=VALUE,...; a NAME alone is NAME=on. */
+static int options_read(const struct driver *driver, const char *format, const char *text, bool amend, json_t *root,
+                        struct error **err)
+{
+    for (char *next; (next = keyval_next(&text));) {
+        g_autofree char *item = next;
+        char *equals = strchr(item, '=');
+        if (equals) {
+            *equals = 0;
+        }
+        const struct image_option *option = option_find(driver, item, amend);
+        if (!option) {
+            int r = error_set(err, -EINVAL, "Invalid parameter '%s'", item);
+            error_hint(err, "Give '-f %s -o help' for a list of those that there are", format);
+            return r;
+        }
+        int r = option_set(root, option, equals ? equals + 1 : "on", err);
+        if (r < 0) {
+            return r;
+        }
+    }
+    return 0;
+}
+
+/* The child `file` of the options, or NULL when what is made needs none. */
+static struct blockdev_ref **options_file(struct blockdev_create_options *options)
+{
+    const struct marshal_type *type = &blockdev_create_options_type, *branch = type->branches[options->driver];
+    for (unsigned i = 0; branch && i < branch->count; i++) {
+        const struct marshal_member *member = &branch->members[i];
+        if (!strcmp(member->name, "file")) {
+            return (struct blockdev_ref **)((char *)options + type->branch_offset + member->offset);
+        }
+    }
+    return NULL;
+}
+
+/* Has the type of `driver` a required member that is only known when the image is made? */
+static void options_placeholders(enum blockdev_driver driver, json_t *root)
+{
+    struct blockdev_create_options probe = {.driver = driver};
+    if (options_file(&probe)) {
+        json_object_set_new(root, "file", json_string("file"));
+    } else {
+        json_object_set_new(root, "filename", json_string(""));
+    }
+}
+
+int img_create_options(const char *format, char *const *given, unsigned count, uint64_t size, bool amend,
+                       struct blockdev_create_options **ret, struct error **err)
+{
+    const struct driver *driver = driver_of_format(format);
+    if (!driver) {
+        return error_set(err, -EINVAL, "Unknown file format '%s'", format);
+    }
+    if (!driver->image || (amend ? !driver->image->amend : !driver->image->create)) {
+        return error_set(err, -ENOTSUP, "Format driver '%s' does not support %s", format,
+                         amend ? "option amendment" : "image creation");
+    }
+    json_t *root = json_object();
+    json_object_set_new(root, "driver", json_string(driver->name));
+    options_placeholders(driver->id, root);
+    int r = 0;
+    for (unsigned i = 0; i < count && r == 0; i++) {
+        r = options_read(driver, format, given[i], amend, root, err);
+    }
+    if (r == 0 && (size || !json_object_get(root, "size"))) {
+        json_object_set_new(root, "size", json_integer((json_int_t)size));
+    }
+    if (r == 0) {
+        r = blockdev_create_options_from_text(root, NULL, ret, err);
+    }
+    json_decref(root);
+    if (r == 0) {
+        struct blockdev_ref **file = options_file(*ret);
+        if (file) {
+            blockdev_ref_free(*file);
+            *file = NULL;
+        }
+    }
+    return r;
+}
+
+void img_print_options(const char *format, bool amend)
+{
+    const struct driver *driver = driver_of_format(format);
+    const struct image_option *option = driver && driver->image ? driver->image->options : NULL;
+    if (amend) {
+        printf("Amend options for '%s':\n", format);
+    } else {
+        printf("Supported options:\n");
+    }
+    for (; option && option->name; option++) {
+        if (amend ? option->amendable || option->amend_only : !option->amend_only) {
+            g_autofree char *name = g_strdup_printf("%s=<%s>", option->name, option->type);
+            printf("  %-22s - %s\n", name, option->help);
+        }
+    }
+}
+
+/* --- making an image --- */
+
+static int coroutine_fn make_file(struct img *img, const char *path, struct error **err)
+{
+    const struct driver *driver = driver_find("file");
+    struct blockdev_create_options options = {.driver = BLOCKDEV_DRIVER_FILE, .u.file.filename = (char *)path};
+    if (!driver->image || !driver->image->create) {
+        return error_set(err, -ENOTSUP, "Files cannot be created by this build");
+    }
+    return driver->image->create(img->graph, &options, err);
+}
+
+/* What the options describe as a second file is made as well. */
+static int coroutine_fn make_data_file(struct img *img, const struct blockdev_create_options *options,
+                                       struct error **err)
+{
+    const struct blockdev_ref *data = options->driver == BLOCKDEV_DRIVER_QCOW2 ? options->u.qcow2.data_file : NULL;
+    if (!data || data->kind != BLOCKDEV_REF_DEFINITION || data->u.definition->driver != BLOCKDEV_DRIVER_FILE) {
+        return 0;
+    }
+    return make_file(img, data->u.definition->u.file.filename, err);
+}
+
+int coroutine_fn img_make(struct img *img, const char *path, struct blockdev_create_options *options,
+                          struct error **err)
+{
+    const struct driver *driver = driver_find(blockdev_driver_name(options->driver));
+    struct blockdev_ref **file = options_file(options);
+    if (!file) {
+        g_assert(options->driver == BLOCKDEV_DRIVER_FILE);
+        g_free(options->u.file.filename);
+        options->u.file.filename = g_strdup(path);
+        return driver->image->create(img->graph, options, err);
+    }
+    int r = make_file(img, path, err);
+    if (r == 0) {
+        r = make_data_file(img, options, err);
+    }
+    if (r < 0) {
+        return r;
+    }
+    blockdev_ref_free(*file);
+    *file = g_new0(struct blockdev_ref, 1);
+    (*file)->kind = BLOCKDEV_REF_DEFINITION;
+    (*file)->u.definition = g_new0(struct blockdev_options, 1);
+    *(*file)->u.definition =
+        (struct blockdev_options){.driver = BLOCKDEV_DRIVER_FILE, .u.file.filename = g_strdup(path)};
+    return driver->image->create(img->graph, options, err);
+}
