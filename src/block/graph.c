@@ -84,8 +84,11 @@ int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *o
 int coroutine_fn graph_open(struct graph *graph, const struct blockdev_options *options, unsigned flags,
                             struct node **ret, struct error **err)
 {
+    struct blockdev_options named = *options; /* borrows everything else */
     graph_lock(graph);
-    int r = open_node(graph, options, flags, ret, err);
+    g_autofree char *name = options->node_name ? NULL : node_name_unused(graph, "opened");
+    named.node_name = name ? name : options->node_name;
+    int r = open_node(graph, &named, flags, ret, err);
     graph_unlock(graph);
     return r;
 }

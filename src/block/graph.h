@@ -36,7 +36,7 @@ struct node *graph_find_or_error(struct graph *graph, const char *name, struct e
 int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *options, struct node **ret,
                            struct error **err);
 /* Opens an image for a program without a monitor. `flags`: enum graph_open_flags, for the top node alone. The caller's
- * reference: node_release(). */
+ * reference: node_release(). Without a node-name it is given one. */
 enum graph_open_flags {
     GRAPH_OPEN_CHECK = 1 << 0,      /* to be checked or repaired (node->check_only): nothing is repaired on the way */
     GRAPH_OPEN_NO_DATA = 1 << 1,    /* to be looked at (node->no_data): its data are not read, so no key is asked for

@@ -391,7 +391,8 @@ int coroutine_fn edge_block_status(struct edge *edge, uint64_t offset, uint64_t 
     return r < 0 ? r : node_block_status(edge->child, offset, bytes, ret);
 }
 
-int coroutine_fn edge_resize(struct edge *edge, uint64_t size, struct error **err)
+/* May the edge set this size? */
+static int resize_check(struct edge *edge, uint64_t size, struct error **err)
 {
     struct node *node = edge->child;
     unsigned need = ACCESS_ATTRIBUTES | (size < node_size(node) ? ACCESS_WRITE_BENEATH : 0);
@@ -406,15 +407,54 @@ int coroutine_fn edge_resize(struct edge *edge, uint64_t size, struct error **er
         return error_set(err, -EFBIG, "A size of %" G_GUINT64_FORMAT " bytes is too large for node '%s'", size,
                          node->name);
     }
+    return 0;
+}
+
+static void node_resized(struct node *node, uint64_t size)
+{
+    atomic_store(&node->size, size);
+    node_size_changed(node);
+}
+
+int coroutine_fn edge_resize(struct edge *edge, uint64_t size, struct error **err)
+{
+    struct node *node = edge->child;
+    int r = resize_check(edge, size, err);
+    if (r < 0) {
+        return r;
+    }
     if (!node->driver->truncate) {
         return passes_through(node) ? edge_resize(node->filtered, size, err)
                                     : error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot change its size",
                                                 node->driver->name, node->name);
     }
-    int r = node->driver->truncate(node, size, err);
+    r = node->driver->truncate(node, size, err);
     if (r == 0) {
-        atomic_store(&node->size, size);
-        node_size_changed(node);
+        node_resized(node, size);
+    }
+    return r;
+}
+
+int coroutine_fn edge_grow(struct edge *edge, uint64_t size, enum preallocation_mode mode, struct error **err)
+{
+    struct node *node = edge->child;
+    const struct image_driver *image = node->driver->image;
+    g_assert(size >= node_size(node));
+    if (mode == PREALLOCATION_MODE_OFF) {
+        return edge_resize(edge, size, err);
+    }
+    int r = resize_check(edge, size, err);
+    if (r < 0) {
+        return r;
+    }
+    if (!image || !image->grow) {
+        return passes_through(node) ? edge_grow(node->filtered, size, mode, err)
+                                    : error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot preallocate",
+                                                node->driver->name, node->name);
+    }
+    r = image->grow(node, size, mode, err);
+    if (r == 0) {
+        node_resized(node, size);
     }
     return r;
 }

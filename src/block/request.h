@@ -3,7 +3,9 @@
 #define INTERLOCK_BLOCK_REQUEST_H
 
 #include "base/buffers.h"
+#include "base/error.h"
 #include "loop/coroutine.h"
+#include "schema/types.h"
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -53,6 +55,9 @@ int coroutine_fn edge_flush(struct edge *edge);
 int coroutine_fn edge_block_status(struct edge *edge, uint64_t offset, uint64_t bytes, struct extent *ret);
 /* Sets the size of a child: needs `attributes` and, to shrink it, `write-beneath`. Control thread, drained. */
 int coroutine_fn edge_truncate(struct edge *edge, uint64_t size);
+/* The same for a larger size, with what is added allocated by `mode`: image.h's grow. -ENOTSUP with an error where the
+ * child cannot. Control thread, drained. */
+int coroutine_fn edge_grow(struct edge *edge, uint64_t size, enum preallocation_mode mode, struct error **err);
 uint64_t edge_size(const struct edge *edge);
 
 /* One-buffer convenience. */

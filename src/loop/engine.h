@@ -33,6 +33,7 @@ struct file_ops {
     int (*sync)(struct file *file);
     int (*allocate)(struct file *file, enum file_allocate_mode mode, uint64_t offset, uint64_t bytes);
     int (*truncate)(struct file *file, uint64_t size);
+    int (*set_layout)(struct file *file, bool no_cow, uint64_t extent_bytes); /* NULL: -EOPNOTSUPP */
     int (*extent)(struct file *file, uint64_t offset, bool *ret_data, uint64_t *ret_end);
     int (*lock)(struct file *file, bool shared, uint64_t offset, uint64_t bytes);
     int (*lock_test)(struct file *file, uint64_t offset, uint64_t bytes, uint64_t *ret_offset);

@@ -148,6 +148,11 @@ int coroutine_fn file_truncate(struct file *file, uint64_t size)
     return size > INT64_MAX ? -EFBIG : file->ops->truncate(file, size);
 }
 
+int coroutine_fn file_set_layout(struct file *file, bool no_cow, uint64_t extent_bytes)
+{
+    return file->ops->set_layout ? file->ops->set_layout(file, no_cow, extent_bytes) : -EOPNOTSUPP;
+}
+
 int coroutine_fn file_extent(struct file *file, uint64_t offset, bool *ret_data, uint64_t *ret_end)
 {
     return offset > INT64_MAX ? -ENXIO : file->ops->extent(file, offset, ret_data, ret_end);

@@ -479,6 +479,44 @@ static int coroutine_fn native_truncate(struct file *file, uint64_t size)
     return native_work(native(file), truncate_work, &job);
 }
 
+struct layout_job {
+    int fd;
+    bool no_cow;
+    uint64_t extent_bytes;
+};
+
+static int layout_work(void *argument)
+{
+    const struct layout_job *job = argument;
+    struct fsxattr attributes;
+    int flags = 0, r = 0;
+
+    if (job->no_cow) {
+        if (ioctl(job->fd, FS_IOC_GETFLAGS, &flags) < 0 ||
+            (flags |= FS_NOCOW_FL, ioctl(job->fd, FS_IOC_SETFLAGS, &flags) < 0)) {
+            r = -EOPNOTSUPP;
+        }
+    }
+    if (job->extent_bytes) {
+        if (job->extent_bytes > UINT32_MAX || ioctl(job->fd, FS_IOC_FSGETXATTR, &attributes) < 0) {
+            return -EOPNOTSUPP;
+        }
+        attributes.fsx_xflags |= FS_XFLAG_EXTSIZE;
+        attributes.fsx_extsize = (uint32_t)job->extent_bytes;
+        if (ioctl(job->fd, FS_IOC_FSSETXATTR, &attributes) < 0) {
+            r = -EOPNOTSUPP;
+        }
+    }
+    return r;
+}
+
+static int coroutine_fn native_set_layout(struct file *file, bool no_cow, uint64_t extent_bytes)
+{
+    struct layout_job job = {native(file)->fd, no_cow, extent_bytes};
+
+    return native_work(native(file), layout_work, &job);
+}
+
 struct extent_job {
     struct native_file *file;
     uint64_t offset;
@@ -670,6 +708,7 @@ const struct file_ops file_native_ops = {
     .sync = native_sync,
     .allocate = native_allocate,
     .truncate = native_truncate,
+    .set_layout = native_set_layout,
     .extent = native_extent,
     .lock = native_lock,
     .lock_test = native_lock_test,

@@ -492,6 +492,29 @@ static uint64_t place_name(const struct qcow2_header *header, uint64_t first, ui
     return first + length <= cluster_size ? first : 0;
 }
 
+static void put_name(const char *name, uint64_t length, uint64_t offset, uint8_t *to)
+{
+    uint64_t disk_offset = htobe64(offset);
+    uint32_t disk_length = htobe32(length);
+    memcpy(to + offset, name, length);
+    memcpy(to + offsetof(struct qcow2_disk_header, backing_file_offset), &disk_offset, 8);
+    memcpy(to + offsetof(struct qcow2_disk_header, backing_file_size), &disk_length, 4);
+}
+
+int qcow2_header_build_new(const struct qcow2_header *header, const char *backing_file, const char *backing_format,
+                           uint8_t *to)
+{
+    uint64_t cluster_size = (uint64_t)1 << header->cluster_bits;
+    uint64_t name_length = backing_file ? strlen(backing_file) : 0;
+    uint64_t at = header->length;
+    build_fixed(header, to);
+    int code = build_extensions(header, backing_format, to, &at, cluster_size - MIN(cluster_size, name_length));
+    if (code == 0 && backing_file) {
+        put_name(backing_file, name_length, at, to);
+    }
+    return code;
+}
+
 int qcow2_header_build(const struct qcow2_header *header, const char *backing_file, const char *backing_format,
                        uint8_t *to, uint64_t *ret_name_offset)
 {
@@ -521,12 +544,8 @@ int qcow2_header_build(const struct qcow2_header *header, const char *backing_fi
         if (code < 0 || place + name_length > cluster_size) {
             return -ENOSPC;
         }
-        memcpy(to + place, backing_file, name_length);
+        put_name(backing_file, name_length, place, to);
         *ret_name_offset = place;
-        uint64_t disk_offset = htobe64(place);
-        uint32_t disk_length = htobe32(name_length);
-        memcpy(to + offsetof(struct qcow2_disk_header, backing_file_offset), &disk_offset, 8);
-        memcpy(to + offsetof(struct qcow2_disk_header, backing_file_size), &disk_length, 4);
     }
     return code;
 }

@@ -22,6 +22,7 @@
 #include "base/size.h"
 #include "block/driver.h"
 #include "driver/drivers.h"
+#include "driver/protocol/file_create.h"
 #include "driver/protocol/image_lock.h"
 #include <errno.h>
 #include <glib.h>
@@ -304,6 +305,15 @@ static int coroutine_fn file_driver_truncate(struct node *node, uint64_t size, s
     return r < 0 ? error_set_errno(err, r, "Cannot set the size of '%s'", state->path) : 0;
 }
 
+static int coroutine_fn file_driver_grow(struct node *node, uint64_t size, enum preallocation_mode mode,
+                                         struct error **err)
+{
+    struct file_state *state = file_state(node);
+    int r = file_extend(state->file, state->path, atomic_load(&node->size), size, mode, err);
+    extents_change(state);
+    return r;
+}
+
 static struct image_info_specific *file_driver_specific_info(struct node *node)
 {
     struct image_info_specific *info = g_new0(struct image_info_specific, 1);
@@ -317,6 +327,12 @@ static uint64_t coroutine_fn file_driver_allocated_size(struct node *node)
     struct file_info info;
     return file_info(file_state(node)->file, &info) < 0 ? 0 : info.allocated;
 }
+
+static const struct image_driver file_image = {
+    .options = file_create_options,
+    .create = file_driver_create,
+    .grow = file_driver_grow,
+};
 
 const struct driver driver_file = {
     .name = "file",
@@ -336,4 +352,5 @@ const struct driver driver_file = {
     .set_writable = file_driver_set_writable,
     .specific_info = file_driver_specific_info,
     .allocated_size = file_driver_allocated_size,
+    .image = &file_image,
 };
