@@ -48,8 +48,8 @@ enum file_allocate_mode {
 /* -EOPNOTSUPP where the file system cannot. Never changes the size but for FILE_PREALLOCATE and FILE_ZERO. */
 int coroutine_fn file_allocate(struct file *file, enum file_allocate_mode mode, uint64_t offset, uint64_t bytes);
 int coroutine_fn file_truncate(struct file *file, uint64_t size);
-/* Tells the file system how to lay a file out that is empty still: without copy-on-write (no_cow), in extents of so many
- * bytes at least (0: as it likes). -EOPNOTSUPP where it cannot be told; what it could be told of the two, was. */
+/* Tells the file system how to lay a file out that is empty still: without copy-on-write (no_cow), in extents of so
+ * many bytes at least (0: as it likes). -EOPNOTSUPP where it cannot be told; what it could be told of the two, was. */
 int coroutine_fn file_set_layout(struct file *file, bool no_cow, uint64_t extent_bytes);
 /* Where the extent at `offset` ends and whether it holds data (else a hole). At or behind the end: -ENXIO. */
 int coroutine_fn file_extent(struct file *file, uint64_t offset, bool *ret_data, uint64_t *ret_end);

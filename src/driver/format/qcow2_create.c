@@ -19,7 +19,6 @@
 #include "driver/format/qcow2_create.h"
 #include "base/size.h"
 #include "block/graph.h"
-#include "block/image.h"
 #include "block/request.h"
 #include "block/user.h"
 #include "driver/format/qcow2_header.h"
@@ -31,7 +30,6 @@
 
 /* Headers with room for it name their features. */
 #define NAMES_CLUSTER_MIN (8 * KiB)
-#define EXTENDED_CLUSTER_MIN (16 * KiB)
 #define L2_CHUNK (1 * MiB)
 
 /* In clusters. */
@@ -89,22 +87,29 @@ static int check_together(const struct qcow2_create_options *options, struct err
 {
     bool preallocates = options->preallocation != PREALLOCATION_MODE_OFF;
     if (options->data_raw && !options->data_name) {
-        return error_set(err, -EINVAL, "data-file-raw says how the external data file is kept, but there is no "
-                                       "data-file");
+        return error_set(err, -EINVAL,
+                         "data-file-raw says how the external data file is kept, but there is no "
+                         "data-file");
     }
     if (options->data_raw && options->backing_file) {
-        return error_set(err, -EINVAL, "Backing file and data-file-raw cannot be used at the same time: a raw data "
-                                       "file shows all of the disk by itself");
+        return error_set(err, -EINVAL,
+                         "Backing file and data-file-raw cannot be used at the same time: a raw data "
+                         "file shows all of the disk by itself");
     }
     if (preallocates && options->backing_file && !options->extended_l2) {
-        int r = error_set(err, -EINVAL, "Backing file and preallocation can only be used at the same time if "
-                                        "extended-l2 is on: allocated clusters would hide the backing file");
+        int r = error_set(err, -EINVAL,
+                          "Backing file and preallocation can only be used at the same time if "
+                          "extended-l2 is on: allocated clusters would hide the backing file");
         error_hint(err, "Use extended_l2=on, or no preallocation");
         return r;
     }
     if (options->backing_format && !options->backing_file) {
         return error_set(err, -EINVAL, "Backing format '%s' cannot be used without a backing file",
                          options->backing_format);
+    }
+    if (options->data_name && strlen(options->data_name) > QCOW2_DATA_NAME_MAX) {
+        return error_set(err, -EINVAL, "The name of the external data file is too long for qcow2 (at most %d bytes)",
+                         QCOW2_DATA_NAME_MAX);
     }
     if (options->backing_file && strlen(options->backing_file) > QCOW2_BACKING_NAME_MAX) {
         return error_set(err, -EINVAL, "Backing file name is too long for qcow2 (at most %d bytes)",
@@ -154,10 +159,11 @@ int qcow2_create_resolve(const struct qcow2_create_options *options, struct qcow
     if (code == 0) {
         code = check_together(options, err);
     }
-    if (code == 0 && options->extended_l2 && (1u << header->cluster_bits) < EXTENDED_CLUSTER_MIN) {
-        code = error_set(err, -EINVAL,
-                         "Extended L2 entries need clusters of at least %d bytes, not %u: a subcluster is a 32nd of one",
-                         (int)EXTENDED_CLUSTER_MIN, 1u << header->cluster_bits);
+    if (code == 0 && options->extended_l2 && header->cluster_bits < QCOW2_EXTENDED_CLUSTER_BITS_MIN) {
+        code =
+            error_set(err, -EINVAL,
+                      "Extended L2 entries need clusters of at least %u bytes, not %u: a subcluster is a 32nd of one",
+                      1u << QCOW2_EXTENDED_CLUSTER_BITS_MIN, 1u << header->cluster_bits);
     }
     if (code == 0) {
         code = resolve_size(options, header, err);
@@ -172,8 +178,8 @@ int qcow2_create_resolve(const struct qcow2_create_options *options, struct qcow
                            (options->compression_type ? QCOW2_INCOMPATIBLE_COMPRESSION : 0) |
                            (options->extended_l2 ? QCOW2_INCOMPATIBLE_EXTENDED_L2 : 0);
     header->autoclear = options->data_raw ? QCOW2_AUTOCLEAR_RAW_DATA_FILE : 0;
-    header->compression_type = options->compression_type == QCOW2_COMPRESSION_TYPE_ZSTD ? QCOW2_COMPRESSION_ZSTD
-                                                                                        : QCOW2_COMPRESSION_ZLIB;
+    header->compression_type =
+        options->compression_type == QCOW2_COMPRESSION_TYPE_ZSTD ? QCOW2_COMPRESSION_ZSTD : QCOW2_COMPRESSION_ZLIB;
     return 0;
 }
 
@@ -188,8 +194,9 @@ static void add_extension(struct qcow2_header *header, uint32_t type, const void
 static void add_feature_names(struct qcow2_header *header)
 {
     static const struct qcow2_disk_feature_name names[] = {
-        {0, 0, "dirty bit"},           {0, 1, "corrupt bit"},    {0, 2, "external data file"}, {0, 3, "compression type"},
-        {0, 4, "extended L2 entries"}, {1, 0, "lazy refcounts"}, {2, 0, "bitmaps"},            {2, 1, "raw external data"},
+        {0, 0, "dirty bit"},        {0, 1, "corrupt bit"},         {0, 2, "external data file"},
+        {0, 3, "compression type"}, {0, 4, "extended L2 entries"}, {1, 0, "lazy refcounts"},
+        {2, 0, "bitmaps"},          {2, 1, "raw external data"},
     };
     add_extension(header, QCOW2_EXTENSION_FEATURE_NAMES, names, sizeof(names));
 }
@@ -372,8 +379,9 @@ static int plan_image(const struct qcow2_create_options *options, struct qcow2_h
     }
     plan_layout(plan, cluster_size);
     if (plan->table * cluster_size > QCOW2_REFCOUNT_TABLE_BYTES_MAX) {
-        return error_set(err, -EFBIG, "An image of %" G_GUINT64_FORMAT " bytes cannot be preallocated with clusters of "
-                                      "%" G_GUINT64_FORMAT " bytes: its refcount table would be too large",
+        return error_set(err, -EFBIG,
+                         "An image of %" G_GUINT64_FORMAT " bytes cannot be preallocated with clusters of "
+                         "%" G_GUINT64_FORMAT " bytes: its refcount table would be too large",
                          options->size, cluster_size);
     }
     header->refcount_table_offset = cluster_size;
@@ -415,7 +423,8 @@ int qcow2_create_options_from(const struct blockdev_create_options_qcow2 *from, 
     uint64_t cluster_size = from->has_cluster_size ? from->cluster_size : 64 * KiB;
     if (!is_power_of_two(cluster_size) || cluster_size < 1u << QCOW2_CLUSTER_BITS_MIN ||
         cluster_size > 1u << QCOW2_CLUSTER_BITS_MAX) {
-        return error_set(err, -EINVAL, "Cluster size must be a power of two between 512 and 2048k, not %" G_GUINT64_FORMAT,
+        return error_set(err, -EINVAL,
+                         "Cluster size must be a power of two between 512 and 2048k, not %" G_GUINT64_FORMAT,
                          cluster_size);
     }
     if (from->has_refcount_bits &&
@@ -542,10 +551,7 @@ const struct image_option qcow2_image_options[] = {
     {.name = "preallocation",
      .type = "str",
      .help = "Preallocation mode (allowed values: off, metadata, falloc, full)"},
-    {.name = "refcount_bits",
-     .type = "num",
-     .help = "Width of a reference count entry in bits",
-     .amendable = true},
+    {.name = "refcount_bits", .type = "num", .help = "Width of a reference count entry in bits", .amendable = true},
     {.name = "size", .type = "size", .help = "Virtual disk size", .amendable = true},
     {.name = NULL},
 };

@@ -3,6 +3,7 @@
 #define INTERLOCK_DRIVER_FORMAT_QCOW2_CREATE_H
 
 #include "base/error.h"
+#include "block/image.h"
 #include "loop/coroutine.h"
 #include "schema/types.h"
 #include <stdbool.h>
@@ -11,7 +12,6 @@
 /* Making an empty image. */
 struct edge;
 struct graph;
-struct image_option;
 struct qcow2_header;
 
 struct qcow2_create_options {
@@ -25,7 +25,7 @@ struct qcow2_create_options {
     enum preallocation_mode preallocation;
     const char *backing_file, *backing_format; /* or NULL */
     struct edge *data;                         /* the external data file, or NULL */
-    const char *data_name;                     /* for the header; only with `data` (or when there is nothing to write) */
+    const char *data_name; /* for the header; only with `data` (or when there is nothing to write) */
     bool data_raw;
 };
 

@@ -94,7 +94,7 @@ static int coroutine_fn raw_block_status(struct node *node, uint64_t offset, uin
     return r;
 }
 
-static int coroutine_fn raw_truncate(struct node *node, uint64_t size, struct error **err)
+static int check_size(const struct node *node, uint64_t size, struct error **err)
 {
     const struct raw_state *state = node->state;
     if (state->fixed) {
@@ -103,9 +103,36 @@ static int coroutine_fn raw_truncate(struct node *node, uint64_t size, struct er
     if (size > INT64_MAX - state->offset) {
         return error_set(err, -EFBIG, "Node '%s': the new size is too large", node->name);
     }
-    int r = edge_truncate(node->file, state->offset + size);
+    return 0;
+}
+
+static int coroutine_fn raw_truncate(struct node *node, uint64_t size, struct error **err)
+{
+    int r = check_size(node, size, err);
+    if (r < 0) {
+        return r;
+    }
+    r = edge_truncate(node->file, raw_offset(node) + size);
     return r < 0 ? error_set_errno(err, r, "Cannot set the size of node '%s'", node->file->child->name) : 0;
 }
+
+static int coroutine_fn raw_grow(struct node *node, uint64_t size, enum preallocation_mode mode, struct error **err)
+{
+    int r = check_size(node, size, err);
+    uint64_t end = raw_offset(node) + size;
+    /* The node may count a last sector that the child has not whole. */
+    return r < 0 || end <= edge_size(node->file) ? r : edge_grow(node->file, end, mode, err);
+}
+
+static const struct image_option raw_options[] = {
+    {.name = "size", .type = "size", .help = "Virtual disk size", .amendable = true},
+    {.name = NULL},
+};
+
+static const struct image_driver raw_image = {
+    .options = raw_options,
+    .grow = raw_grow,
+};
 
 const struct driver driver_raw = {
     .name = "raw",
@@ -119,4 +146,5 @@ const struct driver driver_raw = {
     .discard = raw_discard,
     .block_status = raw_block_status,
     .truncate = raw_truncate,
+    .image = &raw_image,
 };

@@ -13,7 +13,6 @@
  */
 #include "driver/protocol/file_create.h"
 #include "base/size.h"
-#include "block/image.h"
 #include "driver/protocol/image_lock.h"
 #include "loop/file.h"
 #include <errno.h>
@@ -50,6 +49,7 @@ int coroutine_fn file_extend(struct file *file, const char *path, uint64_t from,
         r = r == -EOPNOTSUPP || r == 0 ? write_zeroes(file, from, to) : r;
         break;
     case PREALLOCATION_MODE_METADATA:
+    case PREALLOCATION_MODE_COUNT:
         r = error_set(err, -ENOTSUP, "A file has no metadata to preallocate");
         error_hint(err, "The preallocation of a file is off, falloc or full");
         return r;

@@ -3,6 +3,7 @@
 #define INTERLOCK_DRIVER_PROTOCOL_FILE_CREATE_H
 
 #include "base/error.h"
+#include "block/image.h"
 #include "loop/coroutine.h"
 #include "schema/types.h"
 #include <stdint.h>
@@ -10,7 +11,6 @@
 /* Making and lengthening files; in coroutines. */
 struct file;
 struct graph;
-struct image_option;
 
 /* The driver's image->create and image->options (block/image.h). */
 int coroutine_fn file_driver_create(struct graph *graph, const struct blockdev_create_options *options,
@@ -18,7 +18,8 @@ int coroutine_fn file_driver_create(struct graph *graph, const struct blockdev_c
 extern const struct image_option file_create_options[];
 
 /* Makes an open file longer, from `from` (its present size) to `to` bytes, with the added space in the state that
- * `mode` says (off, falloc or full); it reads as zeroes. `path` is for messages. On an error it is as long as before. */
+ * `mode` says (off, falloc or full); it reads as zeroes. `path` is for messages. On an error it is as long as before.
+ */
 int coroutine_fn file_extend(struct file *file, const char *path, uint64_t from, uint64_t to,
                              enum preallocation_mode mode, struct error **err);
 
