@@ -195,7 +195,8 @@ static void coroutine_fn try(const struct choice *const *chosen, unsigned count)
             g_error("%s: the headers differ", name->str);
         }
         if (data) { /* both images would name it */
-            testing_run(true, "qemu-img compare -q -f qcow2 -F raw " IMAGE " zero.raw");
+            testing_run(true, "qemu-img compare -q -f qcow2 -F raw " IMAGE " %s",
+                        strstr(name->str, "backing") ? BASE : "zero.raw");
         } else {
             testing_run(true, "qemu-img compare -q " IMAGE " peer.qcow2");
         }

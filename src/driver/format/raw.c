@@ -125,7 +125,7 @@ static int coroutine_fn raw_grow(struct node *node, uint64_t size, enum prealloc
 }
 
 static const struct image_option raw_options[] = {
-    {.name = "size", .type = "size", .help = "Virtual disk size", .amendable = true},
+    {.name = "size", .type = "size", .help = "Virtual disk size"},
     {.name = NULL},
 };
 
