@@ -55,7 +55,8 @@ void qcow2_header_clear(struct qcow2_header *header);
  * *ret_name_offset: where the backing string went. -ENOSPC when it cannot fit. */
 int qcow2_header_build(const struct qcow2_header *header, const char *backing_file, const char *backing_format,
                        uint8_t *to, uint64_t *ret_name_offset);
-/* The same for a new image, where no write has to be atomic: everything is kept, and may go on behind the first sector. */
+/* The same for a new image, where no write has to be atomic: everything is kept, and may go on behind the first sector.
+ */
 int qcow2_header_build_new(const struct qcow2_header *header, const char *backing_file, const char *backing_format,
                            uint8_t *to);
 /* Makes the backing string and format what is given (NULL: none), on stable storage. */
