@@ -7,6 +7,7 @@
  * A size is shown in whole sectors, as the peer does.
  */
 #include "base/size.h"
+#include "block/bitmap.h"
 #include "block/private.h"
 
 #define SECTOR 512
@@ -27,6 +28,18 @@ static int64_t coroutine_fn allocated_size(struct node *node)
         node = below->child;
     }
     return node->driver->allocated_size(node);
+}
+
+/* Those that cannot be read are not shown. */
+static void coroutine_fn describe_snapshots(struct node *node, struct image_info *info)
+{
+    struct snapshot_info_list *list = NULL;
+    const struct image_driver *image = node->driver->image;
+    if (image && image->snapshot_list && image->snapshot_list(node, &list, NULL) == 0) {
+        info->has_snapshots = list->count > 0;
+        info->snapshots = *list;
+        g_free(list);
+    }
 }
 
 /* One image, without those below it. */
@@ -50,6 +63,7 @@ static json_t *coroutine_fn describe_image(struct node *node)
         }
         info->backing_filename_format = g_strdup(node->header_backing_format);
     }
+    describe_snapshots(node, info);
     if (node->driver->specific_info) {
         info->format_specific = node->driver->specific_info(node);
     }
@@ -97,7 +111,11 @@ static json_t *coroutine_fn describe_node(struct node *node, bool flat)
                                      .detect_zeroes = detect_zeroes,
                                      .image = &image,
                                      .cache = &cache};
+    struct block_dirty_info_list *bitmaps = bitmaps_describe(node);
+    info.has_dirty_bitmaps = bitmaps->count > 0;
+    info.dirty_bitmaps = *bitmaps;
     json_t *json = block_device_info_to_json(&info); /* `info` borrows everything */
+    block_dirty_info_list_free(bitmaps);
     json_object_set_new(json, "image", flat ? describe_image(node) : describe_chain(node));
     return json;
 }

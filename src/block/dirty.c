@@ -12,9 +12,11 @@
  */
 #include "block/dirty.h"
 #include "base/size.h"
+#include <endian.h>
 #include <errno.h>
 #include <glib.h>
 #include <stdatomic.h>
+#include <string.h>
 
 struct dirty {
     uint64_t size;
@@ -83,7 +85,7 @@ void dirty_mark(struct dirty *dirty, uint64_t offset, uint64_t bytes)
 }
 
 /* The first set bit in [from, to), or `to`. */
-static uint64_t dirty_find(struct dirty *dirty, uint64_t from, uint64_t to)
+static uint64_t dirty_find(const struct dirty *dirty, uint64_t from, uint64_t to)
 {
     while (from < to) {
         uint64_t word = atomic_load_explicit(&dirty->words[from / 64], memory_order_acquire);
@@ -146,4 +148,104 @@ uint64_t dirty_bytes(const struct dirty *dirty)
 {
     int64_t count = (int64_t)atomic_load_explicit(&dirty->count, memory_order_acquire);
     return count > 0 ? (uint64_t)count << dirty->shift : 0;
+}
+
+uint64_t dirty_size(const struct dirty *dirty)
+{
+    return dirty->size;
+}
+
+/* The first clear bit at or after `from`, or the number of regions. */
+static uint64_t dirty_find_clear(const struct dirty *dirty, uint64_t from)
+{
+    while (from < dirty->regions) {
+        uint64_t word = ~atomic_load_explicit(&dirty->words[from / 64], memory_order_acquire);
+        word &= UINT64_MAX << (from % 64);
+        if (word) {
+            return min_u64(align_down(from, 64) + (unsigned)__builtin_ctzll(word), dirty->regions);
+        }
+        from = align_down(from, 64) + 64;
+    }
+    return dirty->regions;
+}
+
+bool dirty_next(const struct dirty *dirty, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes)
+{
+    if (from >= dirty->size || dirty_bytes(dirty) == 0) {
+        return false;
+    }
+    uint64_t first = dirty_find(dirty, from >> dirty->shift, dirty->regions);
+    if (first == dirty->regions) {
+        return false;
+    }
+    uint64_t end = dirty_find_clear(dirty, first);
+    *ret_offset = max_u64(first << dirty->shift, from);
+    *ret_bytes = min_u64(end << dirty->shift, dirty->size) - *ret_offset;
+    return true;
+}
+
+void dirty_clear(struct dirty *dirty)
+{
+    for (uint64_t i = 0; i < dirty->word_count; i++) {
+        /* What was never written stays memory that was never touched. */
+        if (atomic_load_explicit(&dirty->words[i], memory_order_relaxed)) {
+            atomic_store_explicit(&dirty->words[i], 0, memory_order_relaxed);
+        }
+    }
+    atomic_store_explicit(&dirty->count, 0, memory_order_release);
+}
+
+void dirty_merge(struct dirty *to, const struct dirty *from)
+{
+    uint64_t offset;
+    uint64_t bytes;
+    for (uint64_t at = 0; dirty_next(from, at, &offset, &bytes); at = offset + bytes) {
+        dirty_mark(to, offset, bytes);
+    }
+}
+
+int dirty_copy(const struct dirty *dirty, uint64_t size, struct dirty **ret)
+{
+    int code = dirty_create(size, dirty_granularity(dirty), ret);
+    if (code == 0) {
+        dirty_merge(*ret, dirty);
+    }
+    return code;
+}
+
+uint64_t dirty_saved_bytes(const struct dirty *dirty)
+{
+    return div_up(dirty->regions, 8);
+}
+
+bool dirty_save(const struct dirty *dirty, uint64_t first, uint64_t bytes, uint8_t *to)
+{
+    uint64_t any = 0;
+    g_assert(is_aligned(first, 8));
+    for (uint64_t done = 0; done < bytes; done += 8) {
+        uint64_t index = (first + done) / 8;
+        uint64_t word =
+            index < dirty->word_count ? atomic_load_explicit(&dirty->words[index], memory_order_acquire) : 0;
+        uint64_t disk = htole64(word);
+        memcpy(to + done, &disk, min_u64(8, bytes - done));
+        any |= word;
+    }
+    return any;
+}
+
+void dirty_load(struct dirty *dirty, uint64_t first, uint64_t bytes, const uint8_t *from)
+{
+    g_assert(is_aligned(first, 8));
+    for (uint64_t done = 0; done < bytes; done += 8) {
+        uint64_t index = (first + done) / 8;
+        uint64_t disk = 0;
+        memcpy(&disk, from + done, min_u64(8, bytes - done));
+        if (disk == 0 || index >= dirty->word_count) {
+            continue;
+        }
+        uint64_t last = min_u64(63, dirty->regions - 1 - index * 64);
+        uint64_t word = le64toh(disk) & dirty_mask(0, (unsigned)last);
+        uint64_t before = atomic_fetch_or_explicit(&dirty->words[index], word, memory_order_acq_rel);
+        atomic_fetch_add_explicit(&dirty->count, __builtin_popcountll(word & ~before), memory_order_acq_rel);
+    }
 }

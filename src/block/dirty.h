@@ -23,7 +23,25 @@ void dirty_mark(struct dirty *dirty, uint64_t offset, uint64_t bytes);
  * thread at a time. False: none was found.
  */
 bool dirty_take(struct dirty *dirty, uint64_t from, uint64_t max_bytes, uint64_t *ret_offset, uint64_t *ret_bytes);
+/* The next run of dirty regions at or after `from`, to the end of the last of them or of the bitmap. False: none. */
+bool dirty_next(const struct dirty *dirty, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes);
 /* Any thread: bytes in dirty regions (a whole region each). Exact when nobody marks. */
 uint64_t dirty_bytes(const struct dirty *dirty);
+uint64_t dirty_size(const struct dirty *dirty);
+
+/* While nobody else uses it. */
+void dirty_clear(struct dirty *dirty);
+/* A copy for a node of `size` bytes: what was dirty is, what is new is not. Errors as dirty_create(). */
+int dirty_copy(const struct dirty *dirty, uint64_t size, struct dirty **ret);
+/* Marks in `to` what is dirty in `from`. */
+void dirty_merge(struct dirty *to, const struct dirty *from);
+
+/* The bits as bytes: region n is bit n % 8 of byte n / 8. `first` (a multiple of 8) and `bytes` are of that form; what
+ * lies behind the last region is 0 on saving and ignored on loading. */
+uint64_t dirty_saved_bytes(const struct dirty *dirty);
+/* Whether any bit of the part is set. */
+bool dirty_save(const struct dirty *dirty, uint64_t first, uint64_t bytes, uint8_t *to);
+/* Bits are added to those that are set. */
+void dirty_load(struct dirty *dirty, uint64_t first, uint64_t bytes, const uint8_t *from);
 
 #endif

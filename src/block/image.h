@@ -15,6 +15,7 @@
  * node drained, and it is writable if they change it; whoever calls them holds claims that say so.
  */
 struct backend;
+struct bitmap;
 struct graph;
 struct node;
 
@@ -58,6 +59,16 @@ struct image_driver {
     int coroutine_fn (*snapshot_delete)(struct node *node, const char *name, struct error **err);
     /* Shows the snapshot's content instead of the active one until the node is closed; read-only nodes only. */
     int coroutine_fn (*snapshot_load)(struct node *node, const char *name, struct error **err);
+
+    /* Dirty bitmaps kept inside the image; src/block/bitmap.c calls these. `open` has put those that are there into
+     * node->bitmaps (bitmap_restore()); they are stored again when the node stops being writable. */
+    /* Could it keep one more, of this name? */
+    int (*bitmap_may_add)(struct node *node, const char *name, uint64_t granularity, struct error **err);
+    /* One is about to change otherwise than by a request: until it is stored, the image says that it is in use. */
+    int coroutine_fn (*bitmap_change)(struct node *node, struct bitmap *bitmap, struct error **err);
+    /* Takes it out of the image, if it is there. */
+    int coroutine_fn (*bitmap_remove)(struct node *node, struct bitmap *bitmap, struct error **err);
+    int coroutine_fn (*bitmaps_store)(struct node *node, struct error **err);
 };
 
 /* One option of `-o`: NAME=VALUE. The QMP name in blockdev-create-options is that with '-' for '_' unless `member` says

@@ -14,6 +14,7 @@
  *
  * Names, opening and deletion by the monitor are graph.c's and open.c's.
  */
+#include "block/bitmap.h"
 #include "block/enforce.h"
 #include "block/private.h"
 #include <errno.h>
@@ -30,6 +31,7 @@ struct node *node_create(struct graph *graph, const struct driver *driver, const
     node->limits.memory_alignment = 1;
     list_init(&node->children);
     list_init(&node->parents);
+    list_init(&node->bitmaps);
     range_lock_init(&node->overlap);
     list_init(&node->graph_link);
     return node;
@@ -64,6 +66,7 @@ static void coroutine_fn node_close(struct node *node, struct list *dying)
         }
         node_drop(child, dying);
     }
+    bitmaps_destroy(node);
     access_clear_stale(node->graph->ledger, node->name);
     range_lock_destroy(&node->overlap);
     g_free(node->state);

@@ -9,12 +9,14 @@
  * 3. Options of a node (discard, detect-zeroes, cache.no-flush) are applied where a request enters that node, so they
  *    hold for parents and backends alike.
  * 4. Only this file moves node->size because of a write or a truncation.
+ * 5. What a request may have changed, if it failed too, is marked in the node's bitmaps when it ends.
  *
  * Called on any loop, inside a request that a backend counts (backend.c) or while the graph is held still: it does not
  * look at drains, and does not count.
  */
 #include "block/request.h"
 #include "base/size.h"
+#include "block/bitmap.h"
 #include "block/enforce.h"
 #include "block/padded.h"
 #include "block/private.h"
@@ -157,6 +159,14 @@ static inline int write_check(struct edge *edge, const char *what, uint64_t offs
     return 0;
 }
 
+/* What fills in unallocated clusters changes nothing that is seen. */
+static inline void record_change(struct node *node, uint64_t offset, uint64_t bytes, unsigned flags)
+{
+    if (!(flags & REQUEST_IF_UNALLOCATED)) {
+        bitmaps_mark(node, offset, bytes);
+    }
+}
+
 static int coroutine_fn node_write_pieces(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from,
                                           unsigned flags)
 {
@@ -215,7 +225,9 @@ int coroutine_fn edge_write(struct edge *edge, uint64_t offset, uint64_t bytes, 
         unsigned unmap = node->detect_zeroes_unmap ? REQUEST_MAY_UNMAP : 0;
         return edge_write_zeroes(edge, offset, bytes, flags | unmap);
     }
-    return node_write(node, offset, bytes, from, flags);
+    r = node_write(node, offset, bytes, from, flags);
+    record_change(node, offset, bytes, flags);
+    return r;
 }
 
 /* --- zeroes --- */
@@ -304,19 +316,14 @@ int coroutine_fn edge_write_zeroes(struct edge *edge, uint64_t offset, uint64_t 
     if (!node->discard) {
         flags &= ~REQUEST_MAY_UNMAP;
     }
-    return node_write_zeroes(node, offset, bytes, flags);
+    r = node_write_zeroes(node, offset, bytes, flags);
+    record_change(node, offset, bytes, flags);
+    return r;
 }
 
-int coroutine_fn edge_discard(struct edge *edge, uint64_t offset, uint64_t bytes)
+static int coroutine_fn node_discard(struct node *node, uint64_t offset, uint64_t bytes)
 {
-    struct node *node = edge->child;
-    int r = write_check(edge, "discard", offset, bytes, ACCESS_WRITE_DATA);
-    if (G_UNLIKELY(r < 0)) {
-        return r;
-    }
-    if (!node->discard || !bytes) {
-        return 0;
-    }
+    int r = 0;
     if (!node->driver->discard) {
         return passes_through(node) ? edge_discard(node->filtered, offset, bytes) : 0;
     }
@@ -338,6 +345,21 @@ int coroutine_fn edge_discard(struct edge *edge, uint64_t offset, uint64_t bytes
         range_lock_release(&node->overlap, &hold);
     }
     return r == -ENOTSUP ? 0 : r;
+}
+
+int coroutine_fn edge_discard(struct edge *edge, uint64_t offset, uint64_t bytes)
+{
+    struct node *node = edge->child;
+    int r = write_check(edge, "discard", offset, bytes, ACCESS_WRITE_DATA);
+    if (G_UNLIKELY(r < 0)) {
+        return r;
+    }
+    if (!node->discard || !bytes) {
+        return 0;
+    }
+    r = node_discard(node, offset, bytes);
+    bitmaps_mark(node, offset, bytes);
+    return r;
 }
 
 /* --- the rest --- */
@@ -428,7 +450,12 @@ int coroutine_fn edge_resize(struct edge *edge, uint64_t size, struct error **er
                                     : error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot change its size",
                                                 node->driver->name, node->name);
     }
+    r = bitmaps_resize_begin(node, size, err);
+    if (r < 0) {
+        return r;
+    }
     r = node->driver->truncate(node, size, err);
+    bitmaps_resize_end(node, r == 0);
     if (r == 0) {
         node_resized(node, size);
     }
@@ -452,7 +479,12 @@ int coroutine_fn edge_grow(struct edge *edge, uint64_t size, enum preallocation_
                                     : error_set(err, -ENOTSUP, "Driver '%s' of node '%s' cannot preallocate",
                                                 node->driver->name, node->name);
     }
+    r = bitmaps_resize_begin(node, size, err);
+    if (r < 0) {
+        return r;
+    }
     r = image->grow(node, size, mode, err);
+    bitmaps_resize_end(node, r == 0);
     if (r == 0) {
         node_resized(node, size);
     }
