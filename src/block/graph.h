@@ -35,13 +35,14 @@ struct node *graph_find_or_error(struct graph *graph, const char *name, struct e
  * options must have a node-name. */
 int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *options, struct node **ret,
                            struct error **err);
-/* Opens an image for a program without a monitor. `flags`: enum graph_open_flags, for the top node alone. The caller's
- * reference: node_release(). Without a node-name it is given one. */
+/* Opens an image for a program without a monitor. Without a node-name it is given one. The caller's reference:
+ * node_release(). */
 enum graph_open_flags {
-    GRAPH_OPEN_CHECK = 1 << 0,      /* to be checked or repaired (node->check_only): nothing is repaired on the way */
-    GRAPH_OPEN_NO_DATA = 1 << 1,    /* to be looked at (node->no_data): its data are not read, so no key is asked for
-                                     * and what its header names as data file is not opened */
-    GRAPH_OPEN_NO_BACKING = 1 << 2, /* what its header names as backing file is not opened */
+    GRAPH_OPEN_CHECK = 1 << 0,      /* the top node is to be checked or repaired (node->check_only): nothing is repaired
+                                     * on the way */
+    GRAPH_OPEN_NO_DATA = 1 << 1,    /* to be looked at (node->no_data, of all nodes): data are not read, so no key is
+                                     * asked for and what a header names as data file is not opened */
+    GRAPH_OPEN_NO_BACKING = 1 << 2, /* what headers name as backing files is not opened */
 };
 int coroutine_fn graph_open(struct graph *graph, const struct blockdev_options *options, unsigned flags,
                             struct node **ret, struct error **err);

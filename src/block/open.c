@@ -26,7 +26,7 @@
 struct opening {
     struct graph *graph;
     GPtrArray *nodes; /* not published yet, in order of creation */
-    unsigned flags;   /* enum graph_open_flags, for the top node */
+    unsigned flags;   /* enum graph_open_flags */
 };
 
 /* How a child is to be opened where its options do not say. */
@@ -264,7 +264,7 @@ static int coroutine_fn open_image(struct opening *opening, const struct blockde
     unsigned before = opening->nodes->len;
     g_ptr_array_add(opening->nodes, node);
     node->check_only = (opening->flags & GRAPH_OPEN_CHECK) && !from->parent;
-    node->no_data = (opening->flags & GRAPH_OPEN_NO_DATA) && !from->parent;
+    node->no_data = opening->flags & GRAPH_OPEN_NO_DATA;
     r = apply_options(node, options, from, err);
     struct option_children children = options_children(options);
     for (unsigned i = 0; i < children.count && r == 0; i++) {
@@ -417,8 +417,8 @@ static int coroutine_fn open_backing(struct opening *opening, struct node *top, 
                                      const struct blockdev_ref_or_null *option, const struct inheritance *from,
                                      struct node **ret, struct error **err)
 {
-    bool ignores = (opening->flags & GRAPH_OPEN_NO_BACKING) && node == top && !from->parent;
-    bool by_header = !option && !ignores && node->header_backing && *node->header_backing;
+    bool by_header =
+        !option && !(opening->flags & GRAPH_OPEN_NO_BACKING) && node->header_backing && *node->header_backing;
     struct inheritance how = inherit(node, EDGE_BACKING, from);
     struct node *child = NULL;
     int r = 0;

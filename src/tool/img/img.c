@@ -25,6 +25,8 @@ static const struct img_command {
     int coroutine_fn (*run)(struct img *img, int argc, char **argv);
     const char *help;
 } img_commands[] = {
+    {"info", img_info, "show what an image says of itself"},
+    {"map", img_map, "show where an image has data"},
     {NULL, NULL, NULL},
 };
 
@@ -71,16 +73,7 @@ int img_usage(const char *command, const char *format, ...)
 
 int img_help(const char *command, const char *text)
 {
-    printf("%s.\n\nUsage: %s %s %s", command_find(command)->help, program, command, text);
-    return 0;
-}
-
-int img_output(const char *text, bool *ret_json, struct error **err)
-{
-    if (strcmp(text, "json") != 0 && strcmp(text, "human") != 0) {
-        return error_set(err, -EINVAL, "--output expects 'human' or 'json' not '%s'", text);
-    }
-    *ret_json = !strcmp(text, "json");
+    printf("%s %s: %s\n\nUsage: %s %s %s", program, command, command_find(command)->help, program, command, text);
     return 0;
 }
 

@@ -4,6 +4,8 @@
 
 #include "base/error.h"
 #include "loop/coroutine.h"
+#include "tool/image_open.h"
+#include <getopt.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -44,10 +46,52 @@ int img_usage(const char *command, const char *format, ...) __attribute__((forma
 /* "-h, --help": prints "Usage: interlock img COMMAND " and `text`, which goes on with the rest of that line, and the
  * options; 0. */
 int img_help(const char *command, const char *text);
-/* --output; -EINVAL. */
-int img_output(const char *text, bool *ret_json, struct error **err);
+/* Options that most sub-commands have, in their tables of long options and behind their own cases in the loop. */
+enum img_option { IMG_IMAGE_OPTS = 256, IMG_OUTPUT, IMG_OBJECT, IMG_OWN };
+#define IMG_COMMON_OPTIONS                                                      \
+    {"help", no_argument, NULL, 'h'}, {"format", required_argument, NULL, 'f'}, \
+        {"image-opts", no_argument, NULL, IMG_IMAGE_OPTS},                      \
+    {                                                                           \
+        "object", required_argument, NULL, IMG_OBJECT                           \
+    }
+#define IMG_OUTPUT_OPTION                             \
+    {                                                 \
+        "output", required_argument, NULL, IMG_OUTPUT \
+    }
+#define IMG_SHARE_OPTION                      \
+    {                                         \
+        "force-share", no_argument, NULL, 'U' \
+    }
+#define IMG_QUIET_OPTION                \
+    {                                   \
+        "quiet", no_argument, NULL, 'q' \
+    }
+struct img_common {
+    struct image_name name;
+    bool json; /* --output */
+    bool quiet;
+};
+/* One of them (f, U, q, and those above IMG_IMAGE_OPTS). The exit status when it is wrong, after having said why; 0. */
+int img_common_option(const char *command, struct img_common *common, int option);
+/* Takes FILENAME, the only argument that is left, and looks at what excludes each other; as img_common_option(). */
+int img_common_name(const char *command, struct img_common *common, int argc, char **argv);
+/* Some lines of their helps. */
+#define IMG_HELP_SOURCE                                                                      \
+    "  -f, --format FORMAT    the format of FILENAME\n"                                      \
+    "  --image-opts           FILENAME is a list of options: driver=...,file.filename=...\n" \
+    "  --object OBJECT        a key: secret,id=ID,...\n"                                     \
+    "  -h, --help             show this help and exit\n"
+#define IMG_HELP_OUTPUT "  --output FORMAT        human (the default) or json\n"
+#define IMG_HELP_SHARE "  -U, --force-share      even if another program writes to it\n"
+#define IMG_HELP_QUIET "  -q, --quiet            print nothing but errors\n"
 /* Standard output is a person's if not JSON; writes `json` indented as qemu-img does, and frees it. */
 void img_print_json(json_t *json);
+
+/* A size as people are shown it: three digits and a unit, as qemu-img does; writes to `out` and returns it. */
+char *img_human_size(uint64_t bytes, char out[32]);
+/* The table of snapshots inside an image, each line behind `indent` spaces. */
+struct snapshot_info_list;
+void img_print_snapshots(const struct snapshot_info_list *list, unsigned indent);
 
 /* -p, and SIGUSR1 without it: "    (12.34/100%)\r". `done` of `of`; img_progress_end() prints the last line. */
 struct img_progress {

@@ -34,6 +34,58 @@ int img_size(const char *option, const char *text, uint64_t *ret, struct error *
     return r;
 }
 
+/* --- options of most sub-commands --- */
+
+static int set_output(struct img_common *common, const char *text, struct error **err)
+{
+    if (strcmp(text, "json") != 0 && strcmp(text, "human") != 0) {
+        return error_set(err, -EINVAL, "--output expects 'human' or 'json' not '%s'", text);
+    }
+    common->json = !strcmp(text, "json");
+    return 0;
+}
+
+int img_common_option(const char *command, struct img_common *common, int option)
+{
+    struct error *error = NULL;
+    int r = 0;
+    switch (option) {
+    case 'f':
+        common->name.format = optarg;
+        break;
+    case 'U':
+        common->name.force_share = true;
+        break;
+    case 'q':
+        common->quiet = true;
+        break;
+    case IMG_IMAGE_OPTS:
+        common->name.image_opts = true;
+        break;
+    case IMG_OUTPUT:
+        r = set_output(common, optarg, &error);
+        break;
+    case IMG_OBJECT:
+        r = image_object_add(optarg, &error);
+        break;
+    default:
+        return img_usage(command, NULL);
+    }
+    return r < 0 ? img_fail(command, error) : 0;
+}
+
+int img_common_name(const char *command, struct img_common *common, int argc, char **argv)
+{
+    if (optind != argc - 1) {
+        return img_usage(command, "Expecting one image file name");
+    }
+    if (common->name.image_opts && common->name.format) {
+        return img_usage(command, "--image-opts and --format are mutually exclusive");
+    }
+    common->name.name = argv[optind];
+    return 0;
+}
+
 /* --- the options of a format --- */
 
 /* A raw image is its file. */
