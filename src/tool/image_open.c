@@ -100,8 +100,7 @@ int image_cache_mode(const char *name, bool *ret_direct, bool *ret_no_flush, str
 
 /* --- what a name means --- */
 
-/* The path that a plain name stands for: itself, or what is behind "file:". NULL: it names another protocol. */
-static const char *name_path(const char *name, struct error **err)
+const char *image_path(const char *name, struct error **err)
 {
     size_t length = strcspn(name, ":/");
     if (g_str_has_prefix(name, "file:")) {
@@ -225,7 +224,7 @@ static int coroutine_fn name_options(struct graph *graph, const struct image_nam
             }
         }
     } else {
-        path = name_path(name->name, err);
+        path = image_path(name->name, err);
         if (!path) {
             return -ENOTSUP;
         }

@@ -29,6 +29,8 @@ struct image_name {
     const char *detect_zeroes;
 };
 
+/* The path that a plain name stands for: itself, or what is behind "file:". NULL with an error: another protocol. */
+const char *image_path(const char *name, struct error **err);
 /* Opens it; one reference, the caller's: node_release(). The message names the image. A protocol that is not built in
  * is refused by name; what an image names is opened by the rules of open.c only. */
 int coroutine_fn image_open(struct graph *graph, const struct image_name *name, struct node **ret, struct error **err);

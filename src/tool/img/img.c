@@ -25,8 +25,13 @@ static const struct img_command {
     int coroutine_fn (*run)(struct img *img, int argc, char **argv);
     const char *help;
 } img_commands[] = {
+    {"amend", img_amend, "change options of an image"},
+    {"check", img_check, "look for what is wrong with an image, and repair it"},
+    {"create", img_create, "make a new image"},
     {"info", img_info, "show what an image says of itself"},
     {"map", img_map, "show where an image has data"},
+    {"measure", img_measure, "tell how large a new image will be"},
+    {"resize", img_resize, "make an image longer or shorter"},
     {NULL, NULL, NULL},
 };
 

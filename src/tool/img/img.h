@@ -16,6 +16,7 @@
  * status. Nodes and backends that it opened are closed when it returns.
  */
 struct graph;
+struct node;
 
 struct img {
     struct graph *graph;
@@ -102,6 +103,7 @@ struct img_progress {
 void img_progress_begin(struct img_progress *progress, bool shown);
 void img_progress_report(uint64_t done, uint64_t of, void *progress); /* as image_progress.report */
 void img_progress_end(struct img_progress *progress);
+void img_progress_abandon(struct img_progress *progress); /* instead, of what failed: leaves the line as it is */
 
 /* "size" options: bytes with the suffixes b, k, M, G, T, P, E; -EINVAL names the option ("image size"). */
 int img_size(const char *option, const char *text, uint64_t *ret, struct error **err);
@@ -112,8 +114,15 @@ int img_size(const char *option, const char *text, uint64_t *ret, struct error *
 struct blockdev_create_options;
 int img_create_options(const char *format, char *const *given, unsigned count, uint64_t size, bool amend,
                        struct blockdev_create_options **ret, struct error **err);
-/* "-o help". */
+/* Can an image of this format be made, and one with a backing file? -EINVAL for an unknown one. */
+int img_create_check(const char *format, bool with_backing, struct error **err);
+/* Can options of images of this format be changed? -EINVAL for an unknown one. */
+int img_amend_check(const char *format, struct error **err);
+/* Is "help" (or "?") among the options? Then img_print_options(). */
+bool img_asks_for_help(const char *given);
 void img_print_options(const char *format, bool amend);
+/* -l: the node (read-only) shows the snapshot inside its image, "snapshot.id=ID", "snapshot.name=NAME" or either. */
+int coroutine_fn img_load_snapshot(struct img *img, struct node *node, const char *snapshot, struct error **err);
 /* Makes a new image at `path` with options from img_create_options(): the file, and the format in it. */
 int coroutine_fn img_make(struct img *img, const char *path, struct blockdev_create_options *options,
                           struct error **err);

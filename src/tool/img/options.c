@@ -138,6 +138,17 @@ static int option_set(json_t *root, const struct image_option *option, const cha
     return 0;
 }
 
+bool img_asks_for_help(const char *given)
+{
+    for (char *item; (item = keyval_next(&given)); g_free(item)) {
+        if (!strcmp(item, "help") || !strcmp(item, "?")) {
+            g_free(item);
+            return true;
+        }
+    }
+    return false;
+}
+
 /* One "-o": NAME=VALUE,...; a NAME alone is NAME=on. */
 static int options_read(const struct driver *driver, const char *format, const char *text, bool amend, json_t *root,
                         struct error **err)
@@ -162,17 +173,23 @@ static int options_read(const struct driver *driver, const char *format, const c
     return 0;
 }
 
-/* The child `file` of the options, or NULL when what is made needs none. */
-static struct blockdev_ref **options_file(struct blockdev_create_options *options)
+/* The member of that name of what the options hold for their driver, or NULL when there is none. */
+static void *options_member(struct blockdev_create_options *options, const char *name)
 {
     const struct marshal_type *type = &blockdev_create_options_type, *branch = type->branches[options->driver];
     for (unsigned i = 0; branch && i < branch->count; i++) {
         const struct marshal_member *member = &branch->members[i];
-        if (!strcmp(member->name, "file")) {
-            return (struct blockdev_ref **)((char *)options + type->branch_offset + member->offset);
+        if (!strcmp(member->name, name)) {
+            return (char *)options + type->branch_offset + member->offset;
         }
     }
     return NULL;
+}
+
+/* The child `file`, or NULL when what is made needs none. */
+static struct blockdev_ref **options_file(struct blockdev_create_options *options)
+{
+    return options_member(options, "file");
 }
 
 /* Has the type of `driver` a required member that is only known when the image is made? */
@@ -186,21 +203,45 @@ static void options_placeholders(enum blockdev_driver driver, json_t *root)
     }
 }
 
-int img_create_options(const char *format, char *const *given, unsigned count, uint64_t size, bool amend,
-                       struct blockdev_create_options **ret, struct error **err)
+int img_create_check(const char *format, bool with_backing, struct error **err)
 {
     const struct driver *driver = driver_of_format(format);
     if (!driver) {
         return error_set(err, -EINVAL, "Unknown file format '%s'", format);
     }
-    if (!driver->image || (amend ? !driver->image->amend : !driver->image->create)) {
-        return error_set(err, -ENOTSUP, "Format driver '%s' does not support %s", format,
-                         amend ? "option amendment" : "image creation");
+    if (!driver->image || !driver->image->create) {
+        return error_set(err, -ENOTSUP, "Format driver '%s' does not support image creation", format);
+    }
+    struct blockdev_create_options probe = {.driver = driver->id};
+    if (with_backing && !options_member(&probe, "backing-file")) {
+        return error_set(err, -EINVAL, "Backing file not supported for file format '%s'", format);
+    }
+    return 0;
+}
+
+int img_amend_check(const char *format, struct error **err)
+{
+    const struct driver *driver = driver_find(format);
+    if (!driver) {
+        return error_set(err, -EINVAL, "Unknown file format '%s'", format);
+    }
+    if (!driver->image || !driver->image->amend) {
+        return error_set(err, -ENOTSUP, "Format driver '%s' does not support option amendment", format);
+    }
+    return 0;
+}
+
+int img_create_options(const char *format, char *const *given, unsigned count, uint64_t size, bool amend,
+                       struct blockdev_create_options **ret, struct error **err)
+{
+    const struct driver *driver = driver_of_format(format);
+    int r = amend ? img_amend_check(format, err) : img_create_check(format, false, err);
+    if (r < 0) {
+        return r;
     }
     json_t *root = json_object();
     json_object_set_new(root, "driver", json_string(driver->name));
     options_placeholders(driver->id, root);
-    int r = 0;
     for (unsigned i = 0; i < count && r == 0; i++) {
         r = options_read(driver, format, given[i], amend, root, err);
     }
@@ -228,7 +269,7 @@ void img_print_options(const char *format, bool amend)
     if (amend) {
         printf("Amend options for '%s':\n", format);
     } else {
-        printf("Supported options:\n");
+        printf("Supported %s options:\n", format);
     }
     for (; option && option->name; option++) {
         if (amend ? option->amendable || option->amend_only : !option->amend_only) {
@@ -236,6 +277,29 @@ void img_print_options(const char *format, bool amend)
             printf("  %-22s - %s\n", name, option->help);
         }
     }
+}
+
+/* --- snapshots --- */
+
+int coroutine_fn img_load_snapshot(struct img *img, struct node *node, const char *snapshot, struct error **err)
+{
+    const struct image_driver *image = node->driver->image;
+    struct drain drain;
+    if (!image || !image->snapshot_load) {
+        return error_set(err, -ENOTSUP, "Images of format '%s' have no snapshots inside", node->driver->name);
+    }
+    const char *name = g_str_has_prefix(snapshot, "snapshot.id=")     ? snapshot + strlen("snapshot.id=")
+                       : g_str_has_prefix(snapshot, "snapshot.name=") ? snapshot + strlen("snapshot.name=")
+                                                                      : snapshot;
+    graph_lock(img->graph);
+    graph_drain_begin(img->graph, &node, 1, NULL, &drain);
+    int r = image->snapshot_load(node, name, err);
+    graph_drain_end(&drain);
+    graph_unlock(img->graph);
+    if (r < 0) {
+        error_prepend(err, "Failed to load snapshot");
+    }
+    return r;
 }
 
 /* --- making an image --- */

@@ -49,14 +49,21 @@ void img_progress_report(uint64_t done, uint64_t of, void *argument)
     }
 }
 
-void img_progress_end(struct img_progress *progress)
+void img_progress_abandon(struct img_progress *progress)
 {
     g_assert(current == progress);
     current = NULL;
     if (progress->shown) {
-        progress->now = 100;
-        print_line(progress);
         printf("\n");
         fflush(stdout);
     }
+}
+
+void img_progress_end(struct img_progress *progress)
+{
+    if (progress->shown) {
+        progress->now = 100;
+        print_line(progress);
+    }
+    img_progress_abandon(progress);
 }
