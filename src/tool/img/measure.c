@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `img measure`: how large a file will be that an image is converted to, or that is made for a disk of some size. What
- * it comes to is the target's driver to say (block/image.h).
+ * `img measure`: how large a file will be that an image is converted to, or that is made for a disk of some size. Owns
+ * the command line and the words; the numbers are the target's driver to say (block/image.h), which looks at the source
+ * through a backend that can only read.
+ *
+ * 1. Nothing is made and nothing is changed.
+ * 2. The size is that of the source, or the one that was given; the options of the target do not change it.
  */
 #include "block/driver.h"
 #include "block/graph.h"

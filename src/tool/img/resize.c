@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `img resize`: makes an image longer or shorter. What is added reads as zeroes; what is cut off is gone, so that needs
- * --shrink. The new size is on stable storage when the command ends.
+ * `img resize`: makes an image longer or shorter. Owns what "+1G" means and what may be done; how a size changes is the
+ * driver's.
+ *
+ * 1. What is added reads as zeroes, whatever an image below has there.
+ * 2. What is cut off is gone, so that needs --shrink.
+ * 3. The new size is on stable storage when the command ends.
  */
 #include "base/size.h"
 #include "block/driver.h"
