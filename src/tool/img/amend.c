@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `img amend`: changes options of an image that exists. Owns the command line alone: which ones can be changed stands in
- * the table of its format, how is the driver's (block/image.h).
+ * `img amend`: changes options of an image that exists. Owns the command line alone: which ones can be changed stands
+ * in the table of its format, how is the driver's (block/image.h).
  *
  * 1. The image is open for writing, under a drain, while its options change; nobody else has it.
  * 2. Only what was given is changed: options that were not given are not set to what is usual.
