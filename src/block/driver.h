@@ -23,6 +23,7 @@ struct driver {
     size_t state_size;
     bool backing;              /* may have a backing edge */
     bool write_if_unallocated; /* honours REQUEST_IF_UNALLOCATED, atomically against other writes */
+    bool compresses;           /* honours REQUEST_COMPRESSED (a filter passes it on, and need not say so) */
     bool grows_on_write;       /* writes behind the end are legal and move it (edge needs `attributes`) */
 
     /*

@@ -8,7 +8,7 @@
  * 1. open, close, set_writable, change_backing and truncate run alone: the node is drained.
  * 2. An image with the corrupt bit is opened for reading only; one with the dirty bit is repaired before it is opened
  *    for writing, and read as it is otherwise.
- * 3. What is not supported is refused at open, by name: external data files, extended L2 entries, encryption, zstd,
+ * 3. What is not supported is refused at open, by name: external data files, extended L2 entries, encryption,
  *    and whatever incompatible feature is unknown. Lazy refcounts are accepted and kept eagerly.
  */
 #include "driver/format/qcow2.h"
@@ -16,6 +16,7 @@
 #include "block/graph.h"
 #include "driver/drivers.h"
 #include "driver/format/qcow2_check.h"
+#include "driver/format/qcow2_codec.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_image.h"
 #include "driver/format/qcow2_read.h"
@@ -148,6 +149,7 @@ static void free_state(struct qcow2 *image)
     g_free(image->refcount_table);
     g_array_free(image->freed, TRUE);
     g_array_free(image->known_free, TRUE);
+    qcow2_codecs_destroy(image->codecs);
     qcow2_header_clear(&image->header);
     co_mutex_destroy(&image->lock);
 }
@@ -182,6 +184,7 @@ static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
     image->subcluster_size = (uint64_t)1 << image->subcluster_bits;
     image->refcount_block_bits = image->cluster_bits + 3 - image->header.refcount_order;
     image->clean_from = align_up(edge_size(node->file), image->cluster_size);
+    image->codecs = qcow2_codecs_create(image->header.compression_type, image->cluster_size);
     code = load_tables(image, err);
     if (code == 0) {
         code = init_caches(image, err);
@@ -237,6 +240,8 @@ static int coroutine_fn qcow2_set_writable(struct node *node, bool writable, str
     if (writable) {
         qcow2_cache_clear(&image->l2_cache);
         qcow2_cache_clear(&image->refcount_cache);
+        qcow2_codecs_forget(image->codecs, 0);
+        image->compressed_next = 0;
         image->clean_from = max_u64(image->clean_from, align_up(edge_size(node->file), image->cluster_size));
         return begin_writing(image, err);
     }
@@ -271,7 +276,8 @@ static struct image_info_specific *qcow2_specific_info(struct node *node)
     data->lazy_refcounts = image->header.compatible & QCOW2_COMPATIBLE_LAZY_REFCOUNTS;
     data->corrupt = image->header.incompatible & QCOW2_INCOMPATIBLE_CORRUPT;
     data->refcount_bits = 1 << image->header.refcount_order;
-    data->compression_type = QCOW2_COMPRESSION_TYPE_ZLIB;
+    data->compression_type = image->header.compression_type == QCOW2_COMPRESSION_ZSTD ? QCOW2_COMPRESSION_TYPE_ZSTD
+                                                                                      : QCOW2_COMPRESSION_TYPE_ZLIB;
     struct image_info_specific *info = g_new0(struct image_info_specific, 1);
     info->type = IMAGE_INFO_SPECIFIC_KIND_QCOW2;
     info->u.qcow2.data = data;
@@ -285,6 +291,7 @@ const struct driver driver_qcow2 = {
     .state_size = sizeof(struct qcow2),
     .backing = true,
     .write_if_unallocated = true,
+    .compresses = true,
     .open = qcow2_open,
     .close = qcow2_close,
     .read = qcow2_read,

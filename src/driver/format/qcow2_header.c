@@ -327,10 +327,7 @@ static int check_features(const struct qcow2_header *header, struct error **err)
         return error_set(err, -EINVAL, "qcow2 compression type %u contradicts the compression type feature bit",
                          header->compression_type);
     }
-    if (header->compression_type == QCOW2_COMPRESSION_ZSTD) {
-        return error_set(err, -ENOTSUP, "qcow2 compression type zstd is not supported");
-    }
-    if (compression) {
+    if (header->compression_type > QCOW2_COMPRESSION_ZSTD) {
         return error_set(err, -ENOTSUP, "Unknown qcow2 compression type %u", header->compression_type);
     }
     return 0;

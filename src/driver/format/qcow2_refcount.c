@@ -16,6 +16,7 @@
 #include "driver/format/qcow2_refcount.h"
 #include "base/size.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_compressed.h"
 #include <endian.h>
 #include <errno.h>
 #include <string.h>
@@ -147,8 +148,11 @@ static int coroutine_fn refcount_add_one(struct qcow2 *image, uint64_t cluster, 
     value += delta;
     qcow2_refcount_store(slice, image->header.refcount_order, index, value);
     qcow2_cache_mark_dirty(&image->refcount_cache);
-    if (value == 0 && cluster < image->free_hint) {
-        remember_free(image, cluster);
+    if (value == 0) {
+        qcow2_compressed_leave(image, cluster);
+        if (cluster < image->free_hint) {
+            remember_free(image, cluster);
+        }
     }
     return 0;
 }
@@ -609,6 +613,7 @@ static void coroutine_fn discard_freed(struct qcow2 *image, const struct qcow2_f
     for (uint64_t i = 0; i <= freed->clusters; i++) {
         uint64_t value = 0;
         if (i < freed->clusters && qcow2_refcount_get(image, first + i, &value) == 0 && value == 1) {
+            qcow2_compressed_leave(image, first + i);
             run++;
             continue;
         }

@@ -18,6 +18,7 @@
 #include "driver/format/qcow2_write.h"
 #include "base/size.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_compressed.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_map.h"
 #include "driver/format/qcow2_read.h"
@@ -299,12 +300,19 @@ static int coroutine_fn write_all(struct qcow2 *image, uint64_t offset, uint64_t
     return 0;
 }
 
+int coroutine_fn qcow2_write_plain(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct buffers from,
+                                   unsigned flags)
+{
+    return write_all(image, offset, bytes, from, flags);
+}
+
 int coroutine_fn qcow2_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from, unsigned flags)
 {
     struct qcow2 *image = node->state;
     int code = qcow2_prepare_write(image);
     if (code == 0) {
-        code = write_all(image, offset, bytes, from, flags);
+        code = flags & REQUEST_COMPRESSED ? qcow2_compressed_write(image, offset, bytes, from, flags)
+                                          : write_all(image, offset, bytes, from, flags);
     }
     if (code < 0) {
         return code;
