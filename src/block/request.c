@@ -380,6 +380,17 @@ int coroutine_fn edge_flush(struct edge *edge)
     return below ? edge_flush(below) : 0;
 }
 
+void coroutine_fn edge_event_to_filter(struct node *filter, enum blkdebug_event event)
+{
+    struct node *node = filter;
+    while (!node->driver->event && passes_through(node)) {
+        node = node->filtered->child;
+    }
+    if (node->driver->event) {
+        node->driver->event(node, event);
+    }
+}
+
 int coroutine_fn node_block_status(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret)
 {
     uint64_t size = node_size(node);
