@@ -83,9 +83,13 @@ static int init_caches(struct qcow2 *image, struct error **err)
     struct edge *file = image->node->file;
     unsigned slice_bits = MIN(image->cluster_bits, SLICE_BITS_MAX);
     qcow2_cache_init(&image->l2_cache, file, slice_bits, slices_of(l2, slice_bits));
+    image->l2_cache.on_load = BLKDEBUG_EVENT_L2_LOAD;
+    image->l2_cache.on_write = BLKDEBUG_EVENT_L2_UPDATE;
     image->l2_cache.make_clean = qcow2_make_clean;
     image->l2_cache.argument = image;
     qcow2_cache_init(&image->refcount_cache, file, slice_bits, slices_of(refcounts, slice_bits));
+    image->refcount_cache.on_load = BLKDEBUG_EVENT_REFBLOCK_LOAD;
+    image->refcount_cache.on_write = BLKDEBUG_EVENT_REFBLOCK_UPDATE_PART;
     return 0;
 }
 

@@ -41,6 +41,18 @@ int coroutine_fn qcow2_read_run(struct qcow2 *image, const struct qcow2_run *run
     return -EIO;
 }
 
+/* For fault injection. */
+static void coroutine_fn tell_read(struct qcow2 *image, const struct qcow2_run *run)
+{
+    if (run->kind == QCOW2_DATA) {
+        edge_event(image->node->file, BLKDEBUG_EVENT_READ_AIO);
+    } else if (run->kind == QCOW2_COMPRESSED_DATA) {
+        edge_event(image->node->file, BLKDEBUG_EVENT_READ_COMPRESSED);
+    } else if (run->kind == QCOW2_UNALLOCATED && image->node->backing) {
+        edge_event(image->node->file, BLKDEBUG_EVENT_READ_BACKING_AIO);
+    }
+}
+
 int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, struct buffers to, unsigned flags)
 {
     struct qcow2 *image = node->state;
@@ -53,6 +65,9 @@ int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, 
         code = qcow2_lookup(image, offset, bytes, &run);
         unsigned parity = qcow2_epoch_enter(image);
         co_mutex_unlock(&image->lock);
+        if (code == 0) {
+            tell_read(image, &run);
+        }
         if (code == 0 && run.kind == QCOW2_COMPRESSED_DATA && (several || run.bytes < bytes)) {
             if (!several) {
                 qcow2_inflating_begin(&inflating, image);
