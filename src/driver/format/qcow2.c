@@ -117,7 +117,7 @@ static int coroutine_fn load_tables(struct qcow2 *image, struct error **err)
 {
     const struct qcow2_header *header = &image->header;
     int code = load_table(image, "L1 table", header->l1_offset, header->l1_size, &image->l1, err);
-    if (code == 0) {
+    if (code == 0 && !image->node->check_only) { /* else it may be anything */
         image->refcount_table_entries = (uint64_t)header->refcount_table_clusters << (header->cluster_bits - 3);
         code = load_table(image, "refcount table", header->refcount_table_offset, image->refcount_table_entries,
                           &image->refcount_table, err);
@@ -127,6 +127,23 @@ static int coroutine_fn load_tables(struct qcow2 *image, struct error **err)
         code = image->l1_dirty ? 0 : error_set_errno(err, -ENOMEM, "Could not open node '%s'", image->node->name);
     }
     return code;
+}
+
+int coroutine_fn qcow2_reload_tables(struct qcow2 *image, struct error **err)
+{
+    qcow2_cache_clear(&image->l2_cache);
+    qcow2_cache_clear(&image->refcount_cache);
+    g_clear_pointer(&image->l1, g_free);
+    g_clear_pointer(&image->l1_dirty, g_free);
+    g_clear_pointer(&image->refcount_table, g_free);
+    image->l1_dirty_count = 0;
+    image->refcount_table_entries = 0;
+    image->refcount_dirty_first = image->refcount_dirty_end = 0;
+    image->free_hint = 0;
+    image->slice_checked = 0;
+    g_array_set_size(image->known_free, 0);
+    image->clean_from = max_u64(image->clean_from, align_up(edge_size(image->node->file), image->cluster_size));
+    return load_tables(image, err);
 }
 
 /* What has to be true, or is made so, before anything is written. */
@@ -175,7 +192,7 @@ static void describe_node(struct qcow2 *image)
 static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
 {
     struct node *node = image->node;
-    int code = qcow2_header_read(node->file, &image->header, err);
+    int code = qcow2_header_read(node->file, node->check_only, &image->header, err);
     if (code < 0) {
         return code;
     }
@@ -193,7 +210,7 @@ static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
     if (code == 0) {
         code = init_caches(image, err);
     }
-    if (code == 0 && node->writable) {
+    if (code == 0 && node->writable && !node->check_only) {
         code = begin_writing(image, err);
     }
     return code;

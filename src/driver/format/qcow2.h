@@ -109,6 +109,8 @@ struct qcow2 {
 /* The image is inconsistent: logs the first time, refuses writes from now on, sets the corrupt bit on disk if
  * possible. Returns -EIO. The lock is held. */
 int coroutine_fn qcow2_mark_corrupt(struct qcow2 *image, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* After a repair: forgets the tables and loads them from disk. Nothing is dirty, and nobody else uses the image. */
+int coroutine_fn qcow2_reload_tables(struct qcow2 *image, struct error **err);
 /* Whether [offset, offset + bytes) of the file runs into the header, the L1 table in use, or the refcount table. */
 bool qcow2_overlaps_metadata(const struct qcow2 *image, uint64_t offset, uint64_t bytes);
 
