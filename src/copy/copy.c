@@ -11,7 +11,10 @@
  * 2. `resting` holds failed pieces that are to be tried again; they are counted neither in flight nor done. What they
  *    write is read, or looked at, anew.
  * 3. copy_range() and copy_dirty() return with nothing in flight and nothing resting.
- * 4. A cancel is seen at the next look at `control`, and nothing sleeps through one: each wait is woken by it.
+ * 4. With config.ordered, launched pieces are numbered and begin to write in the order of their numbers: who has read
+ *    waits for its turn, and hands it on just before its last write. Every piece hands it on, also one that fails or
+ * has nothing to write; locks of `busy` are asked for in the same order, so nobody waits in a circle.
+ * 5. A cancel is seen at the next look at `control`, and nothing sleeps through one: each wait is woken by it.
  *
  * It knows no job and no graph; it opens, closes and flushes nothing.
  */
@@ -25,6 +28,7 @@
 #include <errno.h>
 #include <glib.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define RETRY_DELAY_NS (100LL * 1000 * 1000)
 #define FOREVER_NS ((int64_t)3600 * 1000 * 1000 * 1000)
@@ -40,15 +44,29 @@ struct copy {
     uint64_t memory_used;
     uint64_t done;
     uint64_t taken; /* out of a dirty bitmap, not done */
-    int error;      /* a verdict of COPY_FAIL */
+    int error;      /* a verdict of COPY_FAIL, or -ECANCELED of a difference */
+    uint64_t error_offset;
+    bool error_reading;
     int64_t retry_ns;
     struct dirty *dirty; /* of the running copy_dirty() */
     bool urgent;
     unsigned looks;
-    uint64_t pass; /* how far the running copy_dirty() has come in its dirty bitmap */
+    uint64_t launched, turn; /* ordered: the next number to be given, and the one whose turn it is */
+    struct list in_line;     /* ordered: struct copy_piece that wait for their turn, by in_line */
+    uint64_t pass;           /* how far the running copy_dirty() has come in its dirty bitmap */
     /* the run that is being cut up */
     uint64_t position, end;
     struct copy_extent ahead; /* what lies at position; bytes 0: not asked yet */
+};
+/* What a stretch of a piece's data turned out to be. */
+enum copy_run_kind {
+    RUN_DATA,
+    RUN_ZERO,
+    RUN_SHOWN, /* the same as what the target shows */
+};
+struct copy_run {
+    enum copy_run_kind kind;
+    uint64_t bytes; /* 0: none is known */
 };
 struct copy_piece {
     struct list link;
@@ -56,7 +74,11 @@ struct copy_piece {
     uint64_t offset, bytes;
     uint64_t credit; /* how far it moves `done` */
     enum copy_kind kind;
-    void *buffer;
+    uint64_t number; /* ordered */
+    struct list in_line;
+    struct coroutine *waiter;
+    void *buffer; /* config.piece bytes; with config.shown as many again, for what that reads */
+    struct copy_run next;
 };
 struct copy_buffer {
     struct list link;
@@ -67,20 +89,30 @@ void copy_control_wake(struct copy_control *control)
     loop_sleep_wake(&control->sleep);
 }
 
+/* What one piece needs. */
+static uint64_t buffer_bytes(const struct copy *copy)
+{
+    return copy->config.piece * (copy->config.shown ? 2 : 1);
+}
+
 struct copy *copy_create(const struct copy_config *config)
 {
     struct copy *copy = g_new0(struct copy, 1);
     copy->config = *config;
     struct copy_config *own = &copy->config;
-    g_assert(is_power_of_two(own->alignment) && is_power_of_two(own->zero_alignment));
+    g_assert(is_power_of_two(own->alignment));
+    g_assert(own->zero_alignment == 0 || is_power_of_two(own->zero_alignment));
     own->workers = own->workers ? own->workers : COPY_WORKERS;
     own->piece = max_u64(own->piece ? own->piece : COPY_PIECE, own->alignment);
     own->piece = align_down(own->piece, own->alignment);
-    own->memory = max_u64(own->memory ? own->memory : COPY_MEMORY, own->piece);
-    own->zero_alignment = max_u64(own->zero_alignment, own->alignment);
+    own->memory = max_u64(own->memory ? own->memory : COPY_MEMORY, buffer_bytes(copy));
+    if (own->zero_alignment) {
+        own->zero_alignment = max_u64(own->zero_alignment, own->alignment);
+    }
     range_lock_init(&copy->busy);
     list_init(&copy->resting);
     list_init(&copy->buffers);
+    list_init(&copy->in_line);
     return copy;
 }
 
@@ -107,10 +139,10 @@ uint64_t copy_in_flight(const struct copy *copy)
     return copy->taken;
 }
 
-/* Memory of config.piece bytes. NULL: there is none just now. */
+/* NULL: there is none just now. */
 static void *copy_buffer_get(struct copy *copy)
 {
-    if (copy->memory_used + copy->config.piece > copy->config.memory) {
+    if (copy->memory_used + buffer_bytes(copy) > copy->config.memory) {
         return NULL;
     }
     void *buffer;
@@ -119,10 +151,10 @@ static void *copy_buffer_get(struct copy *copy)
         list_remove(&unused->link);
         buffer = unused;
     } else {
-        buffer = file_memory(copy->config.piece);
+        buffer = file_memory(buffer_bytes(copy));
     }
     if (buffer) {
-        copy->memory_used += copy->config.piece;
+        copy->memory_used += buffer_bytes(copy);
     }
     return buffer;
 }
@@ -132,62 +164,191 @@ static void copy_buffer_put(struct copy *copy, void *buffer)
     if (buffer) {
         struct copy_buffer *unused = buffer;
         list_prepend(&copy->buffers, &unused->link);
-        copy->memory_used -= copy->config.piece;
+        copy->memory_used -= buffer_bytes(copy);
     }
 }
 
-/* The bytes of the piece that a run of the same kind has from `at` on, in units of zero_alignment. */
-static uint64_t piece_run(const struct copy_piece *piece, uint64_t at, bool *ret_zero)
+/* The copy ends because of this, unless something before it in the range is why. */
+static void copy_set_error(struct copy *copy, int error, uint64_t offset, bool reading)
 {
-    uint64_t unit = piece->copy->config.zero_alignment, from = at;
+    if (!copy->error || offset < copy->error_offset) {
+        copy->error = error;
+        copy->error_offset = offset;
+        copy->error_reading = reading;
+    }
+}
+
+void copy_failed_at(const struct copy *copy, uint64_t *ret_offset, bool *ret_reading)
+{
+    *ret_offset = copy->error_offset;
+    *ret_reading = copy->error_reading;
+}
+
+/* --- turns --- */
+
+static void coroutine_fn turn_wait(struct copy_piece *piece)
+{
+    struct copy *copy = piece->copy;
+    if (copy->config.ordered && piece->number > copy->turn) {
+        list_append(&copy->in_line, &piece->in_line);
+        piece->waiter = coroutine_self();
+        coroutine_yield();
+    }
+}
+
+/* Whoever is next runs when this coroutine yields, so what it does until then comes first. Twice is once. */
+static void turn_pass(struct copy_piece *piece)
+{
+    struct copy *copy = piece->copy;
+    if (!copy->config.ordered || piece->number != copy->turn) {
+        return;
+    }
+    copy->turn++;
+    list_for_each (link, &copy->in_line) {
+        struct copy_piece *next = container_of(link, struct copy_piece, in_line);
+        if (next->number == copy->turn) {
+            list_remove(&next->in_line);
+            coroutine_wake(next->waiter);
+            return;
+        }
+    }
+}
+
+/* --- moving a piece --- */
+
+static char *piece_shown(const struct copy_piece *piece)
+{
+    return (char *)piece->buffer + piece->copy->config.piece;
+}
+
+static enum copy_run_kind unit_kind(const struct copy_piece *piece, uint64_t at, uint64_t bytes)
+{
+    const struct copy_config *config = &piece->copy->config;
     const char *memory = piece->buffer;
+    if (config->shown && !memcmp(memory + at, piece_shown(piece) + at, bytes)) {
+        return RUN_SHOWN;
+    }
+    return config->zero_alignment && memory_is_zero(memory + at, bytes) ? RUN_ZERO : RUN_DATA;
+}
+
+/* The longest run of units of one kind from `at` on. */
+static struct copy_run piece_same(const struct copy_piece *piece, uint64_t at)
+{
+    const struct copy_config *config = &piece->copy->config;
+    uint64_t unit = max_u64(config->zero_alignment, config->alignment), from = at;
+    struct copy_run run = {0};
     while (at < piece->bytes) {
         uint64_t next = min_u64(align_down(piece->offset + at, unit) + unit - piece->offset, piece->bytes);
-        bool zero = memory_is_zero(memory + at, next - at);
+        enum copy_run_kind kind = unit_kind(piece, at, next - at);
         if (at == from) {
-            *ret_zero = zero;
-        } else if (zero != *ret_zero) {
+            run.kind = kind;
+        } else if (kind != run.kind) {
             break;
         }
         at = next;
     }
-    return at - from;
+    run.bytes = at - from;
+    if (run.kind == RUN_ZERO && run.bytes < config->zero_minimum) {
+        run.kind = RUN_DATA;
+    }
+    return run;
+}
+
+/* The run from `at` on that is dealt with as one. */
+static struct copy_run piece_run(struct copy_piece *piece, uint64_t at)
+{
+    if (!piece->copy->config.zero_alignment && !piece->copy->config.shown) {
+        return (struct copy_run){RUN_DATA, piece->bytes - at};
+    }
+    struct copy_run run = piece->next.bytes ? piece->next : piece_same(piece, at);
+    piece->next.bytes = 0;
+    while (run.kind == RUN_DATA && at + run.bytes < piece->bytes) { /* zeroes that are too few join it */
+        piece->next = piece_same(piece, at + run.bytes);
+        if (piece->next.kind != RUN_DATA) {
+            break;
+        }
+        run.bytes += piece->next.bytes;
+        piece->next.bytes = 0;
+    }
+    return run;
+}
+
+static int coroutine_fn piece_write_run(struct copy_piece *piece, uint64_t at, struct copy_run run)
+{
+    const struct copy_config *config = &piece->copy->config;
+    struct iovec iov = {(char *)piece->buffer + at, run.bytes};
+    if (run.kind == RUN_DATA) {
+        return backend_write(config->target, piece->offset + at, run.bytes, buffers_one(&iov), config->write_flags);
+    }
+    if (run.kind == RUN_SHOWN || config->target_is_zero) {
+        return 0;
+    }
+    return backend_write_zeroes(config->target, piece->offset + at, run.bytes,
+                                config->write_flags & ~REQUEST_COMPRESSED);
 }
 
 static int coroutine_fn piece_write(struct copy_piece *piece)
 {
-    struct copy *copy = piece->copy;
-    for (uint64_t at = 0; at < piece->bytes;) {
-        bool zero = false;
-        uint64_t bytes = piece_run(piece, at, &zero);
-        struct iovec iov = {(char *)piece->buffer + at, bytes};
-        int result =
-            zero ? backend_write_zeroes(copy->config.target, piece->offset + at, bytes, copy->config.write_flags)
-                 : backend_write(copy->config.target, piece->offset + at, bytes, buffers_one(&iov),
-                                 copy->config.write_flags);
-        if (result < 0) {
-            return result;
+    int result = 0;
+    turn_wait(piece);
+    piece->next.bytes = 0;
+    for (uint64_t at = 0; at < piece->bytes && result == 0;) {
+        struct copy_run run = piece_run(piece, at);
+        if (at + run.bytes == piece->bytes) {
+            turn_pass(piece);
         }
-        at += bytes;
+        result = piece_write_run(piece, at, run);
+        at += run.bytes;
+    }
+    return result;
+}
+
+static int piece_compare(struct copy_piece *piece)
+{
+    struct copy *copy = piece->copy;
+    const char *one = piece->buffer, *other = piece_shown(piece);
+    if (memcmp(one, other, piece->bytes) != 0) {
+        uint64_t at = 0;
+        while (one[at] == other[at]) {
+            at++;
+        }
+        copy->config.differs(copy->config.argument, piece->offset + at);
+        copy_set_error(copy, -ECANCELED, piece->offset + at, true);
     }
     return 0;
 }
 
+static int coroutine_fn piece_read(struct copy_piece *piece)
+{
+    const struct copy_config *config = &piece->copy->config;
+    struct iovec iov = {piece->buffer, piece->bytes};
+    int result = config->read ? config->read(config->argument, piece->offset, piece->bytes, buffers_one(&iov))
+                              : backend_read(config->source, piece->offset, piece->bytes, buffers_one(&iov), 0);
+    if (result == 0 && config->shown) {
+        iov.iov_base = piece_shown(piece);
+        result = config->shown(config->argument, piece->offset, piece->bytes, buffers_one(&iov));
+    }
+    return result;
+}
+
 static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
 {
-    struct copy *copy = piece->copy;
+    const struct copy_config *config = &piece->copy->config;
     *ret_reading = false;
     if (piece->kind == COPY_ZERO) {
-        return backend_write_zeroes(copy->config.target, piece->offset, piece->bytes,
-                                    copy->config.write_flags | REQUEST_MAY_UNMAP);
+        turn_wait(piece);
+        turn_pass(piece);
+        return config->target_is_zero
+                   ? 0
+                   : backend_write_zeroes(config->target, piece->offset, piece->bytes,
+                                          (config->write_flags & ~REQUEST_COMPRESSED) | REQUEST_MAY_UNMAP);
     }
-    struct iovec iov = {piece->buffer, piece->bytes};
-    int result = backend_read(copy->config.source, piece->offset, piece->bytes, buffers_one(&iov), 0);
+    int result = piece_read(piece);
     if (result < 0) {
         *ret_reading = true;
         return result;
     }
-    return piece_write(piece);
+    return config->target ? piece_write(piece) : piece_compare(piece);
 }
 
 static void piece_done(struct copy_piece *piece)
@@ -209,7 +370,7 @@ static void piece_failed(struct copy_piece *piece, bool reading, int error)
         piece_done(piece);
         return;
     case COPY_FAIL:
-        copy->error = copy->error ? copy->error : error;
+        copy_set_error(copy, error, piece->offset, reading);
         break;
     case COPY_RETRY:
         copy->retry_ns = loop_now_ns() + RETRY_DELAY_NS;
@@ -228,6 +389,8 @@ static void piece_entry(void *argument)
     range_lock_acquire(&copy->busy, &hold, piece->offset, piece->bytes, false);
     bool reading;
     int result = piece_move(piece, &reading);
+    turn_wait(piece);
+    turn_pass(piece);
     range_lock_release(&copy->busy, &hold);
     copy_buffer_put(copy, piece->buffer);
     piece->buffer = NULL;
@@ -289,6 +452,7 @@ static struct copy_piece *copy_cut(struct copy *copy)
     to = min_u64(to, from + max_u64(align_down(longest, config->alignment), config->alignment));
     struct copy_piece *piece = g_new0(struct copy_piece, 1);
     list_init(&piece->link);
+    list_init(&piece->in_line);
     piece->copy = copy;
     piece->offset = from;
     piece->bytes = to - from;
@@ -393,7 +557,7 @@ static int coroutine_fn copy_admit(struct copy *copy, struct copy_piece *piece)
         piece->buffer = copy_buffer_get(copy);
         if (!piece->buffer) {
             if (copy->in_flight == 0) {
-                copy->error = -ENOMEM;
+                copy_set_error(copy, -ENOMEM, piece->offset, true);
             } else {
                 copy_sleep(copy, FOREVER_NS);
             }
@@ -413,6 +577,7 @@ static int coroutine_fn copy_admit(struct copy *copy, struct copy_piece *piece)
 static void copy_launch(struct copy *copy, struct copy_piece *piece)
 {
     copy->in_flight++;
+    piece->number = copy->launched++;
     coroutine_enter(coroutine_create(piece_entry, piece));
 }
 

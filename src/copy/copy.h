@@ -2,6 +2,7 @@
 #ifndef INTERLOCK_COPY_COPY_H
 #define INTERLOCK_COPY_COPY_H
 
+#include "base/buffers.h"
 #include "copy/speed.h"
 #include "loop/coroutine.h"
 #include "loop/loop.h"
@@ -48,15 +49,30 @@ enum copy_verdict {
 
 struct copy_config {
     struct copy_control *control;
-    struct backend *source, *target;
-    uint64_t alignment;      /* of pieces, rounded outward: the target's unit where it matters, else 1 */
-    uint64_t zero_alignment; /* smallest aligned run of zeroes inside data that is written as zeroes; at least 512 */
-    unsigned write_flags;    /* enum request_flags of every write */
-    unsigned workers;        /* pieces in flight; 0: COPY_WORKERS */
-    uint64_t piece;          /* longest piece; 0: COPY_PIECE. Never less than `alignment`. */
-    uint64_t memory;         /* for pieces in flight, at least one piece; 0: COPY_MEMORY */
+    struct backend *source; /* NULL: `read` takes its place */
+    struct backend *target; /* NULL: nothing is written, `differs` is told */
+    uint64_t alignment;     /* of pieces, rounded outward: the target's unit where it matters, else 1 */
+    /* Aligned runs of zeroes inside data are written as zeroes: in units of zero_alignment (at least 512; 0: zeroes are
+     * written like other data), if a run has zero_minimum bytes (0: one unit). */
+    uint64_t zero_alignment, zero_minimum;
+    bool target_is_zero; /* it reads as zeroes everywhere: such runs are not written at all */
+    /* Pieces begin to be written in order of offset, so that a target which takes its space as it is written is laid
+     * out in order. What failed and is tried again comes later. */
+    bool ordered;
+    unsigned write_flags; /* enum request_flags of every write (REQUEST_COMPRESSED: not of zeroes) */
+    unsigned workers;     /* pieces in flight; 0: COPY_WORKERS */
+    uint64_t piece;       /* longest piece; 0: COPY_PIECE. Never less than `alignment`. */
+    uint64_t memory;      /* for pieces in flight, at least one piece; 0: COPY_MEMORY */
     /* What lies at `offset`. May be asked about one place more than once. */
     int coroutine_fn (*extent)(void *argument, uint64_t offset, uint64_t bytes, struct copy_extent *ret);
+    /* Reads what is to be copied, instead of `source`. */
+    int coroutine_fn (*read)(void *argument, uint64_t offset, uint64_t bytes, struct buffers to);
+    /* If not NULL: reads what the target shows there already. Units (of the larger alignment) where that is the same as
+     * what is to be copied are left alone. */
+    int coroutine_fn (*shown)(void *argument, uint64_t offset, uint64_t bytes, struct buffers to);
+    /* Without target: `read` and `shown` differ at this offset and are the same before it in its piece. The copy ends
+     * with -ECANCELED once the pieces before it have been looked at, which may report smaller offsets. */
+    void (*differs)(void *argument, uint64_t offset);
     /* A piece could not be read (or asked about), or written. */
     enum copy_verdict (*failed)(void *argument, bool reading, int error);
     void *argument;
@@ -72,6 +88,8 @@ void copy_destroy(struct copy *copy); /* nothing is in flight; accepts NULL */
  * 0, -ECANCELED, or the error that `failed` let through. urgent: without rest and speed limit (somebody is held up
  * meanwhile). */
 int coroutine_fn copy_range(struct copy *copy, uint64_t offset, uint64_t bytes, bool urgent);
+/* After copy_range() has failed by a piece: where, and whether it was reading. With several, the first in the range. */
+void copy_failed_at(const struct copy *copy, uint64_t *ret_offset, bool *ret_reading);
 /*
  * One pass: copies every region that is dirty when it begins. What is marked meanwhile behind the place that the pass
  * has reached stays dirty, so that writing users cannot keep it from ending; without them everything is clean

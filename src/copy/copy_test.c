@@ -1,0 +1,272 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The copy engine between two nodes in memory: what is found zero or shown already, in which order pieces begin to be
+ * written, comparing, and what failures do to the order. Dirty copies are tested with the jobs that use them.
+ */
+#include "block/memory_node.h"
+#include "copy/copy.h"
+
+#define PIECE ((uint64_t)MEMORY_CLUSTER)
+#define PIECES (MEMORY_SIZE / PIECE)
+
+struct bed {
+    struct graph *graph;
+    struct node *node;
+    struct backend *target;
+    struct copy_control control;
+    struct copy_config config;
+    unsigned char source[MEMORY_SIZE], shown[MEMORY_SIZE];
+    unsigned delays[PIECES]; /* how long the read of each piece takes */
+    int failures[PIECES];    /* how often it fails before it succeeds */
+    uint64_t smallest;       /* told by differs() */
+    unsigned told;
+};
+
+static struct {
+    uint64_t offset, bytes;
+    unsigned flags;
+} log_of[256];
+static unsigned logged;
+
+static int coroutine_fn log_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from,
+                                  unsigned flags)
+{
+    g_assert_cmpuint(logged, <, G_N_ELEMENTS(log_of));
+    log_of[logged].offset = offset;
+    log_of[logged].bytes = bytes;
+    log_of[logged++].flags = flags;
+    coroutine_pause();
+    return memory_write(node, offset, bytes, from, 0);
+}
+
+static const struct driver log_driver = {
+    .name = "log",
+    .kind = DRIVER_FORMAT,
+    .state_size = sizeof(struct memory_state),
+    .read = memory_read,
+    .write = log_write,
+    .write_zeroes = memory_write_zeroes,
+};
+
+static int coroutine_fn bed_extent(void *argument, uint64_t offset, uint64_t bytes, struct copy_extent *ret)
+{
+    *ret = (struct copy_extent){bytes, COPY_DATA};
+    return 0;
+}
+
+static int coroutine_fn bed_read(void *argument, uint64_t offset, uint64_t bytes, struct buffers to)
+{
+    struct bed *bed = argument;
+    for (unsigned i = 0; i < bed->delays[offset / PIECE]; i++) {
+        coroutine_pause();
+    }
+    if (bed->failures[offset / PIECE] > 0) {
+        bed->failures[offset / PIECE]--;
+        return -EIO;
+    }
+    buffers_copy_in(to, bed->source + offset, bytes);
+    return 0;
+}
+
+static int coroutine_fn bed_shown(void *argument, uint64_t offset, uint64_t bytes, struct buffers to)
+{
+    struct bed *bed = argument;
+    buffers_copy_in(to, bed->shown + offset, bytes);
+    return 0;
+}
+
+static void bed_differs(void *argument, uint64_t offset)
+{
+    struct bed *bed = argument;
+    bed->smallest = bed->told++ ? min_u64(bed->smallest, offset) : offset;
+}
+
+static enum copy_verdict bed_failed(void *argument, bool reading, int error)
+{
+    g_assert(reading);
+    return error == -EIO ? COPY_RETRY : COPY_FAIL;
+}
+
+static struct bed *coroutine_fn bed_create(void)
+{
+    struct bed *bed = g_new0(struct bed, 1);
+    bed->graph = graph_create();
+    bed->node = node_create(bed->graph, &log_driver, "target");
+    atomic_store(&bed->node->size, MEMORY_SIZE);
+    bed->node->writable = bed->node->wants_writable = bed->node->open = bed->node->monitor_owned = true;
+    bed->node->discard = true;
+    node_publish(bed->node);
+    bed->target = memory_backend(bed->graph, "test", bed->node, ACCESS_ALL);
+    logged = 0;
+    for (unsigned i = 0; i < MEMORY_SIZE; i++) {
+        bed->source[i] = 1 + i % 251;
+    }
+    bed->config = (struct copy_config){
+        .control = &bed->control,
+        .target = bed->target,
+        .alignment = 1,
+        .piece = PIECE,
+        .extent = bed_extent,
+        .read = bed_read,
+        .failed = bed_failed,
+        .argument = bed,
+    };
+    return bed;
+}
+
+static int coroutine_fn bed_copy(struct bed *bed)
+{
+    struct copy *copy = copy_create(&bed->config);
+    int result = copy_range(copy, 0, MEMORY_SIZE, false);
+    g_assert(result < 0 || copy_done(copy) == MEMORY_SIZE);
+    copy_destroy(copy);
+    return result;
+}
+
+static void coroutine_fn bed_destroy(struct bed *bed)
+{
+    backend_destroy(bed->target);
+    memory_end(bed->graph);
+    g_free(bed);
+}
+
+static const unsigned char *bed_content(const struct bed *bed)
+{
+    return memory_of(bed->node)->data;
+}
+
+/* However long the reads take, writes begin in order. */
+static void coroutine_fn in_order(void *argument)
+{
+    struct bed *bed = bed_create();
+    for (unsigned i = 0; i < PIECES; i++) {
+        bed->delays[i] = (PIECES - i) * 3;
+    }
+    bed->config.ordered = true;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(logged, ==, PIECES);
+    for (unsigned i = 0; i < PIECES; i++) {
+        g_assert_cmpuint(log_of[i].offset, ==, i * PIECE);
+    }
+    g_assert(!memcmp(bed_content(bed), bed->source, MEMORY_SIZE));
+    /* Without it the one that was read first is first. */
+    logged = 0;
+    bed->config.ordered = false;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(log_of[0].offset, !=, 0);
+    bed_destroy(bed);
+}
+
+/* A piece that fails lets the next ones go, and comes later. */
+static void coroutine_fn in_order_with_failures(void *argument)
+{
+    struct bed *bed = bed_create();
+    bed->config.ordered = true;
+    bed->config.workers = 4;
+    bed->failures[2] = 1;
+    bed->delays[2] = 20;
+    bed->failures[7] = 2;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(logged, ==, PIECES);
+    uint64_t last = 0;
+    for (unsigned i = 0; i < PIECES; i++) {
+        if (log_of[i].offset != 2 * PIECE && log_of[i].offset != 7 * PIECE) {
+            g_assert_cmpuint(log_of[i].offset, >=, last);
+            last = log_of[i].offset;
+        }
+    }
+    g_assert(!memcmp(bed_content(bed), bed->source, MEMORY_SIZE));
+    bed_destroy(bed);
+}
+
+/* Runs of zeroes: units, the least length, and who needs none written. */
+static void coroutine_fn zero_runs(void *argument)
+{
+    struct bed *bed = bed_create();
+    memset(bed->source + 512, 0, 512);   /* too short */
+    memset(bed->source + 2048, 0, 1536); /* long enough, and not to the end of its piece */
+    memset(bed->source + 4096, 0, 4096); /* a piece of nothing else */
+    memset(bed->source + 12288 - 512, 0, 1024);
+    bed->config.zero_alignment = 512;
+    bed->config.zero_minimum = 1024;
+    bed->config.write_flags = REQUEST_COMPRESSED;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert(!memcmp(bed_content(bed), bed->source, MEMORY_SIZE));
+    g_assert_cmpuint(memory_of(bed->node)->zeroes, ==, 2);
+    g_assert_cmpuint(memory_of(bed->node)->last_flags & REQUEST_COMPRESSED, ==, 0);
+    g_assert_cmpuint(logged, ==, PIECES);
+    g_assert_cmpuint(log_of[0].bytes, ==, 2048);
+    g_assert_cmpuint(log_of[0].flags & REQUEST_COMPRESSED, !=, 0);
+    uint64_t bytes = 0;
+    for (unsigned i = 0; i < logged; i++) {
+        bytes += log_of[i].bytes;
+    }
+    g_assert_cmpuint(bytes, ==, MEMORY_SIZE - 1536 - 4096);
+    /* A target that is zero. */
+    memset(memory_of(bed->node)->data, 0, MEMORY_SIZE);
+    logged = 0;
+    bed->config.target_is_zero = true;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(memory_of(bed->node)->zeroes, ==, 2);
+    g_assert_cmpuint(logged, ==, PIECES);
+    g_assert(!memcmp(bed_content(bed), bed->source, MEMORY_SIZE));
+    bed_destroy(bed);
+}
+
+/* What the target shows already is left alone. */
+static void coroutine_fn shown_already(void *argument)
+{
+    struct bed *bed = bed_create();
+    memcpy(bed->shown, bed->source, MEMORY_SIZE);
+    bed->shown[2 * 512 + 7]++;
+    bed->shown[9 * PIECE + 4095]++;
+    memset(bed->source + 5 * PIECE, 0, 512); /* shown differently, and zero */
+    memset(bed->source + 6 * PIECE, 0, PIECE);
+    memset(bed->shown + 6 * PIECE, 0, PIECE);
+    bed->config.alignment = 512;
+    bed->config.zero_alignment = 512;
+    bed->config.shown = bed_shown;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(logged, ==, 2);
+    g_assert_cmpuint(log_of[0].offset, ==, 1024);
+    g_assert_cmpuint(log_of[0].bytes, ==, 512);
+    g_assert_cmpuint(log_of[1].offset, ==, 9 * PIECE + 4096 - 512);
+    g_assert_cmpuint(memory_of(bed->node)->zeroes, ==, 1);
+    bed_destroy(bed);
+}
+
+/* The first difference is found, whichever piece is looked at first. */
+static void coroutine_fn comparing(void *argument)
+{
+    struct bed *bed = bed_create();
+    memcpy(bed->shown, bed->source, MEMORY_SIZE);
+    bed->config.target = NULL;
+    bed->config.shown = bed_shown;
+    bed->config.differs = bed_differs;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(bed->told, ==, 0);
+    bed->shown[3 * PIECE + 17]++;
+    bed->shown[3 * PIECE + 18]++;
+    bed->shown[5 * PIECE]++;
+    bed->delays[3] = 50;
+    g_assert_cmpint(bed_copy(bed), ==, -ECANCELED);
+    g_assert_cmpuint(bed->told, ==, 2);
+    g_assert_cmpuint(bed->smallest, ==, 3 * PIECE + 17);
+    bed_destroy(bed);
+}
+
+static void in_coroutine_of(const void *entry)
+{
+    in_coroutine(entry);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    g_test_add_data_func("/copy/in-order", in_order, in_coroutine_of);
+    g_test_add_data_func("/copy/in-order-with-failures", in_order_with_failures, in_coroutine_of);
+    g_test_add_data_func("/copy/zero-runs", zero_runs, in_coroutine_of);
+    g_test_add_data_func("/copy/shown-already", shown_already, in_coroutine_of);
+    g_test_add_data_func("/copy/comparing", comparing, in_coroutine_of);
+    return g_test_run();
+}
