@@ -26,11 +26,16 @@ static const struct img_command {
     const char *help;
 } img_commands[] = {
     {"amend", img_amend, "change options of an image"},
+    {"bench", img_bench, "time requests to an image"},
     {"check", img_check, "look for what is wrong with an image, and repair it"},
+    {"compare", img_compare, "see whether two images have the same content"},
+    {"convert", img_convert, "copy images into another, of any format"},
     {"create", img_create, "make a new image"},
+    {"dd", img_dd, "copy blocks of an image into a new one"},
     {"info", img_info, "show what an image says of itself"},
     {"map", img_map, "show where an image has data"},
     {"measure", img_measure, "tell how large a new image will be"},
+    {"rebase", img_rebase, "lean an image on another backing file"},
     {"resize", img_resize, "make an image longer or shorter"},
     {NULL, NULL, NULL},
 };
@@ -74,6 +79,17 @@ int img_usage(const char *command, const char *format, ...)
         va_end(arguments);
     }
     return hint_help(command);
+}
+
+void img_warn(const char *format, ...)
+{
+    va_list arguments;
+    fflush(stdout);
+    va_start(arguments, format);
+    fprintf(stderr, "%s: warning: ", program);
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, "\n");
+    va_end(arguments);
 }
 
 int img_help(const char *command, const char *text)

@@ -44,6 +44,8 @@ int img_fail(const char *command, struct error *error);
 /* The same for what the options themselves are wrong about, with where to look; `format` NULL: getopt_long() has said
  * what it was. */
 int img_usage(const char *command, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Prints "interlock img: warning: message" to standard error. */
+void img_warn(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* "-h, --help": prints "Usage: interlock img COMMAND " and `text`, which goes on with the rest of that line, and the
  * options; 0. */
 int img_help(const char *command, const char *text);
@@ -105,6 +107,9 @@ void img_progress_report(uint64_t done, uint64_t of, void *progress); /* as imag
 void img_progress_end(struct img_progress *progress);
 void img_progress_abandon(struct img_progress *progress); /* instead, of what failed: leaves the line as it is */
 
+/* A number (with the suffixes of sizes) from `minimum` to `maximum`; -EINVAL names the option ("queue depth"). */
+int img_number(const char *option, const char *text, uint64_t minimum, uint64_t maximum, uint64_t *ret,
+               struct error **err);
 /* "size" options: bytes with the suffixes b, k, M, G, T, P, E; -EINVAL names the option ("image size"). */
 int img_size(const char *option, const char *text, uint64_t *ret, struct error **err);
 

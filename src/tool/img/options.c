@@ -20,15 +20,23 @@
 #include <stdio.h>
 #include <string.h>
 
+int img_number(const char *option, const char *text, uint64_t minimum, uint64_t maximum, uint64_t *ret,
+               struct error **err)
+{
+    bool negative = text[0] == '-' && g_ascii_isdigit(text[1]);
+    int r = negative ? -ERANGE : size_parse(text, ret);
+    if (r == -ERANGE || (r == 0 && (*ret < minimum || *ret > maximum))) {
+        return error_set(err, -EINVAL,
+                         "Invalid %s specified. Must be between %" G_GUINT64_FORMAT " and %" G_GUINT64_FORMAT ".",
+                         option, minimum, maximum);
+    }
+    return r < 0 ? error_set(err, -EINVAL, "Invalid %s specified: '%s'.", option, text) : 0;
+}
+
 int img_size(const char *option, const char *text, uint64_t *ret, struct error **err)
 {
-    int r = size_parse(text, ret);
-    if (r == -ERANGE || (r == 0 && *ret > INT64_MAX)) {
-        return error_set(err, -EINVAL, "Invalid %s specified. Must be between 0 and %" G_GINT64_FORMAT ".", option,
-                         INT64_MAX);
-    }
+    int r = img_number(option, text, 0, INT64_MAX, ret, err);
     if (r < 0) {
-        error_set(err, -EINVAL, "Invalid %s specified: '%s'.", option, text);
         error_hint(err, "A size is a number of bytes, or one with k, M, G, T, P or E behind it (kibibytes, ...)");
     }
     return r;
