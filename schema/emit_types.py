@@ -11,7 +11,7 @@ from language import BUILTINS, INT64_MAX, INT64_MIN, ListOf
 SCALARS = {'int': 'int64_t', 'size': 'uint64_t', 'bool': 'bool', 'number': 'double'}
 RESERVED = set('''auto break case char const continue default do double else enum extern float for goto if inline int
 long register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
-bool true false unix linux asm typeof'''.split())
+bool true false unix linux errno asm typeof'''.split())
 BANNER = '/* SPDX-License-Identifier: LGPL-2.1-or-later */\n/* Generated from schema/ by generate.py: do not edit. */\n'
 
 

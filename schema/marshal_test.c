@@ -87,8 +87,8 @@ static void test_refusals(void)
     } cases[] = {
         {"12", "arguments: expected an object"},
         {"{}", "driver: is required"},
-        {"{\"driver\":\"qed\"}", "driver: 'qed' is not one of file, raw, qcow2, null-co"},
-        {"{\"driver\":7}", "driver: expected one of file, raw, qcow2, null-co"},
+        {"{\"driver\":\"qed\"}", "driver: 'qed' is not one of file, raw, ..."},
+        {"{\"driver\":7}", "driver: expected one of file, raw, ..."},
         {"{\"driver\":\"file\"}", "filename: is required"},
         {"{\"driver\":\"file\",\"filename\":1}", "filename: expected a string"},
         {"{\"driver\":\"file\",\"filename\":\"x\",\"backing\":\"y\"}", "backing: there is no such parameter here"},
@@ -114,7 +114,12 @@ static void test_refusals(void)
         auto_error error = NULL;
         struct blockdev_options *options = (void *)&options;
         g_assert_cmpint(blockdev_options_from_json(json, NULL, &options, &error), <, 0);
-        g_assert_cmpstr(error->message, ==, cases[i].message);
+        if (g_str_has_suffix(cases[i].message, "...")) {
+            g_autofree char *begin = g_strndup(cases[i].message, strlen(cases[i].message) - 3);
+            g_assert_true(g_str_has_prefix(error->message, begin));
+        } else {
+            g_assert_cmpstr(error->message, ==, cases[i].message);
+        }
         g_assert_true(options == (void *)&options);
         json_decref(json);
     }

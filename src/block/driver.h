@@ -23,8 +23,9 @@ struct driver {
     size_t state_size;
     bool backing;              /* may have a backing edge */
     bool write_if_unallocated; /* honours REQUEST_IF_UNALLOCATED, atomically against other writes */
-    bool compresses;           /* honours REQUEST_COMPRESSED */
+    bool compresses;           /* honours REQUEST_COMPRESSED (a filter passes it on, and need not say so) */
     bool grows_on_write;       /* writes behind the end are legal and move it (edge needs `attributes`) */
+    unsigned filtered_claim;   /* ACCESS_ bits that a filter's edge requires for what the filter does of its own */
 
     /*
      * Makes node->state usable; sets node->size, node->limits (a filter has them from its child), node->filename
@@ -63,9 +64,21 @@ struct driver {
     /* For query-named-block-nodes: "format-specific" etc; may be NULL. */
     struct image_info_specific *(*specific_info)(struct node *node);
     uint64_t coroutine_fn (*allocated_size)(struct node *node); /* bytes on disk; NULL: ask the file child */
+    /* The parent is about to do what `event` says: edge_event(). May let the parent wait. NULL: not interested. */
+    void coroutine_fn (*event)(struct node *node, enum blkdebug_event event);
     /* What can be done with an image besides I/O (image.h); NULL: nothing. */
     const struct image_driver *image;
 };
+
+/* Tells a filter that listens, beneath this edge, what its parent is about to do there: fault injection and
+ * breakpoints. One test where there is no filter. Any loop, in a coroutine; locks may be held. */
+void coroutine_fn edge_event_to_filter(struct node *filter, enum blkdebug_event event);
+static inline void coroutine_fn edge_event(struct edge *edge, enum blkdebug_event event)
+{
+    if (__builtin_expect(edge->child->driver->kind == DRIVER_FILTER, 0)) {
+        edge_event_to_filter(edge->child, event);
+    }
+}
 
 /* Drivers are registered once at start by src/tool. */
 void driver_register(const struct driver *driver);

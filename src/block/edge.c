@@ -38,7 +38,8 @@ static const struct standing_claim standing_claims[][2] = {
     /* The parent shows the child's data wherever it has none. */
     [EDGE_BACKING] = {{"backing edge", READ_BOTH, CHANGES, ACCESS_READ_DATA},
                       {"backing edge", READ_BOTH, CHANGES, ACCESS_READ_DATA}},
-    /* A filter passes requests on; what they may do was checked at the edge that they entered by. */
+    /* A filter passes requests on; what they may do was checked at the edge that they entered by. What it does of its
+     * own, if it may write, its driver says (filtered_claim). */
     [EDGE_FILTERED] = {{"filtered edge", ACCESS_READ_METADATA, 0, ACCESS_ALL},
                        {"filtered edge", ACCESS_READ_METADATA, 0, ACCESS_ALL}},
 };
@@ -139,8 +140,9 @@ static unsigned edge_claim(const struct edge *edge, const struct standing_claim 
         return 0;
     }
     const struct node *shown = edge_shown(edge);
+    unsigned own = standing == &standing_claims[EDGE_FILTERED][true] ? edge->parent->driver->filtered_claim : 0;
     *ret = (struct access_claim){
-        .node = shown->name, .require = standing->require, .deny = standing->deny, .path = standing->path};
+        .node = shown->name, .require = standing->require | own, .deny = standing->deny, .path = standing->path};
     return 1;
 }
 

@@ -9,8 +9,8 @@
  *    while the driver writes, the node is still among the parents of its children.
  * 3. writable == (wants_writable || writers > 0), but for a node whose driver failed to stop writing: that stays
  *    writable, which loses nothing.
- * 4. Whoever makes a node writable has made its containers (file and data child) writable first, and their edges claim
- *    accordingly.
+ * 4. Whoever makes a node writable has made its containers (file and data child, and what a filter shows) writable
+ *    first, and their edges claim accordingly.
  *
  * Names, opening and deletion by the monitor are graph.c's and open.c's.
  */
@@ -52,6 +52,13 @@ static void node_drop(struct node *node, struct list *dying)
     }
 }
 
+/* Do the parent's writes go there? To its containers, and to what a filter shows; a job's filter passes on whatever is
+ * legal beneath it. */
+static bool edge_carries_writes(const struct edge *edge)
+{
+    return edge_is_container(edge) || (edge->role == EDGE_FILTERED && !edge->parent->job_filter);
+}
+
 static void coroutine_fn node_close(struct node *node, struct list *dying)
 {
     if (node->open && node->driver->close) {
@@ -59,7 +66,7 @@ static void coroutine_fn node_close(struct node *node, struct list *dying)
     }
     while (!list_is_empty(&node->children)) {
         struct edge *edge = container_of(node->children.next, struct edge, parent_link);
-        bool made_writable = edge_is_container(edge) && node->made_files_writable;
+        bool made_writable = edge_carries_writes(edge) && node->made_files_writable;
         struct node *child = edge_detach(edge);
         if (made_writable) {
             node_writable_end_locked(child);
@@ -121,7 +128,12 @@ struct node *coroutine_fn node_release(struct node *node)
 void node_follow_child(struct node *filter)
 {
     const struct node *child = filter->filtered->child;
-    filter->limits = child->limits;
+    if (filter->open && !filter->job_filter) { /* has limits of its own, which hold as well */
+        filter->limits.alignment = MAX(filter->limits.alignment, child->limits.alignment);
+        filter->limits.memory_alignment = MAX(filter->limits.memory_alignment, child->limits.memory_alignment);
+    } else {
+        filter->limits = child->limits;
+    }
     atomic_store(&filter->size, atomic_load(&child->size));
 }
 
@@ -132,7 +144,7 @@ void node_size_changed(struct node *node)
         if (edge->role == EDGE_ROOT) {
             backend_tell_changed(edge->backend);
         } else if (edge->role == EDGE_FILTERED) {
-            node_follow_child(edge->parent);
+            atomic_store(&edge->parent->size, atomic_load(&node->size)); /* its limits stay its own */
             node_size_changed(edge->parent);
         }
     }
@@ -165,7 +177,7 @@ int node_writable_check(struct node *node, struct error **err)
     int r = node_check_never_writable(node, err);
     list_for_each (link, &node->children) {
         struct edge *edge = container_of(link, struct edge, parent_link);
-        if (r == 0 && edge_is_container(edge)) {
+        if (r == 0 && edge_carries_writes(edge)) {
             r = edge_writable_check(edge, subject, err);
             r = r < 0 ? r : node_writable_check(edge->child, err); /* formats nest a few levels (open.c) */
         }
@@ -173,7 +185,7 @@ int node_writable_check(struct node *node, struct error **err)
     return r;
 }
 
-/* The edges to the node's containers: at most two. */
+/* The edges that carry its writes: at most two. */
 struct containers {
     struct edge *edges[2];
     unsigned count;
@@ -184,7 +196,7 @@ static struct containers node_containers(struct node *node)
     struct containers containers = {{0}, 0};
     list_for_each (link, &node->children) {
         struct edge *edge = container_of(link, struct edge, parent_link);
-        if (edge_is_container(edge)) {
+        if (edge_carries_writes(edge)) {
             g_assert(containers.count < G_N_ELEMENTS(containers.edges));
             containers.edges[containers.count++] = edge;
         }

@@ -143,6 +143,20 @@ static struct option_children options_children(const struct blockdev_options *op
         option_children_add(&children, EDGE_DATA, options->u.qcow2.data_file);
         children.backing = options->u.qcow2.backing;
         break;
+    case BLOCKDEV_DRIVER_BLKDEBUG:
+        option_children_add(&children, EDGE_FILTERED, options->u.blkdebug.image);
+        break;
+    case BLOCKDEV_DRIVER_BLKVERIFY:
+        option_children_add(&children, EDGE_FILTERED, options->u.blkverify.test);
+        option_children_add(&children, EDGE_DATA, options->u.blkverify.raw);
+        break;
+    case BLOCKDEV_DRIVER_BLKLOGWRITES:
+        option_children_add(&children, EDGE_FILTERED, options->u.blklogwrites.file);
+        option_children_add(&children, EDGE_DATA, options->u.blklogwrites.log);
+        break;
+    case BLOCKDEV_DRIVER_COPY_ON_READ:
+        option_children_add(&children, EDGE_FILTERED, options->u.copy_on_read.file);
+        break;
     default:
         break;
     }

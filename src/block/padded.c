@@ -55,6 +55,9 @@ static int coroutine_fn read_block(struct node *node, uint64_t offset, void *to,
         memset(to, 0, bytes);
         return 0;
     }
+    if (!node->driver->read) { /* a filter that passes reads on */
+        return edge_read(node->filtered, offset, bytes, buffers_one(&iov), 0);
+    }
     return node->driver->read(node, offset, bytes, buffers_one(&iov), 0);
 }
 
@@ -80,6 +83,14 @@ int coroutine_fn padded_read(struct node *node, uint64_t offset, uint64_t bytes,
     return r;
 }
 
+/* For a blkdebug node whose own requests are padded. */
+static void coroutine_fn padded_event(struct node *node, enum blkdebug_event event)
+{
+    if (node->driver->event) {
+        node->driver->event(node, event);
+    }
+}
+
 /* Brings what the request leaves of the blocks in [at, at + length) into bounce. */
 static int coroutine_fn read_edges(struct node *node, uint64_t at, uint64_t length, uint64_t offset, uint64_t end,
                                    char *bounce)
@@ -88,10 +99,14 @@ static int coroutine_fn read_edges(struct node *node, uint64_t at, uint64_t leng
     bool head = at<offset, tail = at + length> end;
     int r = 0;
     if (head) {
+        padded_event(node, BLKDEBUG_EVENT_PWRITEV_RMW_HEAD);
         r = read_block(node, at, bounce, alignment);
+        padded_event(node, BLKDEBUG_EVENT_PWRITEV_RMW_AFTER_HEAD);
     }
     if (r == 0 && tail && !(head && length == alignment)) {
+        padded_event(node, BLKDEBUG_EVENT_PWRITEV_RMW_TAIL);
         r = read_block(node, at + length - alignment, bounce + length - alignment, alignment);
+        padded_event(node, BLKDEBUG_EVENT_PWRITEV_RMW_AFTER_TAIL);
     }
     return r;
 }

@@ -221,9 +221,12 @@ int coroutine_fn edge_write(struct edge *edge, uint64_t offset, uint64_t bytes, 
     if (G_UNLIKELY(r < 0)) {
         return r;
     }
+    if (G_UNLIKELY(flags & REQUEST_COMPRESSED) && !node->driver->compresses && node->driver->kind != DRIVER_FILTER) {
+        return -ENOTSUP; /* a filter passes it on to who knows */
+    }
     if (G_UNLIKELY(node->detect_zeroes) && bytes && buffers_is_zero(from, bytes)) {
         unsigned unmap = node->detect_zeroes_unmap ? REQUEST_MAY_UNMAP : 0;
-        return edge_write_zeroes(edge, offset, bytes, flags | unmap);
+        return edge_write_zeroes(edge, offset, bytes, (flags & ~REQUEST_COMPRESSED) | unmap);
     }
     r = node_write(node, offset, bytes, from, flags);
     record_change(node, offset, bytes, flags);
@@ -375,6 +378,17 @@ int coroutine_fn edge_flush(struct edge *edge)
     }
     struct edge *below = node->filtered ? node->filtered : node->file;
     return below ? edge_flush(below) : 0;
+}
+
+void coroutine_fn edge_event_to_filter(struct node *filter, enum blkdebug_event event)
+{
+    struct node *node = filter;
+    while (!node->driver->event && passes_through(node)) {
+        node = node->filtered->child;
+    }
+    if (node->driver->event) {
+        node->driver->event(node, event);
+    }
 }
 
 int coroutine_fn node_block_status(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret)

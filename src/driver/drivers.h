@@ -4,6 +4,10 @@
 
 /* The tables of drivers that need no other face; src/tool registers them (driver_register()). */
 struct driver;
+extern const struct driver driver_blkdebug;
+extern const struct driver driver_blklogwrites;
+extern const struct driver driver_blkverify;
+extern const struct driver driver_copy_on_read;
 extern const struct driver driver_file;
 extern const struct driver driver_null_co;
 extern const struct driver driver_qcow2;

@@ -8,7 +8,7 @@
  * 1. open, close, set_writable, change_backing and truncate run alone: the node is drained.
  * 2. An image with the corrupt bit is opened for reading only; one with the dirty bit is repaired before it is opened
  *    for writing, and read as it is otherwise.
- * 3. What is not supported is refused at open, by name: external data files, extended L2 entries, encryption, zstd,
+ * 3. What is not supported is refused at open, by name: external data files, extended L2 entries, encryption,
  *    and whatever incompatible feature is unknown. Lazy refcounts are accepted and kept eagerly.
  */
 #include "driver/format/qcow2.h"
@@ -16,6 +16,7 @@
 #include "block/graph.h"
 #include "driver/drivers.h"
 #include "driver/format/qcow2_check.h"
+#include "driver/format/qcow2_codec.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_image.h"
 #include "driver/format/qcow2_read.h"
@@ -82,9 +83,13 @@ static int init_caches(struct qcow2 *image, struct error **err)
     struct edge *file = image->node->file;
     unsigned slice_bits = MIN(image->cluster_bits, SLICE_BITS_MAX);
     qcow2_cache_init(&image->l2_cache, file, slice_bits, slices_of(l2, slice_bits));
+    image->l2_cache.on_load = BLKDEBUG_EVENT_L2_LOAD;
+    image->l2_cache.on_write = BLKDEBUG_EVENT_L2_UPDATE;
     image->l2_cache.make_clean = qcow2_make_clean;
     image->l2_cache.argument = image;
     qcow2_cache_init(&image->refcount_cache, file, slice_bits, slices_of(refcounts, slice_bits));
+    image->refcount_cache.on_load = BLKDEBUG_EVENT_REFBLOCK_LOAD;
+    image->refcount_cache.on_write = BLKDEBUG_EVENT_REFBLOCK_UPDATE_PART;
     return 0;
 }
 
@@ -112,7 +117,7 @@ static int coroutine_fn load_tables(struct qcow2 *image, struct error **err)
 {
     const struct qcow2_header *header = &image->header;
     int code = load_table(image, "L1 table", header->l1_offset, header->l1_size, &image->l1, err);
-    if (code == 0) {
+    if (code == 0 && !image->node->check_only) { /* else it may be anything */
         image->refcount_table_entries = (uint64_t)header->refcount_table_clusters << (header->cluster_bits - 3);
         code = load_table(image, "refcount table", header->refcount_table_offset, image->refcount_table_entries,
                           &image->refcount_table, err);
@@ -122,6 +127,23 @@ static int coroutine_fn load_tables(struct qcow2 *image, struct error **err)
         code = image->l1_dirty ? 0 : error_set_errno(err, -ENOMEM, "Could not open node '%s'", image->node->name);
     }
     return code;
+}
+
+int coroutine_fn qcow2_reload_tables(struct qcow2 *image, struct error **err)
+{
+    qcow2_cache_clear(&image->l2_cache);
+    qcow2_cache_clear(&image->refcount_cache);
+    g_clear_pointer(&image->l1, g_free);
+    g_clear_pointer(&image->l1_dirty, g_free);
+    g_clear_pointer(&image->refcount_table, g_free);
+    image->l1_dirty_count = 0;
+    image->refcount_table_entries = 0;
+    image->refcount_dirty_first = image->refcount_dirty_end = 0;
+    image->free_hint = 0;
+    image->slice_checked = 0;
+    g_array_set_size(image->known_free, 0);
+    image->clean_from = max_u64(image->clean_from, align_up(edge_size(image->node->file), image->cluster_size));
+    return load_tables(image, err);
 }
 
 /* What has to be true, or is made so, before anything is written. */
@@ -148,6 +170,7 @@ static void free_state(struct qcow2 *image)
     g_free(image->refcount_table);
     g_array_free(image->freed, TRUE);
     g_array_free(image->known_free, TRUE);
+    qcow2_codecs_destroy(image->codecs);
     qcow2_header_clear(&image->header);
     co_mutex_destroy(&image->lock);
 }
@@ -169,7 +192,7 @@ static void describe_node(struct qcow2 *image)
 static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
 {
     struct node *node = image->node;
-    int code = qcow2_header_read(node->file, &image->header, err);
+    int code = qcow2_header_read(node->file, node->check_only, &image->header, err);
     if (code < 0) {
         return code;
     }
@@ -182,11 +205,12 @@ static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
     image->subcluster_size = (uint64_t)1 << image->subcluster_bits;
     image->refcount_block_bits = image->cluster_bits + 3 - image->header.refcount_order;
     image->clean_from = align_up(edge_size(node->file), image->cluster_size);
+    image->codecs = qcow2_codecs_create(image->header.compression_type, image->cluster_size);
     code = load_tables(image, err);
     if (code == 0) {
         code = init_caches(image, err);
     }
-    if (code == 0 && node->writable) {
+    if (code == 0 && node->writable && !node->check_only) {
         code = begin_writing(image, err);
     }
     return code;
@@ -237,6 +261,8 @@ static int coroutine_fn qcow2_set_writable(struct node *node, bool writable, str
     if (writable) {
         qcow2_cache_clear(&image->l2_cache);
         qcow2_cache_clear(&image->refcount_cache);
+        qcow2_codecs_forget(image->codecs, 0);
+        image->compressed_next = 0;
         image->clean_from = max_u64(image->clean_from, align_up(edge_size(node->file), image->cluster_size));
         return begin_writing(image, err);
     }
@@ -271,7 +297,8 @@ static struct image_info_specific *qcow2_specific_info(struct node *node)
     data->lazy_refcounts = image->header.compatible & QCOW2_COMPATIBLE_LAZY_REFCOUNTS;
     data->corrupt = image->header.incompatible & QCOW2_INCOMPATIBLE_CORRUPT;
     data->refcount_bits = 1 << image->header.refcount_order;
-    data->compression_type = QCOW2_COMPRESSION_TYPE_ZLIB;
+    data->compression_type = image->header.compression_type == QCOW2_COMPRESSION_ZSTD ? QCOW2_COMPRESSION_TYPE_ZSTD
+                                                                                      : QCOW2_COMPRESSION_TYPE_ZLIB;
     struct image_info_specific *info = g_new0(struct image_info_specific, 1);
     info->type = IMAGE_INFO_SPECIFIC_KIND_QCOW2;
     info->u.qcow2.data = data;
@@ -285,6 +312,7 @@ const struct driver driver_qcow2 = {
     .state_size = sizeof(struct qcow2),
     .backing = true,
     .write_if_unallocated = true,
+    .compresses = true,
     .open = qcow2_open,
     .close = qcow2_close,
     .read = qcow2_read,

@@ -25,6 +25,8 @@
  *    refcounts and data, barrier, L2 tables, barrier, L1 table, (barrier), lowered refcounts. A crash between any
  *    two leaves clusters leaked at most.
  */
+struct qcow2_codecs;
+
 struct qcow2_options {
     bool pass_discard;       /* of clusters that a discard freed, down to the file */
     bool pass_discard_other; /* of clusters freed otherwise */
@@ -93,6 +95,9 @@ struct qcow2 {
     int64_t trimmed_at_ns;
     bool frozen; /* the header may or may not show the newest tables: nothing may be written any more */
 
+    uint64_t compressed_next; /* host offset of the next compressed cluster; 0: in a new host cluster */
+
+    struct qcow2_codecs *codecs; /* has a lock of its own */
     struct list allocations;
     uint64_t epoch;
     atomic_uint inflight[2]; /* by parity of the epoch */
@@ -104,6 +109,8 @@ struct qcow2 {
 /* The image is inconsistent: logs the first time, refuses writes from now on, sets the corrupt bit on disk if
  * possible. Returns -EIO. The lock is held. */
 int coroutine_fn qcow2_mark_corrupt(struct qcow2 *image, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* After a repair: forgets the tables and loads them from disk. Nothing is dirty, and nobody else uses the image. */
+int coroutine_fn qcow2_reload_tables(struct qcow2 *image, struct error **err);
 /* Whether [offset, offset + bytes) of the file runs into the header, the L1 table in use, or the refcount table. */
 bool qcow2_overlaps_metadata(const struct qcow2 *image, uint64_t offset, uint64_t bytes);
 

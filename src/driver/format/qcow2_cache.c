@@ -11,7 +11,7 @@
  * It does not know what the tables mean, and never writes by itself but for the sake of 3.
  */
 #include "driver/format/qcow2_cache.h"
-#include "block/request.h"
+#include "block/driver.h"
 #include "loop/file.h"
 #include <errno.h>
 #include <glib.h>
@@ -93,6 +93,7 @@ static void cache_remove(struct qcow2_cache *cache, struct qcow2_slice *slice)
 
 static int coroutine_fn cache_write_slice(struct qcow2_cache *cache, struct qcow2_slice *slice)
 {
+    edge_event(cache->file, cache->on_write);
     return edge_write_memory(cache->file, slice->offset, slice->data, (uint64_t)1 << cache->slice_bits, 0);
 }
 
@@ -180,6 +181,7 @@ int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, voi
     if (code < 0) {
         return code;
     }
+    edge_event(cache->file, cache->on_load);
     code = edge_read_memory(cache->file, offset, slice->data, (uint64_t)1 << cache->slice_bits);
     if (code < 0) {
         return code;

@@ -3,6 +3,7 @@
 #define INTERLOCK_DRIVER_FORMAT_QCOW2_CACHE_H
 
 #include "loop/coroutine.h"
+#include "schema/types.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -17,6 +18,7 @@ struct qcow2_slice;
 
 struct qcow2_cache {
     struct edge *file;
+    enum blkdebug_event on_load, on_write; /* what the file is told; set after qcow2_cache_init() */
     unsigned slice_bits;
     unsigned max_slices;
     unsigned slice_count;

@@ -1,464 +1,296 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Repair of an image whose writer kept refcounts lazily and died: the refcounts on disk are too low (or too high) and
- * nothing else is wrong. The image's own tables tell what is used: header, L1 and L2 tables, data, the same of each
- * snapshot, the snapshot table, and persistent bitmaps.
+ * Check and repair of an image: takes the census (qcow2_census.c), compares what is used with what the refcounts say,
+ * and drives the steps of a repair. The order of a repair of everything:
  *
- * 1. The old refcount structures are not believed and not touched. New ones are laid out behind the end of the file
- *    and behind every cluster in use, written, flushed, and then made the image's by one write of the header.
- * 2. The counts are kept in memory, 4 bytes per cluster of the file; an image that refers far behind its file's end
- *    is refused rather than given that memory.
- * 3. COPIED flags are corrected after the refcounts, and the dirty bit is cleared last.
+ *     copies of misplaced clusters, flushed         nobody sees them
+ *     refcounts too low are raised, flushed         now nothing in use can be given out again
+ *     entries, L2 before L1, snapshots; flushed     what cannot be becomes what can; see qcow2_repair_tables.c
+ *     (the census again, until there is nothing more to correct)
+ *     refcounts too high are lowered, flushed
+ *     COPIED flags, flushed
+ *     the dirty and the corrupt bit, flushed
+ *
+ * 1. After a crash anywhere the image is what it was, less some of what was wrong, plus leaks.
+ * 2. Nothing is repaired while a part of the image could not be read: what that part uses is not known.
+ * 3. Leaks alone are not freed while entries cannot be: they may be what those entries meant.
+ * 4. What could be read is never dropped. An image that cannot be made whole is left with its corrupt bit.
  */
 #include "driver/format/qcow2_check.h"
 #include "base/size.h"
-#include "block/request.h"
-#include "driver/format/qcow2.h"
-#include "driver/format/qcow2_map.h"
-#include "driver/format/qcow2_refcount.h"
-#include <endian.h>
+#include "block/driver.h"
+#include "driver/format/qcow2_repair.h"
 #include <errno.h>
-#include <string.h>
 
-enum { CLUSTERS_MAX = 1 << 29 }; /* 2 GiB of counts */
+enum { ROUNDS_MAX = 8 };
 
-struct count {
-    struct qcow2 *image;
-    uint32_t *uses; /* per cluster */
-    uint64_t clusters;
-    struct error **err;
+/* What is found in one pass. */
+struct tally {
+    uint64_t corruptions, leaks, errors;
+    uint64_t end_offset;
 };
 
-static int count_uses(struct count *count, uint64_t offset, uint64_t bytes, const char *what)
+/* Where refcounts and uses differ. */
+static void compare_refcounts(struct qcow2_census *census, struct tally *tally)
 {
-    struct qcow2 *image = count->image;
-    if (bytes == 0) {
-        return 0;
-    }
-    uint64_t end = count->clusters << image->cluster_bits;
-    if (offset >= end || bytes > end - offset) {
-        return error_set(count->err, -EIO, "%s at 0x%" G_GINT64_MODIFIER "x lies behind the end of the image file",
-                         what, offset);
-    }
-    for (uint64_t i = offset >> image->cluster_bits; i <= (offset + bytes - 1) >> image->cluster_bits; i++) {
-        if (count->uses[i] == UINT32_MAX) {
-            return error_set(count->err, -EIO, "cluster 0x%" G_GINT64_MODIFIER "x is used too often",
-                             i << image->cluster_bits);
+    uint64_t end = 0;
+    const uint64_t in_chunk = (UINT64_C(1) << QCOW2_TALLY_CHUNK_BITS) - 1;
+    for (uint64_t i = 0; i < census->clusters; i++) {
+        if ((i & in_chunk) == 0) {
+            i = min_u64(qcow2_tally_skip(&census->uses, i), qcow2_tally_skip(&census->refcounts, i));
+            if (i >= census->clusters) {
+                break;
+            }
         }
-        count->uses[i]++;
+        uint32_t uses = qcow2_tally_get(&census->uses, i);
+        uint32_t refcount = qcow2_tally_get(&census->refcounts, i);
+        if (uses | refcount) {
+            end = i + 1;
+        }
+        if (uses == refcount) {
+            continue;
+        }
+        qcow2_findings_add(census->findings, "Cluster %" G_GUINT64_FORMAT " %s: it has %u uses and refcount %u", i,
+                           uses > refcount ? "can be lost" : "is leaked", uses, refcount);
+        *(uses > refcount ? &tally->corruptions : &tally->leaks) += 1;
     }
-    return 0;
+    tally->end_offset = end << census->image->cluster_bits;
 }
 
-/* Reads a table whose length was checked against the file. */
-static int coroutine_fn read_table(struct count *count, uint64_t offset, uint64_t bytes, const char *what, void **ret)
+static int coroutine_fn look(struct qcow2_census *census, struct qcow2 *image, struct qcow2_findings *findings,
+                             struct tally *ret, struct error **err)
 {
-    uint64_t end = count->clusters << count->image->cluster_bits;
-    if (offset >= end || bytes > end - offset) {
-        return error_set(count->err, -EIO, "%s at 0x%" G_GINT64_MODIFIER "x lies behind the end of the image file",
-                         what, offset);
-    }
-    void *table = g_try_malloc(bytes);
-    int code = table ? edge_read_memory(count->image->node->file, offset, table, bytes) : -ENOMEM;
-    if (code < 0) {
-        g_free(table);
-        return error_set_errno(count->err, code, "Could not read the %s", what);
-    }
-    *ret = table;
-    return 0;
-}
-
-static int coroutine_fn count_l2(struct count *count, uint64_t table)
-{
-    struct qcow2 *image = count->image;
-    g_autofree void *entries = NULL;
-    int code = count_uses(count, table, image->cluster_size, "an L2 table");
+    int code = qcow2_census_take(census, image, findings, err);
     if (code == 0) {
-        code = read_table(count, table, image->cluster_size, "L2 table", &entries);
-    }
-    for (uint64_t i = 0; code == 0 && i < (uint64_t)1 << image->l2_bits; i++) {
-        struct qcow2_entry entry = qcow2_entry_load(image, entries, i);
-        enum qcow2_kind kind = qcow2_entry_kind(image, entry);
-        if (kind == QCOW2_INVALID) {
-            return error_set(count->err, -EIO, "an L2 entry is invalid (0x%" G_GINT64_MODIFIER "x)", entry.descriptor);
-        }
-        if (kind == QCOW2_COMPRESSED_DATA) {
-            uint64_t offset;
-            uint64_t bytes;
-            qcow2_compressed_place(image->cluster_bits, entry.descriptor, &offset, &bytes);
-            code = count_uses(count, offset, bytes, "compressed data");
-        } else if (qcow2_kind_has_place(kind)) {
-            code = count_uses(count, entry.descriptor & QCOW2_OFFSET_MASK, image->cluster_size, "data");
-        }
+        *ret = (struct tally){0};
+        compare_refcounts(census, ret);
+        ret->corruptions += findings->corruptions;
+        ret->errors = findings->errors;
     }
     return code;
 }
 
-/* The table itself, and all that it shows. `l1` in disk order. */
-static int coroutine_fn count_l1(struct count *count, const uint64_t *l1, uint64_t offset, uint64_t entries)
+/* The same without telling anybody. */
+static int coroutine_fn look_again(struct qcow2_census *census, struct qcow2 *image, struct tally *ret,
+                                   struct error **err)
 {
-    int code = count_uses(count, offset, entries * 8, "an L1 table");
-    for (uint64_t i = 0; code == 0 && i < entries; i++) {
-        uint64_t entry = be64toh(l1[i]);
-        uint64_t table = entry & QCOW2_OFFSET_MASK;
-        if (entry & QCOW2_L1_RESERVED || qcow2_in_cluster(count->image, table)) {
-            return error_set(count->err, -EIO, "an L1 entry is invalid (0x%" G_GINT64_MODIFIER "x)", entry);
-        }
-        if (table) {
-            code = count_l2(count, table);
-        }
-    }
+    struct qcow2_findings findings;
+    qcow2_findings_init(&findings);
+    int code = look(census, image, &findings, ret, err);
+    qcow2_findings_finish(&findings);
+    census->findings = NULL;
     return code;
 }
 
-static int coroutine_fn count_active(struct count *count)
+/* Is there something that is not a matter of refcounts and flags alone? */
+static bool has_wrong_entries(const struct qcow2_census *census)
 {
-    const struct qcow2_header *header = &count->image->header;
-    g_autofree uint64_t *disk = NULL;
-    if (header->l1_size == 0) {
-        return 0;
+    bool wrong = census->l1_broken || census->overlaps || census->snapshots_broken || census->bitmaps_broken;
+    for (unsigned i = 0; i < census->tables->len; i++) {
+        wrong |= g_array_index(census->tables, struct qcow2_census_table, i).broken;
     }
-    int code = read_table(count, header->l1_offset, (uint64_t)header->l1_size * 8, "L1 table", (void **)&disk);
-    return code == 0 ? count_l1(count, disk, header->l1_offset, header->l1_size) : code;
+    for (unsigned i = 0; i < census->snapshots->len; i++) {
+        const struct qcow2_census_snapshot *snapshot =
+            &g_array_index(census->snapshots, struct qcow2_census_snapshot, i);
+        wrong |= snapshot->unusable || snapshot->broken;
+    }
+    return wrong;
 }
 
-static int coroutine_fn count_snapshot(struct count *count, const struct qcow2_disk_snapshot *snapshot)
+/* Bitmaps that cannot be relied on go, with what they use. */
+static int coroutine_fn drop_bitmaps(struct qcow2 *image, struct error **err)
 {
-    uint64_t offset = be64toh(snapshot->l1_table_offset);
-    uint64_t entries = be32toh(snapshot->l1_size);
-    g_autofree uint64_t *l1 = NULL;
-    if (qcow2_in_cluster(count->image, offset) || entries * 8 > QCOW2_L1_BYTES_MAX) {
-        return error_set(count->err, -EIO, "a snapshot's L1 table is invalid");
+    struct qcow2_header *header = &image->header;
+    header->autoclear &= ~(uint64_t)QCOW2_AUTOCLEAR_BITMAPS;
+    int code = qcow2_header_write_autoclear(image->node->file, header);
+    if (code == 0) {
+        code = edge_flush(image->node->file);
     }
-    if (entries == 0) {
-        return 0;
-    }
-    int code = read_table(count, offset, entries * 8, "L1 table of a snapshot", (void **)&l1);
-    return code == 0 ? count_l1(count, l1, offset, entries) : code;
+    return code < 0 ? error_set_errno(err, code, "Could not drop the image's bitmaps") : 0;
 }
 
-static int coroutine_fn count_snapshots(struct count *count)
+/* One round of correcting entries. */
+static int coroutine_fn correct_entries(struct qcow2_census *census, struct error **err)
 {
-    struct qcow2 *image = count->image;
-    uint64_t start = image->header.snapshots_offset;
-    uint64_t at = start;
-    for (uint32_t i = 0; i < image->header.snapshot_count; i++) {
-        struct qcow2_disk_snapshot snapshot;
-        int code = edge_read_memory(image->node->file, at, &snapshot, sizeof(snapshot));
+    struct qcow2_repair repair;
+    qcow2_repair_init(&repair, census, err);
+    int code = qcow2_repair_prepare(&repair);
+    if (code == 0) {
+        code = qcow2_repair_refcounts(&repair, true);
+    }
+    if (code == 0) {
+        code = qcow2_repair_tables(&repair);
+    }
+    if (code == 0) {
+        code = qcow2_repair_snapshots(&repair);
+    }
+    if (code == 0 && census->bitmaps_broken) {
+        code = drop_bitmaps(census->image, err);
+    }
+    if (code == 0) {
+        code = edge_flush(census->file);
         if (code < 0) {
-            return error_set_errno(count->err, code, "Could not read the snapshot table");
+            error_set_errno(err, code, "Could not write the corrected tables");
         }
-        uint32_t extra = be32toh(snapshot.extra_size);
-        at = align_up(at + sizeof(snapshot) + extra + be16toh(snapshot.id_size) + be16toh(snapshot.name_size), 8);
-        if (extra > QCOW2_SNAPSHOT_EXTRA_MAX || at - start > QCOW2_SNAPSHOT_TABLE_BYTES_MAX) {
-            return error_set(count->err, -EIO, "the snapshot table is invalid");
+    }
+    qcow2_repair_finish(&repair);
+    return code;
+}
+
+/* Entries, until none is wrong; *census is that of the image as it is now. */
+static int coroutine_fn correct_all_entries(struct qcow2_census *census, struct tally *tally, struct error **err)
+{
+    struct qcow2 *image = census->image;
+    for (unsigned round = 0; round < ROUNDS_MAX && tally->errors == 0 && has_wrong_entries(census); round++) {
+        int code = correct_entries(census, err);
+        qcow2_census_finish(census);
+        if (code == 0) {
+            code = look_again(census, image, tally, err);
         }
-        code = count_snapshot(count, &snapshot);
         if (code < 0) {
             return code;
         }
     }
-    return count_uses(count, start, at - start, "the snapshot table");
-}
-
-static int coroutine_fn count_bitmap(struct count *count, uint64_t offset, uint64_t entries)
-{
-    g_autofree uint64_t *table = NULL;
-    if (qcow2_in_cluster(count->image, offset) || entries > QCOW2_BITMAP_TABLE_ENTRIES_MAX) {
-        return error_set(count->err, -EIO, "a bitmap's table is invalid");
-    }
-    if (entries == 0) {
-        return 0;
-    }
-    int code = read_table(count, offset, entries * 8, "bitmap table", (void **)&table);
-    if (code == 0) {
-        code = count_uses(count, offset, entries * 8, "a bitmap table");
-    }
-    for (uint64_t i = 0; code == 0 && i < entries; i++) {
-        uint64_t data = be64toh(table[i]) & QCOW2_OFFSET_MASK;
-        code = data ? count_uses(count, data, count->image->cluster_size, "a bitmap") : 0;
-    }
-    return code;
-}
-
-static int coroutine_fn count_bitmaps(struct count *count)
-{
-    const struct qcow2_disk_bitmaps *bitmaps = &count->image->header.bitmaps;
-    g_autofree uint8_t *directory = NULL;
-    bool consistent = count->image->header.autoclear & QCOW2_AUTOCLEAR_BITMAPS;
-    if (!consistent || bitmaps->bitmap_count == 0) { /* else the extension says nothing that holds */
-        return 0;
-    }
-    if (bitmaps->bitmap_count > QCOW2_BITMAPS_MAX || bitmaps->directory_size > QCOW2_BITMAP_DIRECTORY_BYTES_MAX) {
-        return error_set(count->err, -EIO, "the bitmap directory is invalid");
-    }
-    uint64_t bytes = bitmaps->directory_size;
-    int code = read_table(count, bitmaps->directory_offset, bytes, "bitmap directory", (void **)&directory);
-    if (code == 0) {
-        code = count_uses(count, bitmaps->directory_offset, bytes, "the bitmap directory");
-    }
-    uint64_t at = 0;
-    for (uint32_t i = 0; code == 0 && i < bitmaps->bitmap_count; i++) {
-        struct qcow2_disk_bitmap bitmap;
-        if (bytes - at < sizeof(bitmap)) {
-            return error_set(count->err, -EIO, "the bitmap directory is too short");
-        }
-        memcpy(&bitmap, directory + at, sizeof(bitmap));
-        uint64_t length = align_up(sizeof(bitmap) + be32toh(bitmap.extra_size) + be16toh(bitmap.name_size), 8);
-        if (length > bytes - at) {
-            return error_set(count->err, -EIO, "the bitmap directory is too short");
-        }
-        at += length;
-        code = count_bitmap(count, be64toh(bitmap.table_offset), be32toh(bitmap.table_size));
-    }
-    return code;
-}
-
-static int coroutine_fn count_everything(struct count *count)
-{
-    struct qcow2 *image = count->image;
-    int code = count_uses(count, 0, image->cluster_size, "the header");
-    if (code == 0) {
-        code = count_active(count);
-    }
-    if (code == 0 && image->header.snapshot_count) {
-        code = count_snapshots(count);
-    }
-    if (code == 0) {
-        code = count_bitmaps(count);
-    }
-    return code;
-}
-
-/* The new structures: `blocks` blocks and then the table, from cluster `first` on. */
-struct layout {
-    uint64_t first, blocks, table_clusters, total;
-    uint64_t entries; /* of the table */
-};
-
-static bool region_in_use(const struct count *count, uint64_t region, const struct layout *layout)
-{
-    uint64_t begin = region << count->image->refcount_block_bits;
-    uint64_t end = (region + 1) << count->image->refcount_block_bits;
-    if (begin < layout->first + layout->total && end > layout->first) {
-        return true;
-    }
-    for (uint64_t i = begin; i < min_u64(end, count->clusters); i++) {
-        if (count->uses[i]) {
-            return true;
-        }
-    }
-    return false;
-}
-
-static void plan(const struct count *count, struct layout *layout)
-{
-    unsigned block_bits = count->image->refcount_block_bits;
-    unsigned cluster_bits = count->image->cluster_bits;
-    *layout = (struct layout){.first = count->clusters};
-    for (;;) {
-        struct layout next = *layout;
-        next.entries = ((layout->first + layout->total) >> block_bits) + 1;
-        next.blocks = 0;
-        for (uint64_t region = 0; region < next.entries; region++) {
-            next.blocks += region_in_use(count, region, layout);
-        }
-        next.table_clusters = div_up(next.entries * 8, count->image->cluster_size);
-        next.entries = next.table_clusters << (cluster_bits - 3);
-        next.total = next.blocks + next.table_clusters;
-        if (next.total == layout->total) {
-            *layout = next;
-            return;
-        }
-        layout->total = next.total;
-    }
-}
-
-static uint64_t uses_of(const struct count *count, const struct layout *layout, uint64_t cluster)
-{
-    if (cluster >= layout->first && cluster < layout->first + layout->total) {
-        return 1;
-    }
-    return cluster < count->clusters ? count->uses[cluster] : 0;
-}
-
-static int coroutine_fn write_blocks(struct count *count, const struct layout *layout, uint64_t *table)
-{
-    struct qcow2 *image = count->image;
-    unsigned order = image->header.refcount_order;
-    uint64_t per_block = (uint64_t)1 << image->refcount_block_bits;
-    uint64_t written = 0;
-    g_autofree void *block = g_try_malloc(image->cluster_size);
-    if (!block) {
-        return error_set_errno(count->err, -ENOMEM, "Could not rebuild the refcounts");
-    }
-    for (uint64_t region = 0; written < layout->blocks; region++) {
-        if (!region_in_use(count, region, layout)) {
-            continue;
-        }
-        memset(block, 0, image->cluster_size);
-        for (uint64_t i = 0; i < per_block; i++) {
-            uint64_t uses = uses_of(count, layout, (region << image->refcount_block_bits) + i);
-            if (order < 6 && uses >> (1u << order)) {
-                return error_set(count->err, -EIO,
-                                 "a cluster is used %" G_GUINT64_FORMAT " times, more than its refcount can say", uses);
-            }
-            if (uses) {
-                qcow2_refcount_store(block, order, i, uses);
-            }
-        }
-        uint64_t offset = (layout->first + written) << image->cluster_bits;
-        int code = edge_write_memory(image->node->file, offset, block, image->cluster_size, 0);
-        if (code < 0) {
-            return error_set_errno(count->err, code, "Could not write a refcount block");
-        }
-        table[region] = offset;
-        written++;
-    }
     return 0;
 }
 
-/* The new table is on disk at its place: makes it the image's. Takes `table` (host byte order). */
-static int coroutine_fn switch_table(struct count *count, const struct layout *layout, uint64_t *table)
+static int coroutine_fn correct_counts(struct qcow2_census *census, struct error **err)
 {
-    struct qcow2 *image = count->image;
-    uint64_t offset = (layout->first + layout->blocks) << image->cluster_bits;
-    g_autofree uint64_t *disk = g_try_new(uint64_t, layout->entries);
-    int code = disk ? 0 : -ENOMEM;
-    for (uint64_t i = 0; code == 0 && i < layout->entries; i++) {
-        disk[i] = htobe64(table[i]);
+    struct qcow2_repair repair;
+    qcow2_repair_init(&repair, census, err);
+    int code = qcow2_repair_refcounts(&repair, true);
+    if (code == 0) {
+        code = qcow2_repair_refcounts(&repair, false);
     }
     if (code == 0) {
-        code = edge_write_memory(image->node->file, offset, disk, layout->entries * 8, 0);
+        code = qcow2_repair_flags(&repair);
+    }
+    qcow2_repair_finish(&repair);
+    return code;
+}
+
+static int coroutine_fn clear_bits(struct qcow2 *image, struct error **err)
+{
+    const uint64_t bits = QCOW2_INCOMPATIBLE_DIRTY | QCOW2_INCOMPATIBLE_CORRUPT;
+    if (!(image->header.incompatible & bits)) {
+        return 0;
+    }
+    image->header.incompatible &= ~bits;
+    int code = edge_flush(image->node->file);
+    if (code == 0) {
+        code = qcow2_header_write_incompatible(image->node->file, &image->header);
     }
     if (code == 0) {
         code = edge_flush(image->node->file);
     }
     if (code == 0) {
-        image->header.refcount_table_offset = offset;
-        image->header.refcount_table_clusters = layout->table_clusters;
-        code = qcow2_header_write_refcount_table(image->node->file, &image->header);
+        atomic_store(&image->corrupt, false);
+        image->corrupt_logged = false;
     }
-    if (code == 0) {
-        code = edge_flush(image->node->file);
-    }
-    if (code < 0) {
-        g_free(table);
-        return error_set_errno(count->err, code, "Could not write the refcount table");
-    }
-    g_free(image->refcount_table);
-    image->refcount_table = table;
-    image->refcount_table_entries = layout->entries;
-    image->clean_from = max_u64(image->clean_from, (layout->first + layout->total) << image->cluster_bits);
-    image->free_hint = 0;
-    g_array_set_size(image->known_free, 0);
-    return 0;
+    return code < 0 ? error_set_errno(err, code, "Could not clear the dirty and the corrupt bit") : 0;
 }
 
-static int coroutine_fn rebuild(struct count *count)
+/* From the census of the image as it is to the one of the image as it is left. */
+static int coroutine_fn repair(struct qcow2_census *census, enum image_fix fix, struct tally *tally, struct error **err)
 {
-    struct layout layout;
-    plan(count, &layout);
-    if (layout.table_clusters << count->image->cluster_bits > QCOW2_REFCOUNT_TABLE_BYTES_MAX) {
-        return error_set(count->err, -EFBIG, "the image needs a refcount table of more than 8 MiB");
+    struct qcow2 *image = census->image;
+    int code = 0;
+    if (fix == IMAGE_FIX_ALL && (tally->corruptions || tally->leaks)) {
+        code = correct_all_entries(census, tally, err);
     }
-    uint64_t *table = g_try_new0(uint64_t, layout.entries);
-    if (!table) {
-        return error_set_errno(count->err, -ENOMEM, "Could not rebuild the refcounts");
+    bool wrong = code == 0 && has_wrong_entries(census);
+    bool counts = fix == IMAGE_FIX_ALL ? tally->corruptions + tally->leaks : tally->leaks;
+    if (code == 0 && !wrong && tally->errors == 0 && counts) {
+        code = correct_counts(census, err);
+        qcow2_census_finish(census);
+        if (code == 0) {
+            code = look_again(census, image, tally, err);
+        }
     }
-    int code = write_blocks(count, &layout, table);
+    if (code == 0 && fix == IMAGE_FIX_ALL && tally->errors + tally->corruptions == 0) {
+        code = clear_bits(image, err);
+    }
+    return code;
+}
+
+static int coroutine_fn check_image(struct qcow2 *image, enum image_fix fix, struct qcow2_findings *findings,
+                                    struct tally *ret_found, struct tally *ret_left, struct qcow2_census *census,
+                                    struct error **err)
+{
+    int code = look(census, image, findings, ret_found, err);
     if (code < 0) {
-        g_free(table);
         return code;
     }
-    return switch_table(count, &layout, table);
-}
-
-static bool correct_flag(const struct count *count, uint64_t *entry, uint64_t offset)
-{
-    uint64_t wanted = *entry & ~QCOW2_COPIED;
-    if (count->uses[offset >> count->image->cluster_bits] == 1) {
-        wanted |= QCOW2_COPIED;
+    *ret_left = *ret_found;
+    if (fix != IMAGE_FIX_NONE) {
+        code = repair(census, fix, ret_left, err);
+        struct error *ignored = NULL;
+        int loaded = qcow2_reload_tables(image, code < 0 ? &ignored : err);
+        error_free(ignored);
+        code = code < 0 ? code : loaded;
     }
-    bool changed = wanted != *entry;
-    *entry = wanted;
-    return changed;
-}
-
-static int coroutine_fn correct_table(struct count *count, uint64_t table)
-{
-    struct qcow2 *image = count->image;
-    g_autofree void *entries = NULL;
-    int code = read_table(count, table, image->cluster_size, "L2 table", &entries);
-    bool changed = false;
-    for (uint64_t i = 0; code == 0 && i < (uint64_t)1 << image->l2_bits; i++) {
-        struct qcow2_entry entry = qcow2_entry_load(image, entries, i);
-        if (qcow2_kind_has_place(qcow2_entry_kind(image, entry)) &&
-            correct_flag(count, &entry.descriptor, entry.descriptor & QCOW2_OFFSET_MASK)) {
-            qcow2_entry_store(image, entries, i, entry);
-            changed = true;
-        }
-    }
-    if (code == 0 && changed) {
-        code = edge_write_memory(image->node->file, table, entries, image->cluster_size, 0);
-        if (code < 0) {
-            error_set_errno(count->err, code, "Could not write an L2 table");
-        }
+    if (code < 0) {
+        qcow2_census_finish(census);
     }
     return code;
 }
 
-static int coroutine_fn correct_flags(struct count *count)
+static void set_count(bool *has, int64_t *to, uint64_t value)
 {
-    struct qcow2 *image = count->image;
-    for (uint64_t i = 0; i < image->header.l1_size; i++) {
-        uint64_t table = image->l1[i] & QCOW2_OFFSET_MASK;
-        if (table == 0) {
-            continue;
+    *has = value != 0;
+    *to = value;
+}
+
+int coroutine_fn qcow2_check(struct node *node, enum image_fix fix, struct image_check *ret, struct error **err)
+{
+    struct qcow2 *image = node->state;
+    struct qcow2_findings findings;
+    struct qcow2_census census;
+    struct tally found;
+    struct tally left;
+    g_assert(fix == IMAGE_FIX_NONE || node->writable);
+    qcow2_findings_init(&findings);
+    int code = check_image(image, fix, &findings, &found, &left, &census, err);
+    if (code == 0) {
+        ret->check_errors = left.errors;
+        set_count(&ret->has_corruptions, &ret->corruptions, left.corruptions);
+        set_count(&ret->has_leaks, &ret->leaks, left.leaks);
+        set_count(&ret->has_corruptions_fixed, &ret->corruptions_fixed,
+                  found.corruptions - min_u64(found.corruptions, left.corruptions));
+        set_count(&ret->has_leaks_fixed, &ret->leaks_fixed, found.leaks - min_u64(found.leaks, left.leaks));
+        set_count(&ret->has_total_clusters, &ret->total_clusters, div_up(image->header.size, image->cluster_size));
+        set_count(&ret->has_allocated_clusters, &ret->allocated_clusters, census.allocated);
+        set_count(&ret->has_fragmented_clusters, &ret->fragmented_clusters, census.fragmented);
+        set_count(&ret->has_compressed_clusters, &ret->compressed_clusters, census.compressed);
+        set_count(&ret->has_image_end_offset, &ret->image_end_offset, left.end_offset);
+        ret->has_findings = findings.lines->len > 0;
+        for (unsigned i = 0; i < findings.lines->len; i++) {
+            str_list_append(&ret->findings, g_strdup(findings.lines->pdata[i]));
         }
-        int code = correct_table(count, table);
-        if (code < 0) {
-            return code;
-        }
-        if (correct_flag(count, &image->l1[i], table)) {
-            uint64_t disk = htobe64(image->l1[i]);
-            code = edge_write_memory(image->node->file, image->header.l1_offset + i * 8, &disk, 8, 0);
-            if (code < 0) {
-                return error_set_errno(count->err, code, "Could not write the L1 table");
-            }
-        }
+        qcow2_census_finish(&census);
     }
-    return 0;
+    qcow2_findings_finish(&findings);
+    return code;
 }
 
 int coroutine_fn qcow2_repair_dirty(struct qcow2 *image, struct error **err)
 {
-    struct edge *file = image->node->file;
-    /* A file may end inside its last cluster. */
-    uint64_t clusters = div_up(edge_size(file), image->cluster_size);
-    g_autofree uint32_t *uses = clusters <= CLUSTERS_MAX ? g_try_new0(uint32_t, clusters) : NULL;
-    if (!uses) {
-        return error_set_errno(err, -ENOMEM, "Could not count the clusters of a dirty qcow2 image");
-    }
-    struct count count = {image, uses, clusters, err};
-    int code = count_everything(&count);
+    struct qcow2_findings findings;
+    struct qcow2_census census;
+    struct tally found;
+    struct tally left;
+    qcow2_findings_init(&findings);
+    int code = check_image(image, IMAGE_FIX_ALL, &findings, &found, &left, &census, err);
     if (code == 0) {
-        code = rebuild(&count);
-    }
-    if (code == 0) {
-        code = correct_flags(&count);
+        qcow2_census_finish(&census);
+        if (left.errors + left.corruptions) {
+            code = error_set(err, -EIO, "%s",
+                             findings.lines->len ? (const char *)findings.lines->pdata[0] : "it has errors");
+        }
     }
     if (code < 0) {
-        error_prepend(err, "Could not repair the refcounts of a qcow2 image that was not closed properly");
-        return code;
+        error_prepend(err, "Could not repair a qcow2 image that was not closed properly");
     }
-    image->header.incompatible &= ~(uint64_t)QCOW2_INCOMPATIBLE_DIRTY;
-    code = edge_flush(file);
-    if (code == 0) {
-        code = qcow2_header_write_incompatible(file, &image->header);
-    }
-    if (code == 0) {
-        code = edge_flush(file);
-    }
-    return code < 0 ? error_set_errno(err, code, "Could not clear the dirty bit") : 0;
+    qcow2_findings_finish(&findings);
+    return code;
 }

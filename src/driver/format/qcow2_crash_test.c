@@ -15,6 +15,7 @@
 #include "driver/format/qcow2_create.h"
 #include "driver/format/qcow2_testing.h"
 #include "loop/loop.h"
+#include <errno.h>
 #include <glib/gstdio.h>
 #include <string.h>
 
@@ -136,16 +137,24 @@ static void coroutine_fn do_read(struct crash *crash, uint64_t first, uint64_t c
     }
 }
 
-static void coroutine_fn do_write(struct crash *crash, uint64_t first, uint64_t count)
+static void coroutine_fn do_write(struct crash *crash, uint64_t first, uint64_t count, bool compressed)
 {
     g_autofree uint8_t *data = g_malloc(count * BLOCK);
     bool stable = below(&crash->random, 16) == 0;
+    int code = -EIO;
     issue(crash, first, count, false);
     for (uint64_t i = 0; i < count; i++) {
         fill(data + i * BLOCK, first + i, crash->block[first + i].issued);
     }
     struct iovec iov = {data, count * BLOCK};
-    int code = backend_write(crash->backend, first * BLOCK, count * BLOCK, buffers_one(&iov), stable ? REQUEST_FUA : 0);
+    unsigned flags = stable ? REQUEST_FUA : 0;
+    if (compressed) {
+        code =
+            backend_write(crash->backend, first * BLOCK, count * BLOCK, buffers_one(&iov), flags | REQUEST_COMPRESSED);
+    }
+    if (code == -EIO) { /* never compressed over what has a place */
+        code = backend_write(crash->backend, first * BLOCK, count * BLOCK, buffers_one(&iov), flags);
+    }
     g_assert_cmpint(code, ==, 0);
     complete(crash, first, count, stable);
 }
@@ -178,14 +187,15 @@ static void coroutine_fn do_operation(struct crash *crash)
         do_read(crash, first, count);
         return;
     }
-    if (what >= 70) { /* a discard is of whole clusters here */
+    bool compressed = what < 25;
+    if (what >= 70 || compressed) { /* those are of whole clusters here */
         uint64_t per_cluster = MAX(((uint64_t)1 << crash->cluster_bits) / BLOCK, 1);
         first = first / per_cluster * per_cluster;
         count = MIN((count + per_cluster - 1) / per_cluster * per_cluster, crash->blocks - first);
     }
     range_lock_acquire(&crash->ranges, &hold, first * BLOCK, count * BLOCK, false);
     if (what < 55) {
-        do_write(crash, first, count);
+        do_write(crash, first, count, compressed);
     } else {
         do_zero(crash, first, count, what >= 70);
     }

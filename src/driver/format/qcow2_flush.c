@@ -98,6 +98,7 @@ static int coroutine_fn write_l1(struct qcow2 *image)
         for (unsigned n = 0; n < count; n++) {
             disk[n] = htobe64(image->l1[first + n]);
         }
+        edge_event(image->node->file, BLKDEBUG_EVENT_L1_UPDATE);
         int code = edge_write_memory(image->node->file, image->header.l1_offset + (uint64_t)first * 8, disk,
                                      (uint64_t)count * 8, 0);
         if (code < 0) {
@@ -162,6 +163,7 @@ int coroutine_fn qcow2_flush(struct node *node)
 {
     struct qcow2 *image = node->state;
     int code = 0;
+    edge_event(node->file, BLKDEBUG_EVENT_FLUSH_TO_OS);
     co_mutex_lock(&image->lock);
     if (image->l2_cache.dirty_count && image->barrier_wanted && !image->frozen) {
         code = qcow2_write_refcounts(image);
@@ -181,6 +183,7 @@ int coroutine_fn qcow2_flush(struct node *node)
     uint64_t generation = image->generation - 1;
     co_mutex_unlock(&image->lock);
     if (code == 0) {
+        edge_event(node->file, BLKDEBUG_EVENT_FLUSH_TO_DISK);
         code = edge_flush(node->file);
     }
     if (code < 0) {

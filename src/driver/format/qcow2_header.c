@@ -138,7 +138,38 @@ static int check_l1(const struct qcow2_header *header, uint64_t cluster_size, ui
     return header->l1_size ? check_table("L1 table", header->l1_offset, l1_bytes, cluster_size, file_size, err) : 0;
 }
 
-static int check_fields(const struct qcow2_header *header, uint64_t file_size, struct error **err)
+/* Refcounts and snapshots: what a repair can make anew. */
+static int check_repairable(const struct qcow2_header *header, uint64_t file_size, struct error **err)
+{
+    uint64_t cluster_size = (uint64_t)1 << header->cluster_bits;
+    uint64_t refcount_bytes = (uint64_t)header->refcount_table_clusters << header->cluster_bits;
+    if (header->refcount_table_clusters == 0) {
+        return error_set(err, -EINVAL, "qcow2 image does not contain a reference count table");
+    }
+    if (refcount_bytes > QCOW2_REFCOUNT_TABLE_BYTES_MAX) {
+        return error_set(err, -EFBIG, "qcow2 reference count table is too large (%u clusters)",
+                         header->refcount_table_clusters);
+    }
+    int code = check_table("reference count table", header->refcount_table_offset, refcount_bytes, cluster_size,
+                           file_size, err);
+    if (code < 0) {
+        return code;
+    }
+    if (header->l1_size && ranges_overlap(header->l1_offset, (uint64_t)header->l1_size * 8,
+                                          header->refcount_table_offset, refcount_bytes)) {
+        return error_set(err, -EINVAL, "qcow2 L1 table overlaps the reference count table");
+    }
+    if (header->snapshot_count > QCOW2_SNAPSHOTS_MAX) {
+        return error_set(err, -EFBIG, "qcow2 snapshot table is too large (%u snapshots)", header->snapshot_count);
+    }
+    if (header->snapshot_count) {
+        uint64_t least = header->snapshot_count * (uint64_t)sizeof(struct qcow2_disk_snapshot);
+        return check_table("snapshot table", header->snapshots_offset, least, cluster_size, file_size, err);
+    }
+    return 0;
+}
+
+static int check_fields(const struct qcow2_header *header, uint64_t file_size, bool for_check, struct error **err)
 {
     if (header->cluster_bits < QCOW2_CLUSTER_BITS_MIN || header->cluster_bits > QCOW2_CLUSTER_BITS_MAX) {
         return error_set(err, -EINVAL, "Unsupported qcow2 cluster size: 2^%u bytes", header->cluster_bits);
@@ -156,34 +187,8 @@ static int check_fields(const struct qcow2_header *header, uint64_t file_size, s
         return error_set(err, -EINVAL, "qcow2 reference count entry width too large: 2^%u bits",
                          header->refcount_order);
     }
-    uint64_t refcount_bytes = (uint64_t)header->refcount_table_clusters << header->cluster_bits;
-    if (header->refcount_table_clusters == 0) {
-        return error_set(err, -EINVAL, "qcow2 image does not contain a reference count table");
-    }
-    if (refcount_bytes > QCOW2_REFCOUNT_TABLE_BYTES_MAX) {
-        return error_set(err, -EFBIG, "qcow2 reference count table is too large (%u clusters)",
-                         header->refcount_table_clusters);
-    }
-    int code = check_table("reference count table", header->refcount_table_offset, refcount_bytes, cluster_size,
-                           file_size, err);
-    if (code == 0) {
-        code = check_l1(header, cluster_size, file_size, err);
-    }
-    if (code < 0) {
-        return code;
-    }
-    if (header->l1_size && ranges_overlap(header->l1_offset, (uint64_t)header->l1_size * 8,
-                                          header->refcount_table_offset, refcount_bytes)) {
-        return error_set(err, -EINVAL, "qcow2 L1 table overlaps the reference count table");
-    }
-    if (header->snapshot_count > QCOW2_SNAPSHOTS_MAX) {
-        return error_set(err, -EFBIG, "qcow2 snapshot table is too large (%u snapshots)", header->snapshot_count);
-    }
-    if (header->snapshot_count) {
-        uint64_t least = header->snapshot_count * (uint64_t)sizeof(struct qcow2_disk_snapshot);
-        return check_table("snapshot table", header->snapshots_offset, least, cluster_size, file_size, err);
-    }
-    return 0;
+    int code = check_l1(header, cluster_size, file_size, err);
+    return code == 0 && !for_check ? check_repairable(header, file_size, err) : code;
 }
 
 static int parse_extension(struct qcow2_header *header, uint32_t type, const uint8_t *data, uint32_t length,
@@ -327,17 +332,14 @@ static int check_features(const struct qcow2_header *header, struct error **err)
         return error_set(err, -EINVAL, "qcow2 compression type %u contradicts the compression type feature bit",
                          header->compression_type);
     }
-    if (header->compression_type == QCOW2_COMPRESSION_ZSTD) {
-        return error_set(err, -ENOTSUP, "qcow2 compression type zstd is not supported");
-    }
-    if (compression) {
+    if (header->compression_type > QCOW2_COMPRESSION_ZSTD) {
         return error_set(err, -ENOTSUP, "Unknown qcow2 compression type %u", header->compression_type);
     }
     return 0;
 }
 
-int qcow2_header_parse(const uint8_t *data, uint64_t bytes, uint64_t file_size, struct qcow2_header *ret,
-                       struct error **err)
+static int parse_header(const uint8_t *data, uint64_t bytes, uint64_t file_size, bool for_check,
+                        struct qcow2_header *ret, struct error **err)
 {
     struct qcow2_header header;
     memset(&header, 0, sizeof(header));
@@ -355,7 +357,7 @@ int qcow2_header_parse(const uint8_t *data, uint64_t bytes, uint64_t file_size, 
         }
     }
     if (code == 0) {
-        code = check_fields(&header, file_size, err);
+        code = check_fields(&header, file_size, for_check, err);
     }
     if (code == 0) {
         code = parse_backing(data, bytes, &header, err);
@@ -374,7 +376,13 @@ int qcow2_header_parse(const uint8_t *data, uint64_t bytes, uint64_t file_size, 
     return 0;
 }
 
-int coroutine_fn qcow2_header_read(struct edge *file, struct qcow2_header *ret, struct error **err)
+int qcow2_header_parse(const uint8_t *data, uint64_t bytes, uint64_t file_size, struct qcow2_header *ret,
+                       struct error **err)
+{
+    return parse_header(data, bytes, file_size, false, ret, err);
+}
+
+int coroutine_fn qcow2_header_read(struct edge *file, bool for_check, struct qcow2_header *ret, struct error **err)
 {
     uint64_t file_size = edge_size(file);
     uint64_t bytes = 4 * KiB;
@@ -395,7 +403,7 @@ int coroutine_fn qcow2_header_read(struct edge *file, struct qcow2_header *ret, 
             return error_set_errno(err, code, "Could not read the qcow2 header");
         }
     }
-    return qcow2_header_parse(data, bytes, file_size, ret, err);
+    return parse_header(data, bytes, file_size, for_check, ret, err);
 }
 
 static void append_extension(uint8_t *to, uint64_t *at, uint32_t type, const void *data, uint32_t length)

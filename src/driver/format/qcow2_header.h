@@ -47,8 +47,9 @@ struct qcow2_header {
  */
 int qcow2_header_parse(const uint8_t *data, uint64_t bytes, uint64_t file_size, struct qcow2_header *ret,
                        struct error **err);
-/* Reads, parses and checks; refuses what this driver does not support, by name. */
-int coroutine_fn qcow2_header_read(struct edge *file, struct qcow2_header *ret, struct error **err);
+/* Reads, parses and checks; refuses what this driver does not support, by name. for_check: takes refcount and snapshot
+ * tables that cannot be. */
+int coroutine_fn qcow2_header_read(struct edge *file, bool for_check, struct qcow2_header *ret, struct error **err);
 void qcow2_header_clear(struct qcow2_header *header);
 
 /* Lays the header cluster out: sector-atomic where it fits, see qcow2_header.c. `to` has a cluster's size, zeroed.

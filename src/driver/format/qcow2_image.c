@@ -5,11 +5,13 @@
  * qcow2_resize.c).
  */
 #include "driver/format/qcow2_image.h"
+#include "driver/format/qcow2_check.h"
 #include "driver/format/qcow2_create.h"
 #include "driver/format/qcow2_resize.h"
 
 const struct image_driver qcow2_image = {
     .options = qcow2_image_options,
     .create = qcow2_image_create,
+    .check = qcow2_check,
     .grow = qcow2_grow,
 };

@@ -128,9 +128,11 @@ static int coroutine_fn fill_table(struct qcow2 *image, uint64_t table, uint64_t
     qcow2_cache_forget(&image->l2_cache, table, image->cluster_size);
     if (old) {
         g_autofree void *copy = g_try_malloc(image->cluster_size);
+        edge_event(file, BLKDEBUG_EVENT_L2_ALLOC_COW_READ);
         int code = copy ? edge_read_memory(file, old, copy, image->cluster_size) : -ENOMEM;
         return code == 0 ? edge_write_memory(file, table, copy, image->cluster_size, 0) : code;
     }
+    edge_event(file, BLKDEBUG_EVENT_L2_ALLOC_WRITE);
     if (image->l2_cache.slice_bits == image->cluster_bits) {
         void *slice;
         return qcow2_cache_get_zeroed(&image->l2_cache, table, &slice);

@@ -5,63 +5,16 @@
  * being reused while they are read (qcow2.h, 2); that they may be overwritten in place by a request that runs at the
  * same time is the client's affair.
  *
- * Compressed clusters are inflated by the worker pool. What a compressed cluster says of its length is rounded up to
- * sectors, and may reach behind the end of the file; the deflate stream itself says where it ends.
+ * Compressed clusters of one request are unpacked side by side (qcow2_compressed.c); each keeps its epoch until it is
+ * done.
  */
 #include "driver/format/qcow2_read.h"
 #include "base/size.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_compressed.h"
 #include "driver/format/qcow2_map.h"
-#include "loop/worker.h"
 #include <errno.h>
 #include <string.h>
-#include <zlib.h>
-
-struct inflation {
-    void *from, *to;
-    size_t from_bytes, to_bytes;
-};
-
-/* On a worker: a raw deflate stream of exactly one cluster. */
-static int inflate_cluster(void *argument)
-{
-    struct inflation *inflation = argument;
-    z_stream stream = {
-        .next_in = inflation->from,
-        .avail_in = inflation->from_bytes,
-        .next_out = inflation->to,
-        .avail_out = inflation->to_bytes,
-    };
-    if (inflateInit2(&stream, -MAX_WBITS) != Z_OK) {
-        return -ENOMEM;
-    }
-    int code = inflate(&stream, Z_FINISH);
-    bool whole = stream.avail_out == 0 && (code == Z_STREAM_END || code == Z_BUF_ERROR || code == Z_OK);
-    inflateEnd(&stream);
-    return whole ? 0 : -EIO;
-}
-
-static int coroutine_fn read_compressed(struct qcow2 *image, uint64_t entry, uint64_t in_cluster, uint64_t bytes,
-                                        struct buffers to)
-{
-    uint64_t place;
-    uint64_t stored;
-    qcow2_compressed_place(image->cluster_bits, entry, &place, &stored);
-    g_autofree void *from = g_try_malloc(stored);
-    g_autofree uint8_t *cluster = g_try_malloc(image->cluster_size);
-    if (!from || !cluster) {
-        return -ENOMEM;
-    }
-    int code = edge_read_memory(image->node->file, place, from, stored);
-    if (code == 0) {
-        struct inflation inflation = {from, cluster, stored, image->cluster_size};
-        code = worker_run(inflate_cluster, &inflation);
-    }
-    if (code == 0) {
-        buffers_copy_in(to, cluster + in_cluster, bytes);
-    }
-    return code;
-}
 
 int coroutine_fn qcow2_read_run(struct qcow2 *image, const struct qcow2_run *run, uint64_t offset, uint64_t bytes,
                                 struct buffers to)
@@ -81,28 +34,52 @@ int coroutine_fn qcow2_read_run(struct qcow2 *image, const struct qcow2_run *run
         buffers_fill(to, 0, bytes);
         return 0;
     case QCOW2_COMPRESSED_DATA:
-        return read_compressed(image, run->entry, qcow2_in_cluster(image, offset), bytes, to);
+        return qcow2_compressed_read(image, run->entry, qcow2_in_cluster(image, offset), bytes, to);
     case QCOW2_INVALID:
         break;
     }
     return -EIO;
 }
 
+/* For fault injection. */
+static void coroutine_fn tell_read(struct qcow2 *image, const struct qcow2_run *run)
+{
+    if (run->kind == QCOW2_DATA) {
+        edge_event(image->node->file, BLKDEBUG_EVENT_READ_AIO);
+    } else if (run->kind == QCOW2_COMPRESSED_DATA) {
+        edge_event(image->node->file, BLKDEBUG_EVENT_READ_COMPRESSED);
+    } else if (run->kind == QCOW2_UNALLOCATED && image->node->backing) {
+        edge_event(image->node->file, BLKDEBUG_EVENT_READ_BACKING_AIO);
+    }
+}
+
 int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, struct buffers to, unsigned flags)
 {
     struct qcow2 *image = node->state;
-    while (bytes) {
+    struct qcow2_inflating inflating; /* in use if `several` */
+    bool several = false;
+    int code = 0;
+    while (bytes && code == 0) {
         struct qcow2_run run;
         co_mutex_lock(&image->lock);
-        int code = qcow2_lookup(image, offset, bytes, &run);
+        code = qcow2_lookup(image, offset, bytes, &run);
         unsigned parity = qcow2_epoch_enter(image);
         co_mutex_unlock(&image->lock);
         if (code == 0) {
-            code = qcow2_read_run(image, &run, offset, run.bytes, to);
+            tell_read(image, &run);
         }
-        qcow2_epoch_leave(image, parity);
+        if (code == 0 && run.kind == QCOW2_COMPRESSED_DATA && (several || run.bytes < bytes)) {
+            if (!several) {
+                qcow2_inflating_begin(&inflating, image);
+                several = true;
+            }
+            qcow2_inflating_read(&inflating, run.entry, qcow2_in_cluster(image, offset), run.bytes, to, parity);
+        } else {
+            code = code == 0 ? qcow2_read_run(image, &run, offset, run.bytes, to) : code;
+            qcow2_epoch_leave(image, parity);
+        }
         if (code < 0) {
-            return code;
+            break;
         }
         offset += run.bytes;
         bytes -= run.bytes;
@@ -110,7 +87,11 @@ int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, 
             to = buffers_advance(to, run.bytes);
         }
     }
-    return 0;
+    if (several) {
+        int other = qcow2_inflating_end(&inflating);
+        code = code < 0 ? code : other;
+    }
+    return code;
 }
 
 static unsigned extent_flags_of(enum qcow2_kind kind)

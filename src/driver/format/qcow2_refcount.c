@@ -16,6 +16,7 @@
 #include "driver/format/qcow2_refcount.h"
 #include "base/size.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_compressed.h"
 #include <endian.h>
 #include <errno.h>
 #include <string.h>
@@ -147,8 +148,11 @@ static int coroutine_fn refcount_add_one(struct qcow2 *image, uint64_t cluster, 
     value += delta;
     qcow2_refcount_store(slice, image->header.refcount_order, index, value);
     qcow2_cache_mark_dirty(&image->refcount_cache);
-    if (value == 0 && cluster < image->free_hint) {
-        remember_free(image, cluster);
+    if (value == 0) {
+        qcow2_compressed_leave(image, cluster);
+        if (cluster < image->free_hint) {
+            remember_free(image, cluster);
+        }
     }
     return 0;
 }
@@ -190,6 +194,7 @@ static int coroutine_fn create_block(struct qcow2 *image, uint32_t index, uint64
 {
     uint64_t offset = cluster << image->cluster_bits;
     int code;
+    edge_event(image->node->file, BLKDEBUG_EVENT_REFBLOCK_ALLOC);
     if (qcow2_overlaps_metadata(image, offset, image->cluster_size)) {
         return qcow2_mark_corrupt(image, "a new refcount block at 0x%" G_GINT64_MODIFIER "x would overwrite metadata",
                                   offset);
@@ -199,6 +204,7 @@ static int coroutine_fn create_block(struct qcow2 *image, uint32_t index, uint64
         code = qcow2_cache_get_zeroed(&image->refcount_cache, offset, &slice);
     } else {
         qcow2_cache_forget(&image->refcount_cache, offset, image->cluster_size);
+        edge_event(image->node->file, BLKDEBUG_EVENT_REFBLOCK_ALLOC_WRITE);
         code = edge_write_zeroes(image->node->file, offset, image->cluster_size, 0);
     }
     if (code == 0) {
@@ -348,8 +354,10 @@ static int coroutine_fn place_table(struct qcow2 *image, uint64_t clusters)
     if (code < 0) {
         return code;
     }
+    edge_event(file, BLKDEBUG_EVENT_REFBLOCK_ALLOC_WRITE_BLOCKS);
     code = qcow2_cache_write(&image->refcount_cache);
     if (code == 0) {
+        edge_event(file, BLKDEBUG_EVENT_REFBLOCK_ALLOC_WRITE_TABLE);
         code = write_table(image, offset, 0, image->refcount_table_entries);
     }
     if (code == 0) {
@@ -363,6 +371,7 @@ static int coroutine_fn place_table(struct qcow2 *image, uint64_t clusters)
     uint32_t old_clusters = image->header.refcount_table_clusters;
     image->header.refcount_table_offset = offset;
     image->header.refcount_table_clusters = clusters;
+    edge_event(file, BLKDEBUG_EVENT_REFBLOCK_ALLOC_SWITCH_TABLE);
     code = qcow2_header_write_refcount_table(file, &image->header);
     if (code == 0) {
         code = edge_flush(file);
@@ -392,6 +401,7 @@ static int coroutine_fn grow_table(struct qcow2 *image, uint64_t wanted_entries)
     }
     memset(grown + old_entries, 0, bytes - (uint64_t)old_entries * 8);
     image->refcount_table = grown;
+    edge_event(image->node->file, BLKDEBUG_EVENT_REFTABLE_GROW);
     image->refcount_table_entries = bytes / 8;
     int code = place_table(image, bytes >> image->cluster_bits);
     if (code < 0 && !image->frozen) {
@@ -552,6 +562,7 @@ int coroutine_fn qcow2_allocate(struct qcow2 *image, uint64_t wanted, uint64_t *
 {
     uint64_t cluster = 0;
     uint64_t count = 0;
+    edge_event(image->node->file, BLKDEBUG_EVENT_CLUSTER_ALLOC);
     int code = take_known(image, wanted, &cluster, &count);
     if (code == 0 && count == 0) {
         code = take_next(image, wanted, &cluster, &count);
@@ -609,6 +620,7 @@ static void coroutine_fn discard_freed(struct qcow2 *image, const struct qcow2_f
     for (uint64_t i = 0; i <= freed->clusters; i++) {
         uint64_t value = 0;
         if (i < freed->clusters && qcow2_refcount_get(image, first + i, &value) == 0 && value == 1) {
+            qcow2_compressed_leave(image, first + i);
             run++;
             continue;
         }
@@ -642,6 +654,7 @@ void coroutine_fn qcow2_reclaim(struct qcow2 *image)
     g_array_set_size(image->freed, kept);
     for (unsigned i = 0; i < ready->len; i++) {
         const struct qcow2_freed *freed = &g_array_index(ready, struct qcow2_freed, i);
+        edge_event(image->node->file, BLKDEBUG_EVENT_CLUSTER_FREE);
         if (freed->discard) {
             discard_freed(image, freed);
         }
@@ -659,6 +672,7 @@ int coroutine_fn qcow2_write_refcounts(struct qcow2 *image)
     }
     code = edge_flush(image->node->file);
     if (code == 0) {
+        edge_event(image->node->file, BLKDEBUG_EVENT_REFBLOCK_ALLOC_HOOKUP);
         code = write_table(image, image->header.refcount_table_offset, image->refcount_dirty_first,
                            image->refcount_dirty_end);
     }

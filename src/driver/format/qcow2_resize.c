@@ -33,12 +33,14 @@ static int coroutine_fn prepare_l1(struct qcow2 *image, uint64_t entries, uint64
     uint64_t bytes = align_up(entries * 8, image->cluster_size);
     uint64_t *l1 = g_try_malloc0(bytes);
     uint64_t *disk = g_try_malloc0(bytes);
+    edge_event(image->node->file, BLKDEBUG_EVENT_L1_GROW_ALLOC_TABLE);
     int code = l1 && disk ? qcow2_allocate_exactly(image, bytes >> image->cluster_bits, ret_offset) : -ENOMEM;
     if (code == 0) {
         for (uint64_t i = 0; i < image->header.l1_size; i++) {
             l1[i] = image->l1[i];
             disk[i] = htobe64(l1[i]);
         }
+        edge_event(image->node->file, BLKDEBUG_EVENT_L1_GROW_WRITE_TABLE);
         code = edge_write_memory(image->node->file, *ret_offset, disk, bytes, 0);
         if (code < 0) {
             qcow2_release(image, *ret_offset, bytes >> image->cluster_bits);
@@ -110,6 +112,7 @@ static int coroutine_fn grow_l1(struct qcow2 *image, uint64_t size)
     }
     image->header.l1_offset = offset;
     image->header.l1_size = entries;
+    edge_event(image->node->file, BLKDEBUG_EVENT_L1_GROW_ACTIVATE_TABLE);
     code = write_header(image);
     if (code < 0) {
         /* Nobody knows which table the header shows now. */

@@ -151,7 +151,7 @@ static const struct bad_header bad_headers[] = {
     {"extended L2", {PATCH(incompatible_features, 16)}},
     {"a feature from the future", {PATCH(incompatible_features, 64)}},
     {"unknown incompatible feature (bit 63)", {PATCH(incompatible_features, UINT64_C(1) << 63)}},
-    {"zstd", {PATCH(incompatible_features, 8), PATCH(compression_type, 1)}},
+    {NULL, {PATCH(incompatible_features, 8), PATCH(compression_type, 1)}},
     {"compression type 9", {PATCH(incompatible_features, 8), PATCH(compression_type, 9)}},
     {"contradicts", {PATCH(incompatible_features, 8)}},
     {"contradicts", {PATCH(compression_type, 1)}},

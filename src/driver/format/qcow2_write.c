@@ -18,6 +18,7 @@
 #include "driver/format/qcow2_write.h"
 #include "base/size.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_compressed.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_map.h"
 #include "driver/format/qcow2_read.h"
@@ -94,6 +95,7 @@ static int coroutine_fn prepare_around(struct step *step)
     if (!step->around) {
         return -ENOMEM;
     }
+    edge_event(image->node->file, BLKDEBUG_EVENT_COW_READ);
     int code = step->head ? read_around(step, step->first, step->head, step->around) : 0;
     if (code == 0 && step->tail) {
         code = read_around(step, step->offset + step->bytes, step->tail, step->around + step->head);
@@ -124,6 +126,7 @@ static int coroutine_fn write_step(struct step *step)
     uint64_t tail = skip_tail ? 0 : step->tail;
     struct edge *file = step->image->node->file;
     uint64_t at = step->host + (step->head - head);
+    edge_event(step->image->node->file, head + tail ? BLKDEBUG_EVENT_COW_WRITE : BLKDEBUG_EVENT_WRITE_AIO);
     if (head + tail == 0) {
         return edge_write(file, at, step->bytes, step->from, 0);
     }
@@ -270,6 +273,7 @@ static int coroutine_fn write_some(struct qcow2 *image, uint64_t offset, uint64_
     if (run.kind == QCOW2_DATA && run.copied) {
         unsigned parity = qcow2_epoch_enter(image);
         co_mutex_unlock(&image->lock);
+        edge_event(image->node->file, BLKDEBUG_EVENT_WRITE_AIO);
         code = edge_write(image->node->file, run.host_offset, run.bytes, from, 0);
         qcow2_epoch_leave(image, parity);
         return code;
@@ -299,12 +303,19 @@ static int coroutine_fn write_all(struct qcow2 *image, uint64_t offset, uint64_t
     return 0;
 }
 
+int coroutine_fn qcow2_write_plain(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct buffers from,
+                                   unsigned flags)
+{
+    return write_all(image, offset, bytes, from, flags);
+}
+
 int coroutine_fn qcow2_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from, unsigned flags)
 {
     struct qcow2 *image = node->state;
     int code = qcow2_prepare_write(image);
     if (code == 0) {
-        code = write_all(image, offset, bytes, from, flags);
+        code = flags & REQUEST_COMPRESSED ? qcow2_compressed_write(image, offset, bytes, from, flags)
+                                          : write_all(image, offset, bytes, from, flags);
     }
     if (code < 0) {
         return code;

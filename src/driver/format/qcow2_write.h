@@ -19,4 +19,8 @@ int coroutine_fn qcow2_write_zero_data(struct qcow2 *image, uint64_t offset, uin
  * lock meanwhile, and returns true: what was looked up before is void. */
 bool coroutine_fn qcow2_wait_for_allocations(struct qcow2 *image, uint64_t offset, uint64_t *bytes);
 
+/* An ordinary write of any bytes that are inside the image, without the rest of what a request is (qcow2_write()). */
+int coroutine_fn qcow2_write_plain(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct buffers from,
+                                   unsigned flags);
+
 #endif

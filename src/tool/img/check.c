@@ -41,6 +41,20 @@ static int coroutine_fn check_node(struct img *img, struct node *node, enum imag
     return r;
 }
 
+/* What was found, line by line, ahead of the numbers; `tell` false: only drops it. */
+static void tell_findings(struct image_check *result, bool tell)
+{
+    for (size_t i = 0; i < result->findings.count; i++) {
+        if (tell) {
+            fprintf(stderr, "%s\n", result->findings.items[i]);
+        }
+        g_free(result->findings.items[i]);
+    }
+    g_free(result->findings.items);
+    result->findings = (struct str_list){0};
+    result->has_findings = false;
+}
+
 static int64_t value(bool has, int64_t of)
 {
     return has ? of : 0;
@@ -108,6 +122,7 @@ static int coroutine_fn check_again(struct img *img, const struct check *check, 
         fflush(stdout);
     }
     int r = check_node(img, node, IMAGE_FIX_NONE, result, err);
+    tell_findings(result, !check->common.quiet);
     result->has_leaks_fixed = before.has_leaks_fixed;
     result->leaks_fixed = before.leaks_fixed;
     result->has_corruptions_fixed = before.has_corruptions_fixed;
@@ -146,6 +161,7 @@ static int coroutine_fn check_run(struct img *img, struct check *check)
         return STATUS_UNSUPPORTED;
     }
     int r = check_node(img, node, check->fix, &result, &error);
+    tell_findings(&result, !check->common.quiet);
     trim(&result);
     if (r == 0) {
         r = check_again(img, check, node, &result, &error);
