@@ -31,6 +31,7 @@ enum { SLICE_BITS_MAX = 12, SLICES_MIN = 16, L2_CACHE_BYTES_MAX = 32 << 20, TRIM
 static void read_options(struct node *node, const struct blockdev_options_qcow2 *from, struct qcow2_options *to)
 {
     to->pass_discard = from->has_pass_discard_request ? from->pass_discard_request : node->discard;
+    to->pass_discard_snapshot = !from->has_pass_discard_snapshot || from->pass_discard_snapshot;
     to->pass_discard_other = from->has_pass_discard_other && from->pass_discard_other;
     to->trim_interval_ns =
         (from->has_cache_clean_interval ? from->cache_clean_interval : TRIM_INTERVAL_S) * INT64_C(1000000000);
@@ -149,6 +150,9 @@ int coroutine_fn qcow2_reload_tables(struct qcow2 *image, struct error **err)
 /* What has to be true, or is made so, before anything is written. */
 static int coroutine_fn begin_writing(struct qcow2 *image, struct error **err)
 {
+    if (image->shows_snapshot) {
+        return error_set(err, -EROFS, "Node '%s' shows a snapshot and cannot be written to", image->node->name);
+    }
     if (image->header.incompatible & QCOW2_INCOMPATIBLE_CORRUPT || atomic_load(&image->corrupt)) {
         error_set(err, -EACCES, "qcow2 image of node '%s' is corrupt; it cannot be opened for writing",
                   image->node->name);

@@ -28,9 +28,10 @@
 struct qcow2_codecs;
 
 struct qcow2_options {
-    bool pass_discard;       /* of clusters that a discard freed, down to the file */
-    bool pass_discard_other; /* of clusters freed otherwise */
-    uint64_t l2_cache_bytes; /* 0: not given; also below */
+    bool pass_discard;          /* of clusters that a discard freed, down to the file */
+    bool pass_discard_snapshot; /* of clusters that a change of snapshots freed */
+    bool pass_discard_other;    /* of clusters freed otherwise */
+    uint64_t l2_cache_bytes;    /* 0: not given; also below */
     uint64_t refcount_cache_bytes;
     uint64_t cache_bytes;
     int64_t trim_interval_ns; /* of the caches; 0: never */
@@ -104,6 +105,7 @@ struct qcow2 {
     atomic_bool prepared;    /* autoclear bits on disk are what they must be for a writer */
     atomic_bool corrupt;     /* found so; no more writes */
     bool corrupt_logged;
+    bool shows_snapshot; /* the tables in memory are a snapshot's: not to be written */
 };
 
 /* The image is inconsistent: logs the first time, refuses writes from now on, sets the corrupt bit on disk if

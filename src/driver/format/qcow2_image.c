@@ -8,10 +8,16 @@
 #include "driver/format/qcow2_check.h"
 #include "driver/format/qcow2_create.h"
 #include "driver/format/qcow2_resize.h"
+#include "driver/format/qcow2_snapshot.h"
 
 const struct image_driver qcow2_image = {
     .options = qcow2_image_options,
     .create = qcow2_image_create,
     .check = qcow2_check,
     .grow = qcow2_grow,
+    .snapshot_list = qcow2_snapshot_list,
+    .snapshot_create = qcow2_snapshot_make,
+    .snapshot_apply = qcow2_snapshot_apply,
+    .snapshot_delete = qcow2_snapshot_delete,
+    .snapshot_load = qcow2_snapshot_load,
 };
