@@ -321,7 +321,7 @@ static void coroutine_fn snapshot_step(struct scene *scene)
     auto_error error = NULL;
     g_autofree char *name = choose_change(scene, &verb);
     int code = change_snapshots(scene, verb, name, &error);
-    if (code == -EINVAL && scene->shape.refcount_bits <= 4) {
+    if (code == -EINVAL && scene->shape.refcount_bits <= 8) {
         return; /* too many uses for the width; nothing has changed */
     }
     if (code == -ERANGE || (code == 0) == (error != NULL) || code < 0) {
@@ -335,7 +335,7 @@ static void peer_step(struct scene *scene)
     static const char *const options[] = {"-c", "-a", "-d"};
     enum verb verb;
     g_autofree char *name = choose_change(scene, &verb);
-    bool fits = scene->shape.refcount_bits > 4;
+    bool fits = scene->shape.refcount_bits > 8;
     if (fits && testing_run(true, "qemu-img snapshot -q %s %s %s", options[verb], name, scene->path) == 0) {
         model_change(scene, verb, name);
     }
@@ -544,7 +544,7 @@ static void test_random(void)
 
 static void test_cuts(void)
 {
-    run_cases(CUT_CASES, cut_case, 8);
+    run_cases(CUT_CASES, cut_case, 16);
 }
 
 int main(int argc, char **argv)

@@ -37,6 +37,7 @@ static const struct img_command {
     {"measure", img_measure, "tell how large a new image will be"},
     {"rebase", img_rebase, "lean an image on another backing file"},
     {"resize", img_resize, "make an image longer or shorter"},
+    {"snapshot", img_snapshot, "list, make, apply and delete snapshots inside an image"},
     {NULL, NULL, NULL},
 };
 
