@@ -85,6 +85,7 @@ int coroutine_fn qcow2_switch_begin(struct qcow2 *image, struct qcow2_switch *ch
         g_free(old_table);
         return -EIO; /* something could not be written, or somebody is inside */
     }
+    image->compressed_next = 0; /* its cluster may lose its uses */
     memcpy(old_table, image->refcount_table, (size_t)image->refcount_table_entries * 8);
     *change = (struct qcow2_switch){
         .image = image,
