@@ -81,6 +81,7 @@ static void coroutine_fn node_close(struct node *node, struct list *dying)
     g_free(node->filename);
     g_free(node->header_backing);
     g_free(node->header_backing_format);
+    g_free(node->header_data);
     g_free(node->opened_for);
     g_free(node->name);
     g_free(node);

@@ -91,6 +91,7 @@ struct node {
     char *filename;         /* what query-named-block-nodes shows, or NULL */
     char *header_backing;   /* the image's own backing string and format, or NULL */
     char *header_backing_format;
+    char *header_data;         /* the name of its data file in the header, if no option gave one, or NULL */
     char *opened_for;          /* who made it implicitly ("backing of top", "filter of block-commit j1"), or NULL */
     struct list bitmaps;       /* struct bitmap by link (block/bitmap.h) */
     struct range_lock overlap; /* used only when limits.alignment > 1, or by a driver that asked */

@@ -7,7 +7,9 @@
  * 1. graph->lock is held throughout; nothing that exists is changed but by a new parent edge, so nothing is drained.
  * 2. A node is published (found by its name) when it is open whole; what fails half-way closes what it opened.
  * 3. Images opened because a header names them are read-only, until somebody needs them writable (node_writable_begin).
- * 4. A chain is at most CHAIN_LIMIT images deep and does not lead back to a file that it has gone through.
+ * 4. A data file that a header names is a plain file, beside the image unless its path says else: no protocol, no
+ *    format, no options come from a header. It is not the image's own file.
+ * 5. A chain is at most CHAIN_LIMIT images deep and does not lead back to a file that it has gone through.
  *
  * Inherited by children that are described inline: cache, force-share; by a `file` child read-only and auto-read-only
  * as well, and it passes discards on unless told otherwise (the format above decides about them).
@@ -207,6 +209,49 @@ static int apply_options(struct node *node, const struct blockdev_options *optio
     return 0;
 }
 
+/* --- what headers say --- */
+
+/* "nbd:...", "json:...", "http://...": a prefix before any slash. */
+static bool has_protocol(const char *name)
+{
+    size_t length = strcspn(name, ":/");
+    return length > 1 && name[length] == ':' && g_ascii_isalpha(name[0]);
+}
+
+/* Where `name` in the header of `node` leads. what: "backing"; hint: how else the user may say it. */
+static char *header_path(const struct node *node, const char *name, const char *what, const char *hint,
+                         struct error **err)
+{
+    if (g_str_has_prefix(name, "file:")) {
+        name += strlen("file:");
+    } else if (has_protocol(name)) {
+        error_set(err, -ENOTSUP, "Image '%s' names the %s file '%s', whose protocol '%.*s' is not supported here",
+                  node->name, what, name, (int)strcspn(name, ":"), name);
+        error_hint(err, "Give the option '%s", hint);
+        return NULL;
+    }
+    if (g_path_is_absolute(name) || !node->filename) {
+        return g_strdup(name);
+    }
+    g_autofree char *folder = g_path_get_dirname(node->filename);
+    return g_str_equal(folder, ".") && !g_str_has_prefix(node->filename, "./") ? g_strdup(name)
+                                                                               : g_build_filename(folder, name, NULL);
+}
+
+char *node_backing_path(const struct node *node, struct error **err)
+{
+    g_autofree char *hint = g_strdup_printf("backing' of node '%s': a node, or null for none", node->name);
+    return header_path(node, node->header_backing, "backing", hint, err);
+}
+
+static const struct node *node_container(const struct node *node)
+{
+    while (node->file) {
+        node = node_beneath_filters(node->file->child);
+    }
+    return node;
+}
+
 /* --- a node with its container --- */
 
 static struct inheritance inherit(struct node *parent, enum edge_role role, const struct inheritance *from)
@@ -260,6 +305,47 @@ static bool is_refusal_to_write(int code)
     return code == -EACCES || code == -EPERM || code == -EROFS;
 }
 
+/* Where the data file is: beside the image; or, if there is no such file, where this process stands, for that is how
+ * others take the name. */
+static char *coroutine_fn data_path(const struct node *node, struct error **err)
+{
+    g_autofree char *hint = g_strdup_printf("data-file' of node '%s'", node->name);
+    g_autofree char *path = header_path(node, node->header_data, "data", hint, err);
+    const char *name = node->header_data;
+    name += g_str_has_prefix(name, "file:") ? strlen("file:") : 0;
+    struct file *file;
+    int code = path && !g_str_equal(path, name) ? file_open(path, 0, &file, NULL) : 1;
+    if (code == 0) {
+        file_close(file);
+    }
+    return code == -ENOENT ? g_strdup(name) : g_steal_pointer(&path);
+}
+
+/* Opens the data file that the header of `node`, which is open, names, and attaches it. */
+static int coroutine_fn open_header_data(struct opening *opening, struct node *node, const struct inheritance *from,
+                                         struct error **err)
+{
+    g_autofree char *path = data_path(node, err);
+    if (!path) {
+        return -ENOTSUP;
+    }
+    struct blockdev_options file = {.driver = BLOCKDEV_DRIVER_FILE, .u.file.filename = path};
+    struct blockdev_ref ref = {.kind = BLOCKDEV_REF_DEFINITION, .u.definition = &file};
+    struct option_child option = {EDGE_DATA, &ref};
+    const struct node *container = node_container(node);
+    int r = open_child(opening, node, &option, from, err);
+    if (r < 0) {
+        error_prepend(err, "Could not open the data file of '%s'", node->filename ? node->filename : node->name);
+        return r;
+    }
+    const struct node *data = node->data->child;
+    if (data->inode && data->inode == container->inode && data->device == container->device) {
+        return error_set(err, -EINVAL, "Image '%s' names itself as its data file",
+                         node->filename ? node->filename : node->name);
+    }
+    return 0;
+}
+
 /* Opens a node with its children, without its backing images. On success it is the last of opening->nodes. */
 static int coroutine_fn open_image(struct opening *opening, const struct blockdev_options *options,
                                    const struct inheritance *from, struct node **ret, struct error **err)
@@ -288,6 +374,9 @@ static int coroutine_fn open_image(struct opening *opening, const struct blockde
         r = driver->open(node, options, err);
         node->open = r == 0;
     }
+    if (r == 0 && node->header_data && !node->data && !node->no_data) {
+        r = open_header_data(opening, node, from, err);
+    }
     if (r < 0) {
         g_ptr_array_set_size(opening->nodes, before);
         node_unref(node);
@@ -314,40 +403,6 @@ static int coroutine_fn open_image_or_read_only(struct opening *opening, const s
 }
 
 /* --- backing images --- */
-
-/* "nbd:...", "json:...", "http://...": a prefix before any slash. */
-static bool has_protocol(const char *name)
-{
-    size_t length = strcspn(name, ":/");
-    return length > 1 && name[length] == ':' && g_ascii_isalpha(name[0]);
-}
-
-char *node_backing_path(const struct node *node, struct error **err)
-{
-    const char *name = node->header_backing;
-    if (g_str_has_prefix(name, "file:")) {
-        name += strlen("file:");
-    } else if (has_protocol(name)) {
-        error_set(err, -ENOTSUP, "Image '%s' names the backing file '%s', whose protocol '%.*s' is not supported here",
-                  node->name, node->header_backing, (int)strcspn(name, ":"), name);
-        error_hint(err, "Give the option 'backing' of node '%s': a node, or null for none", node->name);
-        return NULL;
-    }
-    if (g_path_is_absolute(name) || !node->filename) {
-        return g_strdup(name);
-    }
-    g_autofree char *folder = g_path_get_dirname(node->filename);
-    return g_str_equal(folder, ".") && !g_str_has_prefix(node->filename, "./") ? g_strdup(name)
-                                                                               : g_build_filename(folder, name, NULL);
-}
-
-static const struct node *node_container(const struct node *node)
-{
-    while (node->file) {
-        node = node_beneath_filters(node->file->child);
-    }
-    return node;
-}
 
 /* Is this file one that the chain from `top` to its present end has gone through? */
 static int coroutine_fn check_loop(const char *path, struct node *top, struct error **err)

@@ -8,8 +8,10 @@
  * 1. open, close, set_writable, change_backing and truncate run alone: the node is drained.
  * 2. An image with the corrupt bit is opened for reading only; one with the dirty bit is repaired before it is opened
  *    for writing, and read as it is otherwise.
- * 3. What is not supported is refused at open, by name: external data files, extended L2 entries, encryption,
- *    and whatever incompatible feature is unknown. Lazy refcounts are accepted and kept eagerly.
+ * 3. What is not supported is refused at open, by name: encryption, and whatever incompatible feature is unknown.
+ *    Lazy refcounts are accepted and kept eagerly.
+ * 4. A data file that the options do not give is opened by open.c after `open`, by the name in the header: until then
+ *    nothing looks at guest data.
  */
 #include "driver/format/qcow2.h"
 #include "base/size.h"
@@ -17,6 +19,7 @@
 #include "driver/drivers.h"
 #include "driver/format/qcow2_check.h"
 #include "driver/format/qcow2_codec.h"
+#include "driver/format/qcow2_entry.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_image.h"
 #include "driver/format/qcow2_read.h"
@@ -32,6 +35,8 @@ static void read_options(struct node *node, const struct blockdev_options_qcow2 
 {
     to->pass_discard = from->has_pass_discard_request ? from->pass_discard_request : node->discard;
     to->pass_discard_snapshot = !from->has_pass_discard_snapshot || from->pass_discard_snapshot;
+    to->discard_no_unref = from->has_discard_no_unref && from->discard_no_unref;
+    to->l2_entry_bytes = from->has_l2_cache_entry_size ? from->l2_cache_entry_size : 0;
     to->pass_discard_other = from->has_pass_discard_other && from->pass_discard_other;
     to->trim_interval_ns =
         (from->has_cache_clean_interval ? from->cache_clean_interval : TRIM_INTERVAL_S) * INT64_C(1000000000);
@@ -83,7 +88,18 @@ static int init_caches(struct qcow2 *image, struct error **err)
     }
     struct edge *file = image->node->file;
     unsigned slice_bits = MIN(image->cluster_bits, SLICE_BITS_MAX);
-    qcow2_cache_init(&image->l2_cache, file, slice_bits, slices_of(l2, slice_bits));
+    unsigned l2_slice_bits = slice_bits;
+    uint64_t entry_bytes = image->options.l2_entry_bytes;
+    if (entry_bytes) {
+        if (!is_power_of_two(entry_bytes) || entry_bytes < QCOW2_SECTOR || entry_bytes > image->cluster_size) {
+            return error_set(
+                err, -EINVAL,
+                "L2 cache entry size must be a power of two between %d and the cluster size (%" G_GUINT64_FORMAT ")",
+                QCOW2_SECTOR, image->cluster_size);
+        }
+        l2_slice_bits = __builtin_ctzll(entry_bytes);
+    }
+    qcow2_cache_init(&image->l2_cache, file, l2_slice_bits, slices_of(l2, l2_slice_bits));
     image->l2_cache.on_load = BLKDEBUG_EVENT_L2_LOAD;
     image->l2_cache.on_write = BLKDEBUG_EVENT_L2_UPDATE;
     image->l2_cache.make_clean = qcow2_make_clean;
@@ -186,11 +202,39 @@ static void describe_node(struct qcow2 *image)
     node->limits.alignment = 1;
     node->limits.memory_alignment = 1;
     node->limits.cluster_size = image->cluster_size;
-    node->limits.zero_alignment = image->cluster_size;
+    node->limits.zero_alignment = image->subcluster_size;
     node->limits.max_transfer = 0;
     node->filename = g_strdup(node_beneath_filters(node->file->child)->filename);
     node->header_backing = g_strdup(image->header.backing_file);
     node->header_backing_format = g_strdup(image->header.backing_format);
+    if (image->external && !node->data) {
+        node->header_data = g_strdup(image->header.data_file);
+    }
+}
+
+/* Is there a data file exactly if the image has one? */
+static int init_data_file(struct qcow2 *image, struct error **err)
+{
+    struct node *node = image->node;
+    const struct qcow2_header *header = &image->header;
+    image->external = header->incompatible & QCOW2_INCOMPATIBLE_DATA_FILE;
+    /* A raw reader knows no backing file: then the bit cannot be true, and goes with the first write. */
+    image->external_raw = image->external && header->autoclear & QCOW2_AUTOCLEAR_RAW_DATA_FILE && !header->backing_file;
+    image->autoclear_kept |= image->external_raw ? QCOW2_AUTOCLEAR_RAW_DATA_FILE : 0;
+    if (!image->external && node->data) {
+        int code = error_set(err, -EINVAL, "'data-file' can only be set for images with an external data file");
+        error_hint(err, "leave the option out: the image keeps its data in its own file");
+        return code;
+    }
+    if (image->external && !node->data && !header->data_file && !node->no_data) {
+        int code = error_set(err, -EINVAL, "'data-file' is required for this image");
+        error_hint(err, "its header names no data file: give the option data-file of node '%s'", node->name);
+        return code;
+    }
+    if (image->external && header->snapshot_count) {
+        return error_set(err, -EINVAL, "qcow2 images with an external data file cannot have internal snapshots");
+    }
+    return 0;
 }
 
 static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
@@ -207,6 +251,13 @@ static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
     image->l2_bits = image->cluster_bits - image->entry_bits;
     image->subcluster_bits = extended ? image->cluster_bits - 5 : image->cluster_bits;
     image->subcluster_size = (uint64_t)1 << image->subcluster_bits;
+    code = init_data_file(image, err);
+    if (code < 0) {
+        return code;
+    }
+    if (image->options.discard_no_unref && image->header.version < 3) {
+        return error_set(err, -EINVAL, "discard-no-unref is not supported by qcow2 images of version 2");
+    }
     image->refcount_block_bits = image->cluster_bits + 3 - image->header.refcount_order;
     image->clean_from = align_up(edge_size(node->file), image->cluster_size);
     image->codecs = qcow2_codecs_create(image->header.compression_type, image->cluster_size);
@@ -223,9 +274,6 @@ static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
 static int coroutine_fn qcow2_open(struct node *node, const struct blockdev_options *options, struct error **err)
 {
     struct qcow2 *image = node->state;
-    if (node->data) {
-        return error_set(err, -ENOTSUP, "qcow2 image of node '%s' has no external data file", node->name);
-    }
     image->node = node;
     co_mutex_init(&image->lock);
     list_init(&image->allocations);
@@ -268,6 +316,10 @@ static int coroutine_fn qcow2_set_writable(struct node *node, bool writable, str
         qcow2_codecs_forget(image->codecs, 0);
         image->compressed_next = 0;
         image->clean_from = max_u64(image->clean_from, align_up(edge_size(node->file), image->cluster_size));
+        if (image->external && node->data) {
+            uint64_t end = align_up(edge_size(node->data), image->cluster_size);
+            image->data_clean_from = max_u64(image->data_clean_from, end);
+        }
         return begin_writing(image, err);
     }
     int code = qcow2_flush_all(image);
@@ -278,6 +330,9 @@ static int coroutine_fn qcow2_change_backing(struct node *node, const char *file
                                              struct error **err)
 {
     struct qcow2 *image = node->state;
+    if (file && image->external_raw) {
+        return error_set(err, -EINVAL, "Node '%s' has a raw data file: it cannot have a backing file", node->name);
+    }
     int code = qcow2_prepare_write(image);
     if (code == 0) {
         code = qcow2_flush(node);
@@ -300,6 +355,10 @@ static struct image_info_specific *qcow2_specific_info(struct node *node)
     data->has_lazy_refcounts = data->has_corrupt = data->has_extended_l2 = v3;
     data->lazy_refcounts = image->header.compatible & QCOW2_COMPATIBLE_LAZY_REFCOUNTS;
     data->corrupt = image->header.incompatible & QCOW2_INCOMPATIBLE_CORRUPT;
+    data->extended_l2 = qcow2_has_subclusters(image);
+    data->data_file = g_strdup(image->header.data_file);
+    data->has_data_file_raw = image->external;
+    data->data_file_raw = image->header.autoclear & QCOW2_AUTOCLEAR_RAW_DATA_FILE;
     data->refcount_bits = 1 << image->header.refcount_order;
     data->compression_type = image->header.compression_type == QCOW2_COMPRESSION_ZSTD ? QCOW2_COMPRESSION_TYPE_ZSTD
                                                                                       : QCOW2_COMPRESSION_TYPE_ZLIB;

@@ -31,7 +31,9 @@ struct qcow2_options {
     bool pass_discard;          /* of clusters that a discard freed, down to the file */
     bool pass_discard_snapshot; /* of clusters that a change of snapshots freed */
     bool pass_discard_other;    /* of clusters freed otherwise */
+    bool discard_no_unref;      /* what is discarded keeps its host cluster */
     uint64_t l2_cache_bytes;    /* 0: not given; also below */
+    uint64_t l2_entry_bytes;    /* of the L2 cache, a slice of a table */
     uint64_t refcount_cache_bytes;
     uint64_t cache_bytes;
     int64_t trim_interval_ns; /* of the caches; 0: never */
@@ -67,6 +69,8 @@ struct qcow2 {
     unsigned l2_bits;         /* log2 of entries per L2 table */
     unsigned subcluster_bits; /* what an L2 entry tells apart; cluster_bits without extended L2 entries */
     uint64_t subcluster_size;
+    bool external;     /* standard clusters are in a data file, at their guest offsets; nothing of it is refcounted */
+    bool external_raw; /* ... which is a valid raw image at every moment */
     uint64_t autoclear_kept; /* autoclear bits that need not be cleared before writing: they are kept true */
 
     struct co_mutex lock; /* of all below, but for the atomic members */
@@ -84,6 +88,7 @@ struct qcow2 {
     uint64_t free_hint;         /* cluster index: none below is free */
     uint64_t slice_checked;     /* of refcounts, its number + 1: shows no table in use as free */
     uint64_t clean_from;        /* host offset: from here on the file was never written, so reads as zeroes */
+    uint64_t data_clean_from;   /* the same of the data file */
     bool barrier_wanted;        /* dirty L2 entries lean on data or refcounts that may not be stable yet */
     uint64_t change_count;      /* counts what sets barrier_wanted */
     uint64_t generation;        /* of writing L2 and L1 out; what is freed now gets on disk with this one */
@@ -128,10 +133,11 @@ static inline void qcow2_epoch_leave(struct qcow2 *image, unsigned parity)
     atomic_fetch_sub_explicit(&image->inflight[parity], 1, memory_order_release);
 }
 
-/* The edge where the data of standard clusters are. */
+/* The edge where the data of standard clusters are. NULL: a data file that is not open, so nothing is to be read or
+ * written. */
 static inline struct edge *qcow2_data_edge(const struct qcow2 *image)
 {
-    return image->node->data ? image->node->data : image->node->file;
+    return image->external ? image->node->data : image->node->file;
 }
 
 static inline uint64_t qcow2_cluster_floor(const struct qcow2 *image, uint64_t offset)

@@ -285,7 +285,7 @@ static int coroutine_fn look(struct packing *packing)
         if (packing->flags & REQUEST_IF_UNALLOCATED && run.kind != QCOW2_UNALLOCATED) {
             return 1;
         }
-        free = free && (run.kind == QCOW2_UNALLOCATED || run.kind == QCOW2_PLAIN_ZERO);
+        free = free && !run.placed && (run.kind == QCOW2_UNALLOCATED || run.kind == QCOW2_PLAIN_ZERO);
     }
     return free ? 0 : -EIO;
 }
@@ -369,7 +369,7 @@ int coroutine_fn qcow2_compressed_write(struct qcow2 *image, uint64_t offset, ui
 {
     uint64_t end = offset + bytes;
     struct packings packings = {.code = 0};
-    if (image->node->data) {
+    if (image->external) {
         return -ENOTSUP; /* a cluster's place there is its guest offset */
     }
     if (qcow2_in_cluster(image, offset) || (qcow2_in_cluster(image, end) && end != atomic_load(&image->node->size))) {

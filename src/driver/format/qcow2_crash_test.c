@@ -31,7 +31,9 @@ struct crash {
     unsigned cluster_bits;
     uint8_t *initial;
     struct block *block;
-    struct memory_disk *disk;
+    struct memory_disk *disk, *data; /* data: of the external data file, or NULL */
+    char *data_path;                 /* where its content goes */
+    bool extended, raw, no_unref;
     struct graph *graph;
     struct backend *backend;
     struct range_lock ranges;
@@ -187,9 +189,12 @@ static void coroutine_fn do_operation(struct crash *crash)
         do_read(crash, first, count);
         return;
     }
-    bool compressed = what < 25;
-    if (what >= 70 || compressed) { /* those are of whole clusters here */
-        uint64_t per_cluster = MAX(((uint64_t)1 << crash->cluster_bits) / BLOCK, 1);
+    bool compressed = what < 25 && !crash->data;
+    /* Those are of whole clusters here, or discards of whole subclusters where nothing is compressed. */
+    if (what >= 70 || compressed) {
+        bool split = crash->extended && crash->data;
+        unsigned unit_bits = crash->cluster_bits - (split ? 5 : 0);
+        uint64_t per_cluster = MAX(((uint64_t)1 << unit_bits) / BLOCK, 1);
         first = first / per_cluster * per_cluster;
         count = MIN((count + per_cluster - 1) / per_cluster * per_cluster, crash->blocks - first);
     }
@@ -226,23 +231,45 @@ static void verify_block(const struct crash *crash, uint64_t index, const uint8_
     }
 }
 
+/* What is left of a disk goes to a file; to be freed by the caller. */
+static GByteArray *cut_disk(struct crash *crash, struct memory_disk *disk, const char *path)
+{
+    GByteArray *left = memory_disk_cut(disk, testing_random(&crash->random));
+    gboolean good = g_file_set_contents(path, (const char *)left->data, left->len, NULL);
+    g_assert_true(good);
+    return left;
+}
+
+/* The data file of a raw one is an image without the tables. */
+static void verify_raw(struct crash *crash, const GByteArray *data)
+{
+    g_assert_cmpuint(data->len, >=, crash->size);
+    for (uint64_t i = 0; i < crash->blocks; i++) {
+        verify_block(crash, i, data->data + i * BLOCK);
+    }
+}
+
 static void cut_and_verify(struct crash *crash)
 {
     g_autofree char *path = g_strdup_printf("%s/cut.qcow2", testing_directory());
     g_autofree char *raw = g_strdup_printf("%s/cut.raw", testing_directory());
-    GByteArray *left = memory_disk_cut(crash->disk, testing_random(&crash->random));
     char *content;
     gsize bytes;
     crash->serial++;
-    gboolean good = g_file_set_contents(path, (const char *)left->data, left->len, NULL);
-    g_assert_true(good);
-    g_byte_array_unref(left);
+    g_byte_array_unref(cut_disk(crash, crash->disk, path));
+    if (crash->data) {
+        GByteArray *left = cut_disk(crash, crash->data, crash->data_path);
+        if (crash->raw) {
+            verify_raw(crash, left);
+        }
+        g_byte_array_unref(left);
+    }
     int code = testing_run(false, "qemu-img check -q -f qcow2 %s", path);
     if (code != 0 && code != 3) {
         testing_run(true, "qemu-img check -f qcow2 %s", path);
     }
     testing_run(true, "qemu-img convert -f qcow2 -O raw %s %s", path, raw);
-    good = g_file_get_contents(raw, &content, &bytes, NULL);
+    gboolean good = g_file_get_contents(raw, &content, &bytes, NULL);
     g_assert_true(good && bytes == crash->size);
     for (uint64_t i = 0; i < crash->blocks; i++) {
         verify_block(crash, i, (uint8_t *)content + i * BLOCK);
@@ -254,14 +281,24 @@ static void cut_and_verify(struct crash *crash)
 
 /* --- a case --- */
 
-static void coroutine_fn create_image(struct crash *crash, struct node *disk, unsigned refcount_bits)
+static void coroutine_fn create_image(struct crash *crash, struct node *disk, struct node *data, unsigned refcount_bits)
 {
     struct backend *backend = testing_backend(crash->graph, disk);
     struct qcow2_create_options options = {
         .size = crash->size, .cluster_bits = crash->cluster_bits, .refcount_bits = refcount_bits};
+    struct backend *data_backend = data ? testing_backend(crash->graph, data) : NULL;
+    options.extended_l2 = crash->extended;
+    if (data) {
+        options.data = backend_edge(data_backend);
+        options.data_name = crash->data_path;
+        options.data_raw = crash->raw;
+    }
     int code = qcow2_create(backend_edge(backend), &options, NULL);
     g_assert_cmpint(code, ==, 0);
     backend_destroy(backend);
+    if (data) {
+        backend_destroy(data_backend);
+    }
 }
 
 /* An image by the peer, full of data that a snapshot shares. */
@@ -275,8 +312,8 @@ static void load_shared_image(struct crash *crash)
         crash->initial[i] = i / 700 * 13 + 1;
     }
     g_file_set_contents(raw, (char *)crash->initial, crash->size, NULL);
-    testing_run(true, "qemu-img convert -O qcow2 -f raw %s -o cluster_size=%u %s %s", crash->seed % 2 ? "-c" : "",
-                1u << crash->cluster_bits, raw, path);
+    testing_run(true, "qemu-img convert -O qcow2 -f raw %s -o cluster_size=%u%s %s %s", crash->seed % 2 ? "-c" : "",
+                1u << crash->cluster_bits, crash->extended ? ",extended_l2=on" : "", raw, path);
     testing_run(true, "qemu-img snapshot -c s1 %s", path);
     gboolean good = g_file_get_contents(path, &content, &bytes, NULL);
     g_assert_true(good);
@@ -290,14 +327,20 @@ static void coroutine_fn run_case(void *argument)
     struct crash *crash = argument;
     crash->graph = graph_create();
     struct node *disk = memory_disk_open(crash->disk, crash->graph, "disk");
+    struct node *data = crash->data ? memory_disk_open(crash->data, crash->graph, "data") : NULL;
     if (crash->disk->now->len == 0) {
-        create_image(crash, disk, 1u << (crash->seed % 7));
+        create_image(crash, disk, data, 1u << (crash->seed % 7));
     }
     crash->disk->yields = crash->disk->keeps_log = true;
-    struct node *node = testing_add(crash->graph, NULL,
-                                    "{\"driver\":\"qcow2\",\"node-name\":\"top\",\"discard\":\"unmap\",%s"
-                                    "\"file\":\"disk\"}",
-                                    crash->seed % 3 ? "" : "\"l2-cache-size\":1,\"refcount-cache-size\":1,");
+    if (data) {
+        crash->data->yields = crash->data->keeps_log = true;
+    }
+    struct node *node =
+        testing_add(crash->graph, NULL,
+                    "{\"driver\":\"qcow2\",\"node-name\":\"top\",\"discard\":\"unmap\",%s%s%s"
+                    "\"file\":\"disk\"}",
+                    data ? "\"data-file\":\"data\"," : "", crash->no_unref ? "\"discard-no-unref\":true," : "",
+                    crash->seed % 3 ? "" : "\"l2-cache-size\":1,\"refcount-cache-size\":1,");
     if (crash->seed % 2) { /* caches are trimmed at every flush */
         ((struct qcow2 *)node->state)->options.trim_interval_ns = 1;
     }
@@ -326,6 +369,9 @@ static void coroutine_fn run_case(void *argument)
     g_assert_cmpint(code, ==, 0);
     cut_and_verify(crash);
     node_release(disk);
+    if (data) {
+        node_release(data);
+    }
     graph_destroy(crash->graph);
 }
 
@@ -340,13 +386,32 @@ static void one_case(struct loop *loop, uint64_t seed)
     crash.initial = g_malloc0(crash.size);
     crash.disk = memory_disk_create(NULL, 0, 256 * MiB);
     crash.disk->random = seed;
+    /* Places that are kept are discarded before the tables say so. */
+    crash.no_unref = seed % 5 == 0;
+    crash.disk->zeroes = crash.no_unref;
+    crash.extended = crash.cluster_bits >= 14 && seed / 4 % 2 == 0;
+    if (!shared && seed % 4 == 1) {
+        crash.raw = seed % 8 == 1;
+        crash.data = memory_disk_create(NULL, 0, 256 * MiB);
+        crash.data->random = seed;
+        crash.data_path = g_strdup_printf("%s/cut.data", testing_directory());
+        crash.data->zeroes = true;
+    }
     if (shared) {
         load_shared_image(&crash);
     }
-    g_test_message("seed %" G_GUINT64_FORMAT ": clusters 2^%u, %s", seed, crash.cluster_bits,
-                   shared ? "shared with a snapshot" : "new");
+    g_test_message("seed %" G_GUINT64_FORMAT ": clusters 2^%u, %s%s%s%s", seed, crash.cluster_bits,
+                   shared ? "shared with a snapshot" : "new", crash.extended ? ", subclusters" : "",
+                   crash.raw    ? ", raw data file"
+                   : crash.data ? ", data file"
+                                : "",
+                   crash.no_unref ? ", discard-no-unref" : "");
     loop_run_coroutine(loop, run_case, &crash);
     memory_disk_destroy(crash.disk);
+    if (crash.data) {
+        memory_disk_destroy(crash.data);
+    }
+    g_free(crash.data_path);
     g_free(crash.block);
     g_free(crash.initial);
     testing_remove_directory();

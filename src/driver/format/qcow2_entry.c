@@ -2,7 +2,8 @@
 /*
  * What an L2 entry says, without looking at anything else.
  *
- * 1. Reserved bits must be 0, and a place must be that of a cluster: anything else is invalid as a whole.
+ * 1. Reserved bits must be 0, and a place must be that of a cluster: anything else is invalid as a whole. That it is
+ *    the right one in a data file is for those to see who know the guest offset.
  * 2. The zero flag of the descriptor exists in version 3 without subclusters only.
  * 3. A subcluster is invalid if it claims to be both data and zero, or data without a place; those beside it are not.
  */
@@ -41,6 +42,23 @@ enum qcow2_kind qcow2_subcluster_kind(const struct qcow2 *image, struct qcow2_en
         return place ? QCOW2_ALLOCATED_ZERO : QCOW2_PLAIN_ZERO;
     }
     return QCOW2_UNALLOCATED;
+}
+
+unsigned qcow2_subcluster_run(const struct qcow2 *image, struct qcow2_entry entry, unsigned index)
+{
+    if (!qcow2_has_subclusters(image)) {
+        return 1;
+    }
+    if (entry.descriptor & QCOW2_COMPRESSED) {
+        return QCOW2_SUBCLUSTERS - index;
+    }
+    uint32_t allocated = entry.subclusters;
+    uint32_t zero = entry.subclusters >> QCOW2_SUBCLUSTERS;
+    bool is_allocated = allocated >> index & 1;
+    bool is_zero = zero >> index & 1;
+    uint32_t different = (is_allocated ? ~allocated : allocated) | (is_zero ? ~zero : zero);
+    different >>= index;
+    return different ? (unsigned)__builtin_ctz(different) : QCOW2_SUBCLUSTERS - index;
 }
 
 enum qcow2_kind qcow2_entry_kind(const struct qcow2 *image, struct qcow2_entry entry)

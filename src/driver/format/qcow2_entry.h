@@ -52,6 +52,13 @@ static inline bool qcow2_entry_same(struct qcow2_entry a, struct qcow2_entry b)
 {
     return a.descriptor == b.descriptor && a.subclusters == b.subclusters;
 }
+/* The bits (of the low half) of the subclusters that [from, to) of a cluster touches. */
+static inline uint64_t qcow2_subcluster_mask(const struct qcow2 *image, uint64_t from, uint64_t to)
+{
+    unsigned first = from >> image->subcluster_bits;
+    unsigned end = (to + image->subcluster_size - 1) >> image->subcluster_bits;
+    return ((UINT64_C(1) << end) - 1) & ~((UINT64_C(1) << first) - 1);
+}
 /* Images with extended L2 entries. */
 static inline bool qcow2_has_subclusters(const struct qcow2 *image)
 {
@@ -66,8 +73,9 @@ static inline unsigned qcow2_subcluster_index(const struct qcow2 *image, uint64_
 /* Of the cluster as a whole: whether it has a place (DATA, ALLOCATED_ZERO), is compressed, or neither. With subclusters
  * DATA says only that there is a place, and UNALLOCATED that there is none; INVALID if one subcluster is. */
 enum qcow2_kind qcow2_entry_kind(const struct qcow2 *image, struct qcow2_entry entry);
-/* Of one subcluster. */
+/* Of one subcluster, and of how many from there on in its cluster. */
 enum qcow2_kind qcow2_subcluster_kind(const struct qcow2 *image, struct qcow2_entry entry, unsigned index);
+unsigned qcow2_subcluster_run(const struct qcow2 *image, struct qcow2_entry entry, unsigned index);
 static inline bool qcow2_kind_has_place(enum qcow2_kind kind)
 {
     return kind == QCOW2_DATA || kind == QCOW2_ALLOCATED_ZERO;
@@ -80,7 +88,7 @@ static inline bool qcow2_kind_is_zero(enum qcow2_kind kind)
 static inline bool qcow2_entry_has_place(const struct qcow2 *image, struct qcow2_entry entry)
 {
     return !(entry.descriptor & QCOW2_COMPRESSED) &&
-           (entry.descriptor & QCOW2_OFFSET_MASK || (image->node->data && entry.descriptor & QCOW2_COPIED));
+           (entry.descriptor & QCOW2_OFFSET_MASK || (image->external && entry.descriptor & QCOW2_COPIED));
 }
 /* Where the compressed data of an entry are; *ret_bytes rounded up to what the entry says in sectors. */
 void qcow2_compressed_place(unsigned cluster_bits, uint64_t descriptor, uint64_t *ret_offset, uint64_t *ret_bytes);

@@ -3,8 +3,8 @@
  * The order in which metadata reach the disk, and what happens to the header before the first write and when the
  * image turns out to be corrupt.
  *
- * 1. Refcounts (and guest data) are stable before an L2 entry that leans on them is written; L2 tables are stable
- *    before the L1 entries that show them. Where nothing leans on anything new there is no barrier.
+ * 1. Refcounts (and guest data, in the data file too) are stable before an L2 entry that leans on them is written; L2
+ * tables are stable before the L1 entries that show them. Where nothing leans on anything new there is no barrier.
  * 2. A generation is one complete writing of L2 and L1. What was freed under generation g is hidden on disk once g is
  *    written, and may be reused once a flush after that has succeeded (stable_generation).
  * 3. The long part of a guest's flush, the first fdatasync, runs without the lock; if what it covered has changed in
@@ -12,6 +12,7 @@
  * 4. Dirty and freed metadata are bounded: qcow2_settle().
  */
 #include "driver/format/qcow2_flush.h"
+#include "base/size.h"
 #include "block/request.h"
 #include "driver/format/qcow2.h"
 #include "driver/format/qcow2_refcount.h"
@@ -56,6 +57,12 @@ bool qcow2_overlaps_metadata(const struct qcow2 *image, uint64_t offset, uint64_
                     (uint64_t)header->refcount_table_clusters << image->cluster_bits);
 }
 
+int coroutine_fn qcow2_flush_files(struct qcow2 *image)
+{
+    int code = image->external && image->node->data ? edge_flush(image->node->data) : 0;
+    return code == 0 ? edge_flush(image->node->file) : code;
+}
+
 int coroutine_fn qcow2_prepare_write(struct qcow2 *image)
 {
     if (atomic_load_explicit(&image->corrupt, memory_order_relaxed)) {
@@ -64,9 +71,16 @@ int coroutine_fn qcow2_prepare_write(struct qcow2 *image)
     if (atomic_load_explicit(&image->prepared, memory_order_acquire)) {
         return 0;
     }
+    if (image->external && !image->node->data) {
+        return -ENOMEDIUM;
+    }
     int code = 0;
     co_mutex_lock(&image->lock);
     if (!atomic_load(&image->prepared)) {
+        if (image->external) {
+            uint64_t end = align_up(edge_size(image->node->data), image->cluster_size);
+            image->data_clean_from = max_u64(image->data_clean_from, end);
+        }
         uint64_t before = image->header.autoclear;
         if (before & ~image->autoclear_kept) {
             image->header.autoclear = before & image->autoclear_kept;
@@ -119,7 +133,7 @@ int coroutine_fn qcow2_write_metadata(struct qcow2 *image)
     int code = qcow2_write_refcounts(image);
     if (code == 0 && (image->l2_cache.dirty_count || image->l1_dirty_count)) {
         if (image->barrier_wanted) {
-            code = edge_flush(file);
+            code = qcow2_flush_files(image);
         }
         if (code == 0) {
             image->barrier_wanted = false;
@@ -170,7 +184,7 @@ int coroutine_fn qcow2_flush(struct node *node)
         uint64_t change_count = image->change_count;
         co_mutex_unlock(&image->lock);
         if (code == 0) {
-            code = edge_flush(node->file);
+            code = qcow2_flush_files(image);
         }
         co_mutex_lock(&image->lock);
         if (code == 0 && image->change_count == change_count) {
@@ -184,7 +198,7 @@ int coroutine_fn qcow2_flush(struct node *node)
     co_mutex_unlock(&image->lock);
     if (code == 0) {
         edge_event(node->file, BLKDEBUG_EVENT_FLUSH_TO_DISK);
-        code = edge_flush(node->file);
+        code = qcow2_flush_files(image);
     }
     if (code < 0) {
         return code;

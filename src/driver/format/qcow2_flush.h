@@ -10,6 +10,8 @@ struct node;
 
 /* Before a request that changes anything: -EIO for a corrupt image; the first one clears autoclear bits on disk. */
 int coroutine_fn qcow2_prepare_write(struct qcow2 *image);
+/* A barrier: what was written to the image's file and to its data file is on stable storage. */
+int coroutine_fn qcow2_flush_files(struct qcow2 *image);
 /* Writes all dirty metadata in a safe order, with the barriers between but none behind. The lock is held. */
 int coroutine_fn qcow2_write_metadata(struct qcow2 *image);
 /* The same as qcow2_cache.make_clean; argument: the image. */

@@ -310,7 +310,8 @@ static char *feature_name(const struct qcow2_header *header, unsigned type, unsi
 
 static int check_features(const struct qcow2_header *header, struct error **err)
 {
-    const uint64_t supported = QCOW2_INCOMPATIBLE_DIRTY | QCOW2_INCOMPATIBLE_CORRUPT | QCOW2_INCOMPATIBLE_COMPRESSION;
+    const uint64_t supported = QCOW2_INCOMPATIBLE_DIRTY | QCOW2_INCOMPATIBLE_CORRUPT | QCOW2_INCOMPATIBLE_DATA_FILE |
+                               QCOW2_INCOMPATIBLE_COMPRESSION | QCOW2_INCOMPATIBLE_EXTENDED_L2;
     uint64_t unsupported = header->incompatible & ~supported;
     if (unsupported) {
         g_autoptr(GString) names = g_string_new(NULL);

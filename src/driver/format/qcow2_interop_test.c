@@ -22,7 +22,7 @@ enum { WORKERS = 8, OPERATIONS = 120, DEPTH_MAX = 3 };
 struct shape {
     unsigned cluster_bits, refcount_bits, version, depth;
     const char *preallocation;
-    bool compressed, snapshot, bitmap, small_cache, second_loop, lazy;
+    bool compressed, snapshot, bitmap, small_cache, second_loop, lazy, extended, external, raw, no_unref;
     uint64_t size;
 };
 
@@ -37,6 +37,7 @@ struct stress {
     uint8_t *original; /* content before anything was written here */
     uint8_t *below;    /* content of the backing chain */
     char *top;
+    uint64_t unit; /* what tables tell apart: a cluster or a subcluster */
 };
 
 struct worker {
@@ -52,7 +53,7 @@ static uint64_t below(uint64_t *random, uint64_t limit)
 static void choose_range(struct worker *worker, uint64_t *ret_offset, uint64_t *ret_bytes)
 {
     const struct shape *shape = &worker->stress->shape;
-    uint64_t cluster = (uint64_t)1 << shape->cluster_bits;
+    uint64_t cluster = below(&worker->random, 2) ? worker->stress->unit : (uint64_t)1 << shape->cluster_bits;
     uint64_t *random = &worker->random;
     uint64_t offset = below(random, shape->size);
     uint64_t most = below(random, 4) ? cluster : cluster * 6;
@@ -123,13 +124,13 @@ static void coroutine_fn do_zero(struct worker *worker, uint64_t offset, uint64_
 static void coroutine_fn do_discard(struct worker *worker, uint64_t offset, uint64_t bytes)
 {
     struct stress *stress = worker->stress;
-    uint64_t cluster = (uint64_t)1 << stress->shape.cluster_bits;
+    uint64_t unit = stress->shape.raw ? 1 : stress->unit;
     int code = backend_discard(stress->backend, offset, bytes);
     g_assert_cmpint(code, ==, 0);
-    uint64_t first = align_up(offset, cluster);
+    uint64_t first = align_up(offset, unit);
     uint64_t end = offset + bytes;
     if (end < stress->shape.size) {
-        end = align_down(end, cluster);
+        end = align_down(end, unit);
     }
     if (first < end && (stress->shape.version == 3 || stress->shape.depth == 0)) {
         memset(stress->model + first, 0, end - first);
@@ -140,7 +141,7 @@ static void coroutine_fn do_discard(struct worker *worker, uint64_t offset, uint
 static void coroutine_fn do_copy_up(struct worker *worker, uint64_t offset, uint64_t bytes)
 {
     struct stress *stress = worker->stress;
-    uint64_t cluster = (uint64_t)1 << stress->shape.cluster_bits;
+    uint64_t cluster = stress->unit;
     uint64_t end = min_u64(align_up(offset + bytes, cluster), stress->shape.size);
     offset = align_down(offset, cluster);
     struct iovec iov = {stress->below + offset, end - offset};
@@ -175,6 +176,12 @@ static void coroutine_fn do_operation(struct worker *worker)
     if (what < 13) {
         do_copy_up(worker, offset, bytes);
         return;
+    }
+    if (what >= 62 && what < 75 && stress->shape.compressed) { /* parts of a compressed cluster are not discarded */
+        uint64_t cluster = (uint64_t)1 << stress->shape.cluster_bits;
+        uint64_t end = min_u64(align_up(offset + bytes, cluster), stress->shape.size);
+        offset = align_down(offset, cluster);
+        bytes = end - offset;
     }
     range_lock_acquire(&stress->ranges, &hold, offset, bytes, false);
     if (what < 50) {
@@ -217,6 +224,10 @@ static void choose_shape(uint64_t *random, struct shape *shape)
     /* The peer's check loses sight of snapshots in an image with void bitmaps. */
     shape->bitmap = shape->version == 3 && !shape->snapshot && below(random, 4) == 0;
     shape->lazy = shape->version == 3 && below(random, 4) == 0;
+    shape->extended = shape->version == 3 && shape->cluster_bits >= 14 && below(random, 2);
+    shape->external = shape->version == 3 && !shape->snapshot && !shape->compressed && below(random, 4) == 0;
+    shape->raw = shape->external && shape->depth == 0 && below(random, 2);
+    shape->no_unref = shape->version == 3 && below(random, 4) == 0;
     shape->small_cache = below(random, 2);
     shape->second_loop = below(random, 2);
     cluster = (uint64_t)1 << shape->cluster_bits;
@@ -257,12 +268,21 @@ static uint8_t *content_of(struct stress *stress, const char *path, const char *
     return (uint8_t *)data;
 }
 
+/* Only the top has one: those below are of its kind otherwise. */
+static char *data_file_options(const struct shape *shape, unsigned layer)
+{
+    return shape->external && layer == shape->depth
+               ? g_strdup_printf(",data_file=%s/data,data_file_raw=%s", testing_directory(), shape->raw ? "on" : "off")
+               : g_strdup("");
+}
+
 static void make_images(struct stress *stress, uint64_t *random)
 {
     const struct shape *shape = &stress->shape;
     g_autofree char *options = g_strdup_printf("cluster_size=%u,compat=%s,preallocation=%s%s",
                                                1u << shape->cluster_bits, shape->version == 3 ? "1.1" : "0.10",
                                                shape->preallocation, shape->lazy ? ",lazy_refcounts=on" : "");
+    const char *extended = shape->extended ? ",extended_l2=on" : "";
     g_autofree char *width = shape->version == 3 ? g_strdup_printf(",refcount_bits=%u", shape->refcount_bits) : NULL;
     g_autofree char *previous = NULL;
     for (unsigned i = 0; i <= shape->depth; i++) {
@@ -273,16 +293,17 @@ static void make_images(struct stress *stress, uint64_t *random)
         }
         g_autofree char *path = g_strdup_printf("%s/layer%u.qcow2", testing_directory(), i);
         g_autofree char *backing = previous ? g_strdup_printf("-F qcow2 -b %s", previous) : g_strdup("");
-        testing_run(true, "qemu-img create -f qcow2 -o %s%s %s %s %" G_GUINT64_FORMAT, options, width ? width : "",
-                    backing, path, size);
+        g_autofree char *data = data_file_options(shape, i);
+        testing_run(true, "qemu-img create -f qcow2 -o %s%s%s%s %s %s %" G_GUINT64_FORMAT, options, width ? width : "",
+                    extended, data, backing, path, size);
         if (i < shape->depth || below(random, 2)) {
             scribble(random, path, size, shape->cluster_bits);
         }
         if (i == 0 && shape->compressed) {
             g_autofree char *plain = g_strdup_printf("%s/plain.qcow2", testing_directory());
             g_rename(path, plain);
-            testing_run(true, "qemu-img convert -c -O qcow2 -o cluster_size=%u,compat=%s %s %s",
-                        1u << shape->cluster_bits, shape->version == 3 ? "1.1" : "0.10", plain, path);
+            testing_run(true, "qemu-img convert -c -O qcow2 -o cluster_size=%u,compat=%s%s %s %s",
+                        1u << shape->cluster_bits, shape->version == 3 ? "1.1" : "0.10", extended, plain, path);
         }
         g_free(previous);
         previous = g_steal_pointer(&path);
@@ -328,8 +349,9 @@ static void coroutine_fn run_case(void *argument)
     stress->graph = graph_create();
     struct node *node =
         testing_add(stress->graph, NULL,
-                    "{\"driver\":\"qcow2\",\"node-name\":\"top\",\"discard\":\"unmap\",%s"
+                    "{\"driver\":\"qcow2\",\"node-name\":\"top\",\"discard\":\"unmap\",%s%s"
                     "\"file\":{\"driver\":\"file\",\"filename\":\"%s\"}}",
+                    stress->shape.no_unref ? "\"discard-no-unref\":true," : "",
                     stress->shape.small_cache ? "\"l2-cache-size\":1,\"refcount-cache-size\":1," : "", stress->top);
     stress->backend = testing_backend(stress->graph, node);
     g_assert_cmpuint(backend_size(stress->backend), ==, stress->shape.size);
@@ -359,6 +381,13 @@ static void verify_with_peer(struct stress *stress)
                     stress->seed, i, content[i], stress->model[i]);
         }
     }
+    if (stress->shape.raw) { /* the same, for who knows nothing of qcow2 */
+        g_autofree char *path = g_strdup_printf("%s/data", testing_directory());
+        g_autofree char *data = NULL;
+        gsize bytes = 0;
+        gboolean good = g_file_get_contents(path, &data, &bytes, NULL);
+        g_assert_true(good && bytes >= stress->shape.size && memcmp(data, stress->model, stress->shape.size) == 0);
+    }
     if (stress->shape.snapshot) {
         g_autofree uint8_t *old = content_of(stress, stress->top, "-l s1");
         g_assert_true(memcmp(old, stress->original, stress->shape.size) == 0);
@@ -370,11 +399,17 @@ static void one_case(struct loop *loop, uint64_t seed)
     struct stress stress = {.seed = seed};
     uint64_t random = seed;
     choose_shape(&random, &stress.shape);
+    stress.unit = (uint64_t)1 << (stress.shape.cluster_bits - (stress.shape.extended ? 5 : 0));
     g_test_message("seed %" G_GUINT64_FORMAT
-                   ": clusters 2^%u, refcounts %u bits, v%u, depth %u, preallocation %s%s%s%s",
+                   ": clusters 2^%u, refcounts %u bits, v%u, depth %u, preallocation %s%s%s%s%s%s%s",
                    seed, stress.shape.cluster_bits, stress.shape.refcount_bits, stress.shape.version,
                    stress.shape.depth, stress.shape.preallocation, stress.shape.compressed ? ", compressed" : "",
-                   stress.shape.snapshot ? ", snapshot" : "", stress.shape.bitmap ? ", bitmap" : "");
+                   stress.shape.snapshot ? ", snapshot" : "", stress.shape.bitmap ? ", bitmap" : "",
+                   stress.shape.extended ? ", subclusters" : "",
+                   stress.shape.raw        ? ", raw data file"
+                   : stress.shape.external ? ", data file"
+                                           : "",
+                   stress.shape.no_unref ? ", discard-no-unref" : "");
     make_images(&stress, &random);
     loop_run_coroutine(loop, run_case, &stress);
     verify_with_peer(&stress);

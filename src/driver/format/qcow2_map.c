@@ -5,8 +5,8 @@
  * 1. A table without the COPIED flag in its L1 entry may be shared with a snapshot: it is copied before it changes.
  * 2. A new table is complete on disk, or in the cache if it is a single slice, before its L1 entry is changed in
  *    memory; qcow2_flush.c keeps that order on disk.
- * 3. An entry is believed only if its reserved bits are 0 and its offset is that of a cluster; else the image is
- *    marked corrupt and the request fails.
+ * 3. An entry is believed only if its reserved bits are 0 and its offset is that of a cluster (in a data file: its
+ *    own); else the image is marked corrupt and the request fails.
  *
  * It changes entries of L1 only; what is put into L2 entries is decided by qcow2_write.c and qcow2_zero.c.
  */
@@ -69,6 +69,43 @@ uint64_t qcow2_unmapped_span(struct qcow2 *image, uint64_t offset, uint64_t byte
     return done;
 }
 
+bool qcow2_entry_is_possible(const struct qcow2 *image, struct qcow2_entry entry, enum qcow2_kind kind, uint64_t guest)
+{
+    bool placed = qcow2_entry_has_place(image, entry);
+    uint64_t place = entry.descriptor & QCOW2_OFFSET_MASK;
+    if (kind == QCOW2_INVALID) {
+        return false;
+    }
+    if (image->external) {
+        return kind != QCOW2_COMPRESSED_DATA && (!placed || place == guest);
+    }
+    return !placed || !qcow2_overlaps_metadata(image, place, image->cluster_size);
+}
+
+/* How many subclusters from `index` of the first of `limit` entries on are like it, and contiguous if they have a
+ * place. */
+static uint64_t subclusters_alike(const struct qcow2 *image, const void *entries, uint64_t limit, unsigned index,
+                                  enum qcow2_kind kind)
+{
+    struct qcow2_entry first = qcow2_entry_load(image, entries, 0);
+    uint64_t run = qcow2_subcluster_run(image, first, index);
+    if (kind == QCOW2_COMPRESSED_DATA) {
+        return run;
+    }
+    bool split = qcow2_has_subclusters(image);
+    unsigned per_cluster_bits = image->cluster_bits - image->subcluster_bits;
+    uint64_t step = qcow2_entry_has_place(image, first) ? image->cluster_size : 0;
+    for (uint64_t i = 1; i < limit && index + run == i << per_cluster_bits; i++) {
+        struct qcow2_entry next = qcow2_entry_load(image, entries, i);
+        if (next.descriptor != first.descriptor + i * step ||
+            (split && qcow2_subcluster_kind(image, next, 0) != kind)) {
+            break;
+        }
+        run += qcow2_subcluster_run(image, next, 0);
+    }
+    return run;
+}
+
 int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct qcow2_run *ret)
 {
     uint64_t table;
@@ -81,33 +118,38 @@ int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t byt
         return code;
     }
     if (table == 0) {
-        *ret = (struct qcow2_run){QCOW2_UNALLOCATED, false, qcow2_unmapped_span(image, offset, bytes), 0, 0};
+        *ret = (struct qcow2_run){.kind = QCOW2_UNALLOCATED, .bytes = qcow2_unmapped_span(image, offset, bytes)};
         return 0;
     }
     code = load_entries(image, table, offset, &entries, &count);
     if (code < 0) {
         return code;
     }
-    uint64_t entry = qcow2_entry_load(image, entries, 0).descriptor;
-    enum qcow2_kind kind = qcow2_entry_kind(image, qcow2_entry_load(image, entries, 0));
-    uint64_t host = qcow2_kind_has_place(kind) ? entry & QCOW2_OFFSET_MASK : 0;
-    if (kind == QCOW2_INVALID || (host && qcow2_overlaps_metadata(image, host, image->cluster_size))) {
-        return qcow2_mark_corrupt(image,
-                                  "L2 entry of guest offset 0x%" G_GINT64_MODIFIER "x is 0x%" G_GINT64_MODIFIER "x",
-                                  qcow2_cluster_floor(image, offset), entry);
-    }
+    struct qcow2_entry entry = qcow2_entry_load(image, entries, 0);
+    unsigned index_in_cluster = qcow2_subcluster_index(image, offset);
+    enum qcow2_kind kind = qcow2_subcluster_kind(image, entry, index_in_cluster);
     uint64_t in_cluster = qcow2_in_cluster(image, offset);
-    uint64_t limit = kind == QCOW2_COMPRESSED_DATA
-                         ? 1
-                         : min_u64(count, (in_cluster + bytes + image->cluster_size - 1) >> image->cluster_bits);
-    uint64_t step = host ? image->cluster_size : 0;
-    uint64_t run = 1;
-    while (run < limit && qcow2_entry_load(image, entries, run).descriptor == entry + run * step &&
-           !(host && qcow2_overlaps_metadata(image, host + run * step, image->cluster_size))) {
-        run++;
+    if (!qcow2_entry_is_possible(image, entry, kind, offset - in_cluster)) {
+        return qcow2_mark_corrupt(image,
+                                  "L2 entry of guest offset 0x%" G_GINT64_MODIFIER "x is 0x%" G_GINT64_MODIFIER
+                                  "x (subclusters: 0x%" G_GINT64_MODIFIER "x)",
+                                  offset - in_cluster, entry.descriptor, entry.subclusters);
     }
-    *ret = (struct qcow2_run){kind, entry & QCOW2_COPIED, min_u64(bytes, (run << image->cluster_bits) - in_cluster),
-                              host ? host + in_cluster : 0, entry};
+    bool placed = qcow2_entry_has_place(image, entry);
+    uint64_t host = placed ? entry.descriptor & QCOW2_OFFSET_MASK : 0;
+    uint64_t limit = min_u64(count, (in_cluster + bytes + image->cluster_size - 1) >> image->cluster_bits);
+    uint64_t run = subclusters_alike(image, entries, limit, index_in_cluster, kind);
+    uint64_t in_subcluster = offset & (image->subcluster_size - 1);
+    *ret = (struct qcow2_run){.kind = kind,
+                              .copied = image->external || entry.descriptor & QCOW2_COPIED,
+                              .bytes = min_u64(bytes, (run << image->subcluster_bits) - in_subcluster),
+                              .placed = placed,
+                              .host_offset = placed ? host + in_cluster : 0,
+                              .entry = entry};
+    if (placed && !image->external && ret->bytes > image->cluster_size - in_cluster &&
+        qcow2_overlaps_metadata(image, host, in_cluster + ret->bytes)) {
+        ret->bytes = image->cluster_size - in_cluster; /* which cluster it is, the next lookups find out */
+    }
     return 0;
 }
 
@@ -192,23 +234,15 @@ void qcow2_map_changed(struct qcow2 *image, bool leans_on_new)
 
 void qcow2_free_entry(struct qcow2 *image, struct qcow2_entry entry, bool discard)
 {
-    switch (qcow2_entry_kind(image, entry)) {
-    case QCOW2_DATA:
-    case QCOW2_ALLOCATED_ZERO:
-        qcow2_free(image, entry.descriptor & QCOW2_OFFSET_MASK, 1, discard);
-        break;
-    case QCOW2_COMPRESSED_DATA: {
+    if (entry.descriptor & QCOW2_COMPRESSED) {
         uint64_t offset;
         uint64_t bytes;
         qcow2_compressed_place(image->cluster_bits, entry.descriptor, &offset, &bytes);
         uint64_t first = qcow2_cluster_floor(image, offset);
         uint64_t end = qcow2_cluster_ceiling(image, offset + bytes);
         qcow2_free(image, first, (end - first) >> image->cluster_bits, discard);
-        break;
-    }
-    case QCOW2_UNALLOCATED:
-    case QCOW2_PLAIN_ZERO:
-    case QCOW2_INVALID:
-        break;
+    } else if (qcow2_entry_has_place(image, entry) && !image->external &&
+               qcow2_entry_kind(image, entry) != QCOW2_INVALID) {
+        qcow2_free(image, entry.descriptor & QCOW2_OFFSET_MASK, 1, discard);
     }
 }

@@ -8,13 +8,14 @@
 #include <stdint.h>
 
 /* The L1 and L2 tables: where guest clusters are. In a coroutine, the image's lock held. */
-/* A stretch of guest clusters of one kind, contiguous on the host if they have a place there. */
+/* A stretch of guest clusters, or subclusters, of one kind, contiguous on the host if they have a place there. */
 struct qcow2_run {
     enum qcow2_kind kind;
-    bool copied;          /* ours alone: may be written in place */
-    uint64_t bytes;       /* from the offset asked for */
-    uint64_t host_offset; /* of that offset; only if there is a place */
-    uint64_t entry;       /* of the first cluster, host byte order */
+    bool copied;              /* ours alone: may be written in place */
+    uint64_t bytes;           /* from the offset asked for */
+    bool placed;              /* there is a host cluster; of QCOW2_UNALLOCATED: for other subclusters of the cluster */
+    uint64_t host_offset;     /* of that offset, in the file of qcow2_data_edge(); 0 if not placed */
+    struct qcow2_entry entry; /* of the first cluster */
 };
 /* `bytes` > 0 inside the image. Compressed clusters come one by one. */
 int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t bytes, struct qcow2_run *ret);
@@ -28,6 +29,9 @@ void qcow2_map_changed(struct qcow2 *image, bool leans_on_new);
 /* Guest bytes from `offset` that no L2 table covers; 0 if one does at `offset`. */
 uint64_t qcow2_unmapped_span(struct qcow2 *image, uint64_t offset, uint64_t bytes);
 void qcow2_l1_changed(struct qcow2 *image, uint64_t index);
+/* May the cluster at `guest` (a cluster's offset) have this entry? `kind`: of the entry or of one of its subclusters.
+ */
+bool qcow2_entry_is_possible(const struct qcow2 *image, struct qcow2_entry entry, enum qcow2_kind kind, uint64_t guest);
 /* Drops what `entry` used: for an entry that is replaced. */
 void qcow2_free_entry(struct qcow2 *image, struct qcow2_entry entry, bool discard);
 

@@ -12,6 +12,7 @@
 #include "base/size.h"
 #include "driver/format/qcow2.h"
 #include "driver/format/qcow2_compressed.h"
+#include "driver/format/qcow2_data.h"
 #include "driver/format/qcow2_map.h"
 #include <errno.h>
 #include <string.h>
@@ -22,7 +23,7 @@ int coroutine_fn qcow2_read_run(struct qcow2 *image, const struct qcow2_run *run
     struct node *node = image->node;
     switch (run->kind) {
     case QCOW2_DATA:
-        return edge_read(node->file, run->host_offset, bytes, to, 0);
+        return qcow2_data_read(image, run->host_offset, offset, bytes, to);
     case QCOW2_UNALLOCATED:
         if (node->backing) {
             return edge_read(node->backing, offset, bytes, to, 0);
@@ -34,7 +35,7 @@ int coroutine_fn qcow2_read_run(struct qcow2 *image, const struct qcow2_run *run
         buffers_fill(to, 0, bytes);
         return 0;
     case QCOW2_COMPRESSED_DATA:
-        return qcow2_compressed_read(image, run->entry, qcow2_in_cluster(image, offset), bytes, to);
+        return qcow2_compressed_read(image, run->entry.descriptor, qcow2_in_cluster(image, offset), bytes, to);
     case QCOW2_INVALID:
         break;
     }
@@ -73,7 +74,8 @@ int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, 
                 qcow2_inflating_begin(&inflating, image);
                 several = true;
             }
-            qcow2_inflating_read(&inflating, run.entry, qcow2_in_cluster(image, offset), run.bytes, to, parity);
+            qcow2_inflating_read(&inflating, run.entry.descriptor, qcow2_in_cluster(image, offset), run.bytes, to,
+                                 parity);
         } else {
             code = code == 0 ? qcow2_read_run(image, &run, offset, run.bytes, to) : code;
             qcow2_epoch_leave(image, parity);
@@ -128,6 +130,7 @@ int coroutine_fn qcow2_block_status(struct node *node, uint64_t offset, uint64_t
             break;
         }
         unsigned flags = extent_flags_of(run.kind);
+        flags |= image->external && flags & EXTENT_MAPPED ? EXTENT_IN_DATA_FILE : 0;
         if (extent.bytes == 0) {
             extent.flags = flags;
             extent.host_offset = run.host_offset;

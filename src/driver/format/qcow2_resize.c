@@ -7,7 +7,8 @@
  *    the new area is hidden: the rest of the last cluster is zeroed, clusters over a longer backing file are marked
  *    zero, and so are clusters that stand behind the old end already. A crash leaves the old size, and behind it
  *    clusters that nobody sees, or the new one with the area hidden.
- * 2. Shrinking: clusters behind the new end are freed first, then the header changes; tables stay as they are. Images
+ * 2. What is preallocated comes after that: a crash in between leaves less of it.
+ * 3. Shrinking: clusters behind the new end are freed first, then the header changes; tables stay as they are. Images
  *    with internal snapshots are not shrunk; of version 2 not grown either, for these do not know their own size.
  */
 #include "driver/format/qcow2_resize.h"
@@ -15,6 +16,7 @@
 #include "driver/format/qcow2.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_map.h"
+#include "driver/format/qcow2_preallocate.h"
 #include "driver/format/qcow2_refcount.h"
 #include "driver/format/qcow2_write.h"
 #include <endian.h>
@@ -156,10 +158,13 @@ static int coroutine_fn hide_run(struct node *node, uint64_t offset, const struc
         }
         bytes = min_u64(bytes, below - offset);
     }
-    if (qcow2_in_cluster(image, offset)) {
+    if (image->external_raw) {
+        return qcow2_write_zeroes(node, offset, bytes, REQUEST_MAY_UNMAP);
+    }
+    if (!is_aligned(offset, image->subcluster_size)) {
         return qcow2_write_zero_data(image, offset, bytes, 0);
     }
-    bytes = qcow2_cluster_ceiling(image, bytes);
+    bytes = align_up(bytes, image->subcluster_size);
     int code = qcow2_write_zeroes(node, offset, bytes, REQUEST_MAY_UNMAP);
     /* Version 2 has no zero clusters. */
     return code == -ENOTSUP ? qcow2_write_zero_data(image, offset, bytes, 0) : code;
@@ -171,9 +176,9 @@ static int coroutine_fn hide(struct node *node, uint64_t from, uint64_t to)
 {
     struct qcow2 *image = node->state;
     while (from < to) {
-        /* Part of a cluster comes alone: it is written as data. */
-        uint64_t in_cluster = qcow2_in_cluster(image, from);
-        uint64_t bytes = in_cluster ? min_u64(to - from, image->cluster_size - in_cluster) : to - from;
+        /* Part of a subcluster comes alone: it is written as data. */
+        uint64_t in_subcluster = from & (image->subcluster_size - 1);
+        uint64_t bytes = in_subcluster ? min_u64(to - from, image->subcluster_size - in_subcluster) : to - from;
         struct qcow2_run run;
         co_mutex_lock(&image->lock);
         int code = qcow2_lookup(image, from, bytes, &run);
@@ -195,11 +200,11 @@ static int coroutine_fn check_last_cluster(struct node *node, uint64_t size, str
 {
     struct qcow2 *image = node->state;
     struct qcow2_run run;
-    if (node->backing || !image->header.backing_file || !qcow2_in_cluster(image, size)) {
+    if (node->backing || !image->header.backing_file || is_aligned(size, image->subcluster_size)) {
         return 0;
     }
     co_mutex_lock(&image->lock);
-    int code = qcow2_lookup(image, qcow2_cluster_floor(image, size), 1, &run);
+    int code = qcow2_lookup(image, align_down(size, image->subcluster_size), 1, &run);
     co_mutex_unlock(&image->lock);
     if (code < 0) {
         return error_set_errno(err, code, "Could not resize node '%s'", node->name);
@@ -213,7 +218,51 @@ static int coroutine_fn check_last_cluster(struct node *node, uint64_t size, str
     return -ENOTSUP;
 }
 
-static int coroutine_fn grow(struct node *node, uint64_t size, struct error **err)
+/* A raw data file is as long as the image, and zero where the image is new. */
+static int coroutine_fn grow_raw(struct node *node, uint64_t old, uint64_t size, enum preallocation_mode mode)
+{
+    struct edge *data = node->data;
+    uint64_t there = edge_size(data);
+    int code = there > old ? edge_write_zeroes(data, old, min_u64(there, size) - old, REQUEST_MAY_UNMAP) : 0;
+    if (code == 0 && there < size) {
+        mode = mode == PREALLOCATION_MODE_METADATA ? PREALLOCATION_MODE_OFF : mode;
+        code = edge_grow(data, size, mode, NULL);
+    }
+    return code;
+}
+
+static int coroutine_fn shrink(struct node *node, uint64_t size, struct error **err)
+{
+    struct qcow2 *image = node->state;
+    uint64_t old = image->header.size;
+    if (image->header.snapshot_count) {
+        return error_set(err, -ENOTSUP, "Node '%s' has internal snapshots and cannot be shrunk", node->name);
+    }
+    if (image->header.version < 3 && (node->backing || image->header.backing_file)) {
+        return error_set(err, -ENOTSUP, "Node '%s' is of qcow2 version 2 and has a backing file: it cannot be shrunk",
+                         node->name);
+    }
+    uint64_t first = qcow2_cluster_ceiling(image, size);
+    int code = first < old ? qcow2_unmap(image, first, old - first, image->options.pass_discard, false) : 0;
+    if (code == 0) {
+        code = qcow2_flush(node);
+    }
+    if (code == 0) {
+        code = write_size(image, size);
+    }
+    if (code < 0) {
+        return error_set_errno(err, code, "Could not resize node '%s'", node->name);
+    }
+    atomic_store(&node->size, size);
+    if (image->external_raw && edge_size(node->data) > size) {
+        code = edge_truncate(node->data, size);
+        return code < 0 ? error_set_errno(err, code, "Could not shorten the data file of node '%s'", node->name) : 0;
+    }
+    return 0;
+}
+
+/* The places are missing yet. */
+static int coroutine_fn grow_empty(struct node *node, uint64_t size, enum preallocation_mode mode, struct error **err)
 {
     struct qcow2 *image = node->state;
     uint64_t old = image->header.size;
@@ -236,6 +285,9 @@ static int coroutine_fn grow(struct node *node, uint64_t size, struct error **er
     co_mutex_unlock(&image->lock);
     if (code == 0) {
         atomic_store(&node->size, size);
+        code = image->external_raw ? grow_raw(node, old, size, mode) : 0;
+    }
+    if (code == 0) {
         code = hide(node, old, size);
     }
     if (code == 0) {
@@ -251,33 +303,32 @@ static int coroutine_fn grow(struct node *node, uint64_t size, struct error **er
     return 0;
 }
 
-static int coroutine_fn shrink(struct node *node, uint64_t size, struct error **err)
+/* What could not be allocated leaves the size as it was. */
+static int coroutine_fn grow(struct node *node, uint64_t size, enum preallocation_mode mode, struct error **err)
 {
     struct qcow2 *image = node->state;
     uint64_t old = image->header.size;
-    if (image->header.snapshot_count) {
-        return error_set(err, -ENOTSUP, "Node '%s' has internal snapshots and cannot be shrunk", node->name);
+    int code = grow_empty(node, size, mode, err);
+    if (image->external_raw && mode == PREALLOCATION_MODE_OFF) {
+        mode = PREALLOCATION_MODE_METADATA; /* what a raw reader writes to the data file is to show here */
     }
-    if (image->header.version < 3 && (node->backing || image->header.backing_file)) {
-        return error_set(err, -ENOTSUP, "Node '%s' is of qcow2 version 2 and has a backing file: it cannot be shrunk",
-                         node->name);
+    if (code < 0 || mode == PREALLOCATION_MODE_OFF) {
+        return code;
     }
-    uint64_t first = qcow2_cluster_ceiling(image, size);
-    int code = first < old ? qcow2_discard(node, first, old - first) : 0;
+    code = qcow2_preallocate(image, old, size - old, mode, err);
     if (code == 0) {
         code = qcow2_flush(node);
-    }
-    if (code == 0) {
-        code = write_size(image, size);
+        if (code < 0) {
+            error_set_errno(err, code, "Could not resize node '%s'", node->name);
+        }
     }
     if (code < 0) {
-        return error_set_errno(err, code, "Could not resize node '%s'", node->name);
+        (void)shrink(node, old, NULL);
     }
-    atomic_store(&node->size, size);
-    return 0;
+    return code;
 }
 
-int coroutine_fn qcow2_truncate(struct node *node, uint64_t size, struct error **err)
+int coroutine_fn qcow2_grow(struct node *node, uint64_t size, enum preallocation_mode mode, struct error **err)
 {
     struct qcow2 *image = node->state;
     if (size % QCOW2_SECTOR) {
@@ -290,14 +341,10 @@ int coroutine_fn qcow2_truncate(struct node *node, uint64_t size, struct error *
     if (size == image->header.size) {
         return 0;
     }
-    return size > image->header.size ? grow(node, size, err) : shrink(node, size, err);
+    return size > image->header.size ? grow(node, size, mode, err) : shrink(node, size, err);
 }
 
-int coroutine_fn qcow2_grow(struct node *node, uint64_t size, enum preallocation_mode mode, struct error **err)
+int coroutine_fn qcow2_truncate(struct node *node, uint64_t size, struct error **err)
 {
-    if (mode != PREALLOCATION_MODE_OFF) {
-        return error_set(err, -ENOTSUP, "Node '%s' cannot be grown with preallocation '%s'", node->name,
-                         preallocation_mode_name(mode));
-    }
-    return qcow2_truncate(node, size, err);
+    return qcow2_grow(node, size, PREALLOCATION_MODE_OFF, err);
 }

@@ -147,8 +147,9 @@ static const struct bad_header bad_headers[] = {
     {NULL, {PATCH(backing_file_offset, 0x200), PATCH(backing_file_size, 3)}},
     /* A name right behind the fixed part: there are no extensions. */
     {NULL, {PATCH(backing_file_offset, 112), PATCH(backing_file_size, 8), {112, 4, 0x2f612f62}, {116, 4, 0x2f632f64}}},
-    {"external data file", {PATCH(incompatible_features, 4)}},
-    {"extended L2", {PATCH(incompatible_features, 16)}},
+    {NULL, {PATCH(incompatible_features, 4)}},
+    {NULL, {PATCH(incompatible_features, 16)}},
+    {"16 KiB at least", {PATCH(incompatible_features, 16), PATCH(cluster_bits, 13)}},
     {"a feature from the future", {PATCH(incompatible_features, 64)}},
     {"unknown incompatible feature (bit 63)", {PATCH(incompatible_features, UINT64_C(1) << 63)}},
     {NULL, {PATCH(incompatible_features, 8), PATCH(compression_type, 1)}},

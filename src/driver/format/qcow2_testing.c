@@ -5,7 +5,7 @@
  * 1. It keeps a copy of what was flushed and a log of what was written since, so that a power cut can be played: any
  *    subset of the unflushed sectors may have reached the disk.
  * 2. It can make requests take several turns of the loop, a few of them very many, so that others overtake them.
- * 3. What is discarded becomes garbage, so that whoever still reads it is found out.
+ * 3. What is discarded becomes garbage, so that whoever still reads it is found out (zeroes, if asked for).
  *
  * The rest runs the peer's tools and opens images in a graph without a program around it.
  */
@@ -129,7 +129,7 @@ static int coroutine_fn disk_write(struct node *node, uint64_t offset, uint64_t 
 static int coroutine_fn disk_discard(struct node *node, uint64_t offset, uint64_t bytes)
 {
     g_autofree uint8_t *garbage = g_malloc(bytes);
-    memset(garbage, 0xdd, bytes);
+    memset(garbage, disk_of(node)->zeroes ? 0 : 0xdd, bytes);
     struct iovec iov = {garbage, bytes};
     return disk_write(node, offset, bytes, buffers_one(&iov), 0);
 }
@@ -157,6 +157,24 @@ static int coroutine_fn disk_set_writable(struct node *node, bool writable, stru
     return 0;
 }
 
+/* Settled at once, for what is not flushed is logged as writes only. Shortening is not needed by anybody here. */
+static int coroutine_fn disk_truncate(struct node *node, uint64_t size, struct error **err)
+{
+    struct memory_disk *disk = disk_of(node);
+    GByteArray *arrays[] = {disk->now, disk->stable};
+    if (size > disk->limit || size < disk->now->len) {
+        return error_set(err, -ENOSPC, "A memory disk is lengthened only, up to its limit");
+    }
+    g_mutex_lock(&disk->lock);
+    for (unsigned i = 0; i < G_N_ELEMENTS(arrays); i++) {
+        uint64_t old = arrays[i]->len;
+        g_byte_array_set_size(arrays[i], size);
+        memset(arrays[i]->data + old, 0, size - old);
+    }
+    g_mutex_unlock(&disk->lock);
+    return 0;
+}
+
 static const struct driver disk_driver = {
     .name = "memory-disk",
     .kind = DRIVER_PROTOCOL,
@@ -166,6 +184,7 @@ static const struct driver disk_driver = {
     .write = disk_write,
     .discard = disk_discard,
     .flush = disk_flush,
+    .truncate = disk_truncate,
     .set_writable = disk_set_writable,
 };
 

@@ -29,6 +29,7 @@ struct memory_disk {
     uint64_t changes, fail_first, fail_end;
     int fail_code;
     bool yields; /* requests take several turns of the loop */
+    bool zeroes; /* what is discarded reads as zeroes, as holes do */
     bool keeps_log;
     uint64_t random;
 };

@@ -12,6 +12,9 @@ struct node;
 int coroutine_fn qcow2_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from, unsigned flags);
 int coroutine_fn qcow2_write_zeroes(struct node *node, uint64_t offset, uint64_t bytes, unsigned flags);
 int coroutine_fn qcow2_discard(struct node *node, uint64_t offset, uint64_t bytes);
+/* Unmaps whole subclusters inside the range: they read as zeroes. pass_down: the space they had is discarded in its
+ * file; keep: clusters of our own keep it. Whoever calls it has prepared the image for writing. */
+int coroutine_fn qcow2_unmap(struct qcow2 *image, uint64_t offset, uint64_t bytes, bool pass_down, bool keep);
 /* Writes zeroes as data would be written; allocates. No FUA, no settling. */
 int coroutine_fn qcow2_write_zero_data(struct qcow2 *image, uint64_t offset, uint64_t bytes, unsigned flags);
 
