@@ -41,6 +41,7 @@ static int coroutine_fn log_write(struct node *node, uint64_t offset, uint64_t b
 
 static const struct driver log_driver = {
     .name = "log",
+    .compresses = true,
     .kind = DRIVER_FORMAT,
     .state_size = sizeof(struct memory_state),
     .read = memory_read,
