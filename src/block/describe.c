@@ -54,7 +54,9 @@ static json_t *coroutine_fn describe_image(struct node *node)
                                 .actual_size = allocated,
                                 .virtual_size = align_up(atomic_load(&node->size), SECTOR),
                                 .has_cluster_size = node->limits.cluster_size != 0,
-                                .cluster_size = node->limits.cluster_size};
+                                .cluster_size = node->limits.cluster_size,
+                                .has_encrypted = node->encrypted,
+                                .encrypted = node->encrypted};
     if (node->header_backing && *node->header_backing) {
         info->backing_filename = g_strdup(node->header_backing);
         info->full_backing_filename = node_backing_path(node, NULL);

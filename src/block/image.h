@@ -31,6 +31,7 @@ struct image_progress {
 struct image_amendment {
     const struct blockdev_create_options *options; /* of the image's driver; only what has_... or non-NULL says, and
                                                     * `size` if it is not 0; `file` is NULL */
+    const struct blockdev_amend_options *keys;     /* of encryption, or NULL */
     bool force;                                    /* also what may lose access to the data */
 };
 
@@ -80,6 +81,7 @@ struct image_option {
     const char *member; /* dotted path in the QMP options, or NULL */
     bool amendable;     /* also of amend */
     bool amend_only;
+    bool keys; /* with amend_only: `member` is of blockdev-amend-options (image_amendment.keys) */
 };
 
 #endif

@@ -137,6 +137,10 @@ static struct option_children options_children(const struct blockdev_options *op
 {
     struct option_children children = {0};
     switch (options->driver) {
+    case BLOCKDEV_DRIVER_LUKS:
+        option_children_add(&children, EDGE_FILE, options->u.luks.file);
+        option_children_add(&children, EDGE_DATA, options->u.luks.header);
+        break;
     case BLOCKDEV_DRIVER_RAW:
         option_children_add(&children, EDGE_FILE, options->u.raw.file);
         break;
@@ -170,6 +174,9 @@ static bool options_for_image(enum blockdev_driver driver, struct blockdev_ref *
 {
     *ret = (struct blockdev_options){.driver = driver};
     switch (driver) {
+    case BLOCKDEV_DRIVER_LUKS:
+        ret->u.luks.file = file;
+        return true;
     case BLOCKDEV_DRIVER_RAW:
         ret->u.raw.file = file;
         return true;

@@ -119,16 +119,6 @@ int coroutine_fn command_query_block_exports(struct control *control, struct blo
     return code;
 }
 
-int coroutine_fn command_object_add(struct control *control, struct object_options *args, struct error **err)
-{
-    return iothreads_add(control->iothreads, args->id, err);
-}
-
-int coroutine_fn command_object_del(struct control *control, struct object_del_args *args, struct error **err)
-{
-    return iothreads_remove(control->iothreads, args->id, err);
-}
-
 int coroutine_fn command_query_iothreads(struct control *control, struct iothread_info_list **ret, struct error **err)
 {
     json_t *array = iothreads_query(control->iothreads);

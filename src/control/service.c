@@ -12,6 +12,7 @@
 #include "control/iothread.h"
 #include "control/monitor.h"
 #include "control/waiting.h"
+#include "crypto/secret.h"
 #include "export/export.h"
 #include "job/job.h"
 #include "schema/commands.h"
@@ -85,6 +86,7 @@ void service_destroy(struct control *control)
     jobs_destroy(control->jobs);
     graph_destroy(control->graph);
     iothreads_destroy(control->iothreads);
+    secret_remove_all();
     g_free(control);
 }
 

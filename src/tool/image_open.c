@@ -332,18 +332,3 @@ void coroutine_fn image_backend_destroy(struct backend *backend)
 {
     backend_destroy(backend);
 }
-
-/* --- objects --- */
-
-int image_object_add(const char *text, struct error **err)
-{
-    json_t *arguments = NULL;
-    bool is_text;
-    int r = keyval_parse(text, "qom-type", &arguments, &is_text, err);
-    if (r == 0) {
-        const char *type = json_string_value(json_object_get(arguments, "qom-type"));
-        r = error_set(err, -ENOTSUP, "Objects of type '%s' are not supported", type ? type : "");
-    }
-    json_decref(arguments);
-    return r;
-}

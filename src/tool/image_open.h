@@ -44,7 +44,7 @@ int coroutine_fn image_backend(struct graph *graph, struct node *node, bool writ
                                struct error **err);
 void coroutine_fn image_backend_destroy(struct backend *backend); /* accepts NULL */
 
-/* "--object secret,id=..." of a program without a monitor. */
-int image_object_add(const char *text, struct error **err);
+/* "--object secret,id=..." of a program without a monitor (src/tool/object.c). In a coroutine: it may read a file. */
+int coroutine_fn image_object_add(const char *text, struct error **err);
 
 #endif

@@ -21,6 +21,7 @@
 #include "block/graph.h"
 #include "block/request.h"
 #include "block/user.h"
+#include "driver/format/image_place.h"
 #include "driver/format/qcow2_header.h"
 #include "driver/format/qcow2_refcount.h"
 #include <endian.h>
@@ -288,15 +289,6 @@ static int coroutine_fn write_l2(struct edge *file, const struct qcow2_header *h
     return code;
 }
 
-/* Empties a file that is to be an image or its data. What has a size of its own is not asked: everything that matters
- * is written. */
-static int coroutine_fn empty(struct edge *edge, struct error **err)
-{
-    int code = edge_size(edge) ? edge_truncate(edge, 0) : 0;
-    return code < 0 && code != -ENOTSUP ? error_set_errno(err, code, "Could not empty node '%s'", edge->child->name)
-                                        : 0;
-}
-
 /* Makes [from, end) zeroes in the state that `mode` says, the file ending there at least. */
 static int coroutine_fn extend(struct edge *edge, uint64_t from, uint64_t end, enum preallocation_mode mode,
                                struct error **err)
@@ -327,7 +319,7 @@ static int coroutine_fn place_data(struct edge *file, const struct qcow2_create_
     if (!options->data) {
         return qcow2_create_maps_all(options) ? extend(file, from, end, options->preallocation, err) : 0;
     }
-    int code = options->data_raw ? 0 : empty(options->data, err);
+    int code = options->data_raw ? 0 : image_place_empty(options->data, err);
     uint64_t kept = options->data_raw ? min_u64(edge_size(options->data), options->size) : 0;
     return code < 0 ? code : extend(options->data, kept, options->size, options->preallocation, err);
 }
@@ -453,41 +445,8 @@ int qcow2_create_options_from(const struct blockdev_create_options_qcow2 *from, 
     return 0;
 }
 
-/* A child of the image to be: a node, and a backend on it. */
-struct place {
-    struct node *node;
-    struct backend *backend;
-};
-
-static int coroutine_fn place_open(struct graph *graph, const struct blockdev_ref *ref, struct place *ret,
-                                   struct error **err)
-{
-    int code = 0;
-    if (ref->kind == BLOCKDEV_REF_REFERENCE) {
-        struct node *found = graph_find_or_error(graph, ref->u.reference, err);
-        code = found ? 0 : -ENOENT;
-        ret->node = found ? node_ref(found) : NULL;
-    } else {
-        code = graph_open(graph, ref->u.definition, 0, &ret->node, err);
-    }
-    if (code == 0 && !ret->node->writable) {
-        code = error_set(err, -EROFS, "Node '%s' is read-only: no image can be made in it", ret->node->name);
-    }
-    if (code == 0) {
-        ret->backend = backend_create(graph, "creation of an image");
-        code = backend_attach(ret->backend, ret->node, ACCESS_ALL, err);
-    }
-    return code;
-}
-
-static void coroutine_fn place_close(struct place *place)
-{
-    backend_destroy(place->backend);
-    node_release(place->node);
-}
-
-static int coroutine_fn create_in(struct place *file, struct place *data, struct qcow2_create_options *options,
-                                  struct error **err)
+static int coroutine_fn create_in(struct image_place *file, struct image_place *data,
+                                  struct qcow2_create_options *options, struct error **err)
 {
     if (data->node) {
         options->data = backend_edge(data->backend);
@@ -502,7 +461,7 @@ static int coroutine_fn create_in(struct place *file, struct place *data, struct
         }
     }
     struct edge *edge = backend_edge(file->backend);
-    int code = empty(edge, err);
+    int code = image_place_empty(edge, err);
     return code < 0 ? code : qcow2_create(edge, options, err);
 }
 
@@ -512,22 +471,22 @@ int coroutine_fn qcow2_image_create(struct graph *graph, const struct blockdev_c
     const struct blockdev_create_options_qcow2 *own = &options->u.qcow2;
     struct qcow2_create_options resolved;
     struct qcow2_header header;
-    struct place file = {0}, data = {0};
+    struct image_place file = {0}, data = {0};
     int code = qcow2_create_options_from(own, &resolved, err);
     if (code == 0) { /* before anything is touched */
         code = qcow2_create_resolve(&resolved, &header, err);
     }
     if (code == 0) {
-        code = place_open(graph, own->file, &file, err);
+        code = image_place_open(graph, own->file, &file, err);
     }
     if (code == 0 && own->data_file) {
-        code = place_open(graph, own->data_file, &data, err);
+        code = image_place_open(graph, own->data_file, &data, err);
     }
     if (code == 0) {
         code = create_in(&file, &data, &resolved, err);
     }
-    place_close(&data);
-    place_close(&file);
+    image_place_close(&data);
+    image_place_close(&file);
     return code;
 }
 

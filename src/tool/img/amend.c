@@ -24,14 +24,19 @@ struct amend {
 static int coroutine_fn amend_node(struct img *img, const struct amend *amend, struct node *node, struct error **err)
 {
     struct blockdev_create_options *options = NULL;
+    struct blockdev_amend_options *keys = NULL;
     struct img_progress shown;
     struct drain drain;
     int r = img_create_options(node->driver->name, (char *const *)amend->given->pdata, amend->given->len, 0, true,
                                &options, err);
+    if (r == 0) {
+        r = img_amend_keys(node->driver->name, (char *const *)amend->given->pdata, amend->given->len, &keys, err);
+    }
     if (r < 0) {
+        blockdev_create_options_free(options);
         return r;
     }
-    struct image_amendment amendment = {.options = options, .force = amend->force};
+    struct image_amendment amendment = {.options = options, .keys = keys, .force = amend->force};
     struct image_progress progress = {.report = img_progress_report, .argument = &shown};
     img_progress_begin(&shown, amend->progress && !amend->common.quiet);
     graph_lock(img->graph);
@@ -44,6 +49,7 @@ static int coroutine_fn amend_node(struct img *img, const struct amend *amend, s
     } else {
         img_progress_abandon(&shown);
     }
+    blockdev_amend_options_free(keys);
     blockdev_create_options_free(options);
     return r;
 }

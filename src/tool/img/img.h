@@ -123,6 +123,11 @@ int img_create_options(const char *format, char *const *given, unsigned count, u
 int img_create_check(const char *format, bool with_backing, struct error **err);
 /* Can options of images of this format be changed? -EINVAL for an unknown one. */
 int img_amend_check(const char *format, struct error **err);
+/* What `-o` of amend changes of the keys of an encrypted image; *ret stays as it is if nothing. The options were
+ * accepted by img_create_options() before. */
+struct blockdev_amend_options;
+int img_amend_keys(const char *format, char *const *given, unsigned count, struct blockdev_amend_options **ret,
+                   struct error **err);
 /* Is "help" (or "?") among the options? Then img_print_options(). */
 bool img_asks_for_help(const char *given);
 void img_print_options(const char *format, bool amend);

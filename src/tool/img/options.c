@@ -119,6 +119,9 @@ static json_t *option_value(const struct image_option *option, const char *membe
     if (!strcmp(member, "version")) {
         value = !strcmp(value, "0.10") ? "v2" : !strcmp(value, "1.1") ? "v3" : value;
     }
+    if (!strcmp(member, "encrypt.format")) { /* its name in QMP; "encryption=on" is the oldest way to say it */
+        value = !strcmp(value, "aes") || (!strcmp(option->name, "encryption") && !strcmp(value, "on")) ? "qcow" : value;
+    }
     if (!strcmp(member, "data-file")) {
         return json_pack("{s:s, s:s}", "driver", "file", "filename", value);
     }
@@ -157,9 +160,9 @@ bool img_asks_for_help(const char *given)
     return false;
 }
 
-/* One "-o": NAME=VALUE,...; a NAME alone is NAME=on. */
+/* One "-o": NAME=VALUE,...; a NAME alone is NAME=on. What changes keys goes to `keys`, if that is not NULL. */
 static int options_read(const struct driver *driver, const char *format, const char *text, bool amend, json_t *root,
-                        struct error **err)
+                        json_t *keys, struct error **err)
 {
     for (char *next; (next = keyval_next(&text));) {
         g_autofree char *item = next;
@@ -173,7 +176,8 @@ static int options_read(const struct driver *driver, const char *format, const c
             error_hint(err, "Give '-f %s -o help' for a list of those that there are", format);
             return r;
         }
-        int r = option_set(root, option, equals ? equals + 1 : "on", err);
+        json_t *into = option->keys ? keys : root; /* NULL: the caller has no use for it */
+        int r = into ? option_set(into, option, equals ? equals + 1 : "on", err) : 0;
         if (r < 0) {
             return r;
         }
@@ -251,7 +255,7 @@ int img_create_options(const char *format, char *const *given, unsigned count, u
     json_object_set_new(root, "driver", json_string(driver->name));
     options_placeholders(driver->id, root);
     for (unsigned i = 0; i < count && r == 0; i++) {
-        r = options_read(driver, format, given[i], amend, root, err);
+        r = options_read(driver, format, given[i], amend, root, NULL, err);
     }
     if (r == 0 && (size || !json_object_get(root, "size"))) {
         json_object_set_new(root, "size", json_integer((json_int_t)size));
@@ -267,6 +271,27 @@ int img_create_options(const char *format, char *const *given, unsigned count, u
             *file = NULL;
         }
     }
+    return r;
+}
+
+int img_amend_keys(const char *format, char *const *given, unsigned count, struct blockdev_amend_options **ret,
+                   struct error **err)
+{
+    const struct driver *driver = driver_of_format(format);
+    json_t *root = json_object();
+    int r = 0;
+    for (unsigned i = 0; i < count && r == 0; i++) {
+        r = options_read(driver, format, given[i], true, NULL, root, err);
+    }
+    if (r == 0 && json_object_size(root)) {
+        json_t *encrypt = json_object_get(root, "encrypt");
+        if (encrypt) { /* only LUKS has keys to change */
+            json_object_set_new(encrypt, "format", json_string("luks"));
+        }
+        json_object_set_new(root, "driver", json_string(driver->name));
+        r = blockdev_amend_options_from_text(root, NULL, ret, err);
+    }
+    json_decref(root);
     return r;
 }
 
