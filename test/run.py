@@ -295,6 +295,29 @@ def run_explorer(results, name, build, options, limit, is_slice=False):
     results.add(verdict, f"{name} {figures['schedules']} schedules{label}", time.monotonic() - start, text + shortfall)
 
 
+# ---- the crash engine (doc/crash.md) --------------------------------------------------------------------------------
+
+CRASH_SLICE = "--workloads 45 --every 3 --mixed 1 --peer 80 --moved 10"
+CRASH_FULL = "--workloads 320 --mixed 3 --peer 50 --moved 20"
+
+
+def run_crashes(results, name, options, limit):
+    if not results.wants(name):
+        return
+    program = os.path.join(ROOT, FOLDERS["release"], "test", "crash", "crash")
+    start = time.monotonic()
+    result = subprocess.run([program, *options.split()], capture_output=True, text=True, timeout=limit, check=False)
+    text = result.stdout + result.stderr
+    crashes = re.search(r"(\d+) crashes", text)
+    caught = re.search(r"(\d+) of them caught", text)
+    blind = "" if caught and int(caught.group(1)) else "no deliberate breakage was caught\n"
+    failed = result.returncode != 0 or bool(blind) or not crashes
+    if results.names and not failed:
+        print(text)
+    label = f"{name} {crashes.group(1)} crashes" if crashes else name
+    results.add("FAIL" if failed else "PASS", label, time.monotonic() - start, text + blind)
+
+
 # ---- fuzzing -------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +372,7 @@ def check(arguments):
         run_generator_tests(results)
     run_suites(results, "short", arguments.quick)
     run_explorer(results, "explore-slice", "release", EXPLORE_SLICE, 600, is_slice=True)
+    run_crashes(results, "crash-slice", CRASH_SLICE, 600)
     if not arguments.quick:
         run_explorer(results, "explore-slice-asan", "asan", EXPLORE_ASAN, 600)
         run_fuzz(results, [target for target in fuzz_targets() if results.wants(f"fuzz-{target}")], FUZZ_SLICE_SECONDS)
@@ -358,6 +382,7 @@ def check(arguments):
 def long(arguments):
     results = Results(arguments.names)
     run_explorer(results, "explore", "release", EXPLORE_FULL, 4 * 3600)
+    run_crashes(results, "crash", CRASH_FULL, 4 * 3600)
     run_suites(results, "full")
     return results.finish()
 

@@ -622,6 +622,12 @@ uint64_t sim_changes(const struct sim *sim)
     return sim->changes;
 }
 
+void sim_set_recorder(struct sim *sim, void (*record)(const struct sim_record *record, void *argument), void *argument)
+{
+    sim->record = record;
+    sim->record_argument = argument;
+}
+
 void sim_cut_power(struct sim *sim, uint64_t at_change, void (*after)(struct sim *world, void *argument),
                    void *argument)
 {

@@ -69,6 +69,21 @@ struct sim_fault {
 void sim_fault_add(struct sim *sim, const struct sim_fault *fault);
 void sim_faults_clear(struct sim *sim);
 
+/*
+ * What happens to the disks' content, as it happens: for who wants to play it again otherwise. `settled`: a sync (or
+ * FUA) has made durable what [offset, offset + bytes) held after the disk's change of that number.
+ */
+enum sim_record_kind { SIM_RECORD_WRITE, SIM_RECORD_ZERO, SIM_RECORD_RESIZE, SIM_RECORD_SETTLE };
+struct sim_record {
+    enum sim_record_kind kind;
+    const char *path;
+    uint64_t change;        /* its number on this disk; SETTLE: of the last change that is settled */
+    uint64_t offset, bytes; /* RESIZE: offset is the new size */
+    const void *data;       /* WRITE */
+};
+/* Calls `record` for each from now on; NULL: no more. It does not change the world. */
+void sim_set_recorder(struct sim *sim, void (*record)(const struct sim_record *record, void *argument), void *argument);
+
 /* How many changes of disks (SIM_WRITE, SIM_SYNC, SIM_ALLOCATE) have been begun: the places where power can be cut. */
 uint64_t sim_changes(const struct sim *sim);
 /*

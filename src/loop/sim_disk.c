@@ -198,6 +198,19 @@ void disk_read(struct sim_disk *disk, uint64_t offset, void *to, uint64_t bytes)
     }
 }
 
+/* Tells who records. `change`: the number that goes with it. */
+static void disk_record(const struct sim_disk *disk, enum sim_record_kind kind, uint64_t change, uint64_t offset,
+                        uint64_t bytes, const void *data)
+{
+    const struct sim *sim = sim_self();
+
+    if (sim && sim->record) {
+        struct sim_record record = {kind, disk->path, change, offset, bytes, data};
+
+        sim->record(&record, sim->record_argument);
+    }
+}
+
 /* Part of the current change. */
 static void disk_set_size(struct sim_disk *disk, uint64_t size)
 {
@@ -218,6 +231,7 @@ void disk_write(struct sim_disk *disk, uint64_t offset, const void *from, uint64
 
     g_assert(end <= SIM_DISK_MAX);
     disk->change++;
+    disk_record(disk, SIM_RECORD_WRITE, disk->change, offset, bytes, from);
     for (uint64_t at = offset; at < end;) {
         uint64_t within = at % SIM_PAGE, step = min_u64(SIM_PAGE - within, end - at);
         struct sim_page *page = page_get(disk, at / SIM_PAGE);
@@ -278,12 +292,19 @@ void disk_allocate(struct sim_disk *disk, enum file_allocate_mode mode, uint64_t
 {
     disk->change++;
     if (mode == FILE_PUNCH) {
+        disk_record(disk, SIM_RECORD_ZERO, disk->change, offset,
+                    min_u64(bytes, disk->size - min_u64(offset, disk->size)), NULL);
         if (offset < disk->size) {
             disk_punch(disk, offset, min_u64(offset + bytes, align_up(disk->size, SIM_PAGE)));
         }
         return;
     }
     g_assert(offset + bytes <= SIM_DISK_MAX);
+    if (mode == FILE_ZERO) {
+        disk_record(disk, SIM_RECORD_ZERO, disk->change, offset, bytes, NULL);
+    } else {
+        disk_record(disk, SIM_RECORD_RESIZE, disk->change, max_u64(disk->size, offset + bytes), 0, NULL);
+    }
     disk_fill(disk, offset, offset + bytes, mode == FILE_ZERO);
     disk_set_size(disk, max_u64(disk->size, offset + bytes));
 }
@@ -291,6 +312,7 @@ void disk_allocate(struct sim_disk *disk, enum file_allocate_mode mode, uint64_t
 void disk_resize(struct sim_disk *disk, uint64_t size)
 {
     disk->change++;
+    disk_record(disk, SIM_RECORD_RESIZE, disk->change, size, 0, NULL);
     if (size < disk->size) {
         disk_punch(disk, size, align_up(disk->size, SIM_PAGE));
     }
@@ -355,6 +377,7 @@ static void disk_settle_sectors(struct sim_disk *disk, uint64_t offset, uint64_t
 
 void disk_settle(struct sim_disk *disk, uint64_t offset, uint64_t bytes, uint64_t change)
 {
+    disk_record(disk, SIM_RECORD_SETTLE, change, offset, bytes, NULL);
     disk_settle_sectors(disk, offset, offset + bytes, change);
     /* The oldest first. */
     while (!list_is_empty(&disk->sizes)) {

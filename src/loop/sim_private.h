@@ -32,6 +32,8 @@ struct sim {
     uint64_t disk_count;
     struct list faults;
     struct list writes; /* in flight */
+    void (*record)(const struct sim_record *record, void *argument);
+    void *record_argument;
     uint64_t changes, cut_at;
     void (*after_cut)(struct sim *world, void *argument);
     void *after_argument;
