@@ -203,6 +203,34 @@ static int coroutine_fn name_probe(struct graph *graph, const struct image_name 
     return error_move(err, error);
 }
 
+/* "PATH", or "blkdebug:CONFIG:PATH" where CONFIG may be empty: the description of the file (a new reference), and where
+ * it lies. */
+static int file_describe(const char *name, const char **ret_path, json_t **ret, struct error **err)
+{
+    bool debug = g_str_has_prefix(name, "blkdebug:");
+    const char *config = debug ? name + strlen("blkdebug:") : NULL, *colon = debug ? strchr(config, ':') : NULL;
+    if (debug && !colon) {
+        return error_set(err, -EINVAL, "'%s' is not of the form blkdebug:CONFIG:PATH", name);
+    }
+    const char *path = image_path(debug ? colon + 1 : name, err);
+    if (!path) {
+        return -ENOTSUP;
+    }
+    json_t *file = json_pack("{s:s, s:s}", "driver", "file", "filename", path);
+    if (file && debug) {
+        file = json_pack("{s:s, s:o}", "driver", "blkdebug", "image", file);
+        if (file && colon > config) {
+            (void)json_object_set_new(file, "config", json_stringn(config, (size_t)(colon - config)));
+        }
+    }
+    if (!file) {
+        return error_set(err, -EINVAL, "The name is not valid UTF-8");
+    }
+    *ret_path = path;
+    *ret = file;
+    return 0;
+}
+
 /* The options of blockdev-add for the name. A new reference. */
 static int coroutine_fn name_options(struct graph *graph, const struct image_name *name, json_t **ret,
                                      struct error **err)
@@ -224,18 +252,15 @@ static int coroutine_fn name_options(struct graph *graph, const struct image_nam
             }
         }
     } else {
-        path = image_path(name->name, err);
-        if (!path) {
-            return -ENOTSUP;
+        json_t *file = NULL;
+        r = file_describe(name->name, &path, &file, err);
+        if (r == 0 && !format) {
+            r = name_probe(graph, name, path, &format, err);
         }
-        r = format ? 0 : name_probe(graph, name, path, &format, err);
         if (r == 0) {
-            options = !strcmp(format, "file") ? json_pack("{s:s}", "filename", path)
-                                              : json_pack("{s:{s:s, s:s}}", "file", "driver", "file", "filename", path);
-            if (!options) {
-                return error_set(err, -EINVAL, "The name is not valid UTF-8");
-            }
+            options = !strcmp(format, "file") ? json_incref(file) : json_pack("{s:O}", "file", file);
         }
+        json_decref(file);
     }
     if (r == 0 && format) {
         if (blockdev_driver_parse(format, &(enum blockdev_driver){0}, NULL) < 0) {
@@ -305,7 +330,7 @@ int coroutine_fn image_open(struct graph *graph, const struct image_name *name, 
     if (r == 0) {
         r = graph_open(graph, parsed, flags, ret, err);
     }
-    if (r < 0) {
+    if (r < 0 && err && *err && !g_str_has_prefix((*err)->message, "Could not open '")) {
         error_prepend(err, "Could not open '%s'", name->name);
     }
     blockdev_options_free(parsed);

@@ -92,6 +92,8 @@ void img_print_json(json_t *json);
 
 /* A size as people are shown it: three digits and a unit, as qemu-img does; writes to `out` and returns it. */
 char *img_human_size(uint64_t bytes, char out[32]);
+/* The members of an object (format-specific data), a line each behind `indent` spaces. */
+void img_print_members(json_t *object, unsigned indent);
 /* The table of snapshots inside an image, each line behind `indent` spaces. */
 struct snapshot_info_list;
 void img_print_snapshots(const struct snapshot_info_list *list, unsigned indent);

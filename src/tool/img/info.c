@@ -104,7 +104,7 @@ static int key_compare(const void *first, const void *second)
 
 static void print_value(const char *label, json_t *value, unsigned indent);
 
-static void print_members(json_t *object, unsigned indent)
+void img_print_members(json_t *object, unsigned indent)
 {
     g_autofree const char **keys = g_new(const char *, json_object_size(object) + 1);
     unsigned count = 0;
@@ -127,7 +127,7 @@ static void print_value(const char *label, json_t *value, unsigned indent)
     switch (json_typeof(value)) {
     case JSON_OBJECT:
         printf("\n");
-        print_members(value, indent + 4);
+        img_print_members(value, indent + 4);
         return;
     case JSON_ARRAY:
         printf("\n");
@@ -209,7 +209,7 @@ static void print_image(json_t *image, const char *path)
     print_snapshots(json_object_get(image, "snapshots"), indent);
     if (json_object_size(specific)) {
         printf("%*sFormat specific information:\n", indent, "");
-        print_members(specific, indent + 4);
+        img_print_members(specific, indent + 4);
     }
     json_array_foreach(json_object_get(image, "children"), index, child)
     {
