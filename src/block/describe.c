@@ -50,6 +50,7 @@ static json_t *coroutine_fn describe_image(struct node *node)
     *info = (struct image_info){.filename = node_filename(node),
                                 .format = g_strdup(node->driver->name),
                                 .has_dirty_flag = true,
+                                .dirty_flag = node->dirty,
                                 .has_actual_size = allocated >= 0,
                                 .actual_size = allocated,
                                 .virtual_size = align_up(atomic_load(&node->size), SECTOR),

@@ -46,6 +46,11 @@ enum graph_open_flags {
 };
 int coroutine_fn graph_open(struct graph *graph, const struct blockdev_options *options, unsigned flags,
                             struct node **ret, struct error **err);
+/* What names of images mean. The length of the protocol in front of one ("nbd:...", "json:..."), or 0: it is a path. */
+size_t image_name_protocol(const char *name);
+/* Where a name leads that stands in the image at path `image` (NULL: unknown): against its folder, without "file:".
+ * NULL: it names a protocol. g_free(). */
+char *image_name_path(const char *image, const char *name);
 /* blockdev-del: refused (-EBUSY) while used, naming by whom. */
 int coroutine_fn graph_delete(struct graph *graph, const char *name, struct error **err);
 /* Drops every monitor reference (shutdown: parents first). */

@@ -79,6 +79,7 @@ struct node {
     bool never_writable;       /* read-only by explicit option or by its nature */
     bool check_only;           /* opened to be checked or repaired: nothing is repaired or loaded on the way */
     bool encrypted;            /* what the file holds is; set by the driver */
+    bool dirty;                /* the image says that it was not closed in order; set by the driver */
     bool no_data;              /* opened to be looked at: nobody reads its data; see GRAPH_OPEN_NO_DATA */
     unsigned writers;          /* node_writable_begin() */
     bool made_files_writable;  /* counts among the writers of its file and data children */

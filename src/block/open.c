@@ -218,31 +218,38 @@ static int apply_options(struct node *node, const struct blockdev_options *optio
 
 /* --- what headers say --- */
 
-/* "nbd:...", "json:...", "http://...": a prefix before any slash. */
-static bool has_protocol(const char *name)
+size_t image_name_protocol(const char *name)
 {
     size_t length = strcspn(name, ":/");
-    return length > 1 && name[length] == ':' && g_ascii_isalpha(name[0]);
+    return length > 1 && name[length] == ':' && g_ascii_isalpha(name[0]) ? length : 0;
+}
+
+char *image_name_path(const char *image, const char *name)
+{
+    if (g_str_has_prefix(name, "file:")) {
+        name += strlen("file:");
+    } else if (image_name_protocol(name)) {
+        return NULL;
+    }
+    if (g_path_is_absolute(name) || !image) {
+        return g_strdup(name);
+    }
+    g_autofree char *folder = g_path_get_dirname(image);
+    return g_str_equal(folder, ".") && !g_str_has_prefix(image, "./") ? g_strdup(name)
+                                                                      : g_build_filename(folder, name, NULL);
 }
 
 /* Where `name` in the header of `node` leads. what: "backing"; hint: how else the user may say it. */
 static char *header_path(const struct node *node, const char *name, const char *what, const char *hint,
                          struct error **err)
 {
-    if (g_str_has_prefix(name, "file:")) {
-        name += strlen("file:");
-    } else if (has_protocol(name)) {
+    char *path = image_name_path(node->filename, name);
+    if (!path) {
         error_set(err, -ENOTSUP, "Image '%s' names the %s file '%s', whose protocol '%.*s' is not supported here",
-                  node->name, what, name, (int)strcspn(name, ":"), name);
+                  node->name, what, name, (int)image_name_protocol(name), name);
         error_hint(err, "Give the option '%s", hint);
-        return NULL;
     }
-    if (g_path_is_absolute(name) || !node->filename) {
-        return g_strdup(name);
-    }
-    g_autofree char *folder = g_path_get_dirname(node->filename);
-    return g_str_equal(folder, ".") && !g_str_has_prefix(node->filename, "./") ? g_strdup(name)
-                                                                               : g_build_filename(folder, name, NULL);
+    return path;
 }
 
 char *node_backing_path(const struct node *node, struct error **err)

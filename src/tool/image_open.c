@@ -102,11 +102,11 @@ int image_cache_mode(const char *name, bool *ret_direct, bool *ret_no_flush, str
 
 const char *image_path(const char *name, struct error **err)
 {
-    size_t length = strcspn(name, ":/");
+    size_t length = image_name_protocol(name);
     if (g_str_has_prefix(name, "file:")) {
         return name + strlen("file:");
     }
-    if (length < 2 || name[length] != ':' || !g_ascii_isalpha(name[0])) {
+    if (!length) {
         return name;
     }
     error_set(err, -ENOTSUP, "Protocol '%.*s' is not supported", (int)length, name);

@@ -204,6 +204,7 @@ static void describe_node(struct qcow2 *image)
     node->limits.cluster_size = image->cluster_size;
     node->limits.zero_alignment = image->subcluster_size;
     node->limits.max_transfer = 0;
+    node->dirty = image->header.incompatible & QCOW2_INCOMPATIBLE_DIRTY;
     node->filename = g_strdup(node_beneath_filters(node->file->child)->filename);
     node->header_backing = g_strdup(image->header.backing_file);
     node->header_backing_format = g_strdup(image->header.backing_format);

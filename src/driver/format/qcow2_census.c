@@ -272,7 +272,7 @@ bool qcow2_entry_is_wrong(const struct qcow2_census *census, struct qcow2_entry 
 {
     const struct qcow2 *image = census->image;
     if (entry.descriptor & QCOW2_COMPRESSED) {
-        return !compressed_is_sane(census, entry.descriptor);
+        return entry.subclusters || !compressed_is_sane(census, entry.descriptor);
     }
     if (qcow2_entry_kind(image, entry) == QCOW2_INVALID) {
         return true;
@@ -281,10 +281,16 @@ bool qcow2_entry_is_wrong(const struct qcow2_census *census, struct qcow2_entry 
     return !census->data_file && offset && !qcow2_census_inside(census, offset, image->cluster_size);
 }
 
-static void count_compressed(struct qcow2_census *census, struct qcow2_census_table *table, uint64_t descriptor)
+static void count_compressed(struct qcow2_census *census, struct qcow2_census_table *table, struct qcow2_entry entry)
 {
+    uint64_t descriptor = entry.descriptor;
     uint64_t offset;
     uint64_t bytes;
+    if (entry.subclusters) {
+        census_corruption(census, "Compressed data have subclusters: 0x%016" G_GINT64_MODIFIER "x", entry.subclusters);
+        table->broken = true;
+        return;
+    }
     if (descriptor & QCOW2_COPIED) {
         census_corruption(census, "Compressed data at 0x%" G_GINT64_MODIFIER "x have the COPIED flag",
                           descriptor & ~(QCOW2_COPIED | QCOW2_COMPRESSED));
@@ -338,6 +344,7 @@ static void count_place(struct qcow2_census *census, struct qcow2_census_table *
     }
     uint32_t refcount = qcow2_tally_get(&census->refcounts, cluster);
     if (table->active_uses && !qcow2_flag_is_right(descriptor, refcount)) {
+        census->wrong_flags++;
         census_corruption(census,
                           "Entry of guest offset 0x%" G_GINT64_MODIFIER "x (0x%016" G_GINT64_MODIFIER
                           "x) and refcount %u disagree",
@@ -349,6 +356,7 @@ static void count_table(struct qcow2_census *census, struct qcow2_census_table *
 {
     const struct qcow2 *image = census->image;
     uint64_t corruptions = census->findings->corruptions;
+    uint64_t flags = census->wrong_flags;
     uint64_t next = 0;
     uint64_t allocated = 0;
     uint64_t breaks = 0;
@@ -357,7 +365,7 @@ static void count_table(struct qcow2_census *census, struct qcow2_census_table *
     for (uint64_t i = 0; i < (uint64_t)1 << image->l2_bits; i++) {
         struct qcow2_entry entry = qcow2_entry_load(image, entries, i);
         if (entry.descriptor & QCOW2_COMPRESSED) {
-            count_compressed(census, table, entry.descriptor);
+            count_compressed(census, table, entry);
             continue;
         }
         if (entry.descriptor & unusual || entry.subclusters) {
@@ -371,8 +379,11 @@ static void count_table(struct qcow2_census *census, struct qcow2_census_table *
             count_place(census, table, i, entry.descriptor);
         }
     }
-    /* What is wrong is wrong as often as it is shown. */
-    census->findings->corruptions += (census->findings->corruptions - corruptions) * (table->uses - 1);
+    /* What is wrong is wrong as often as it is shown; flags matter in the active tables only. */
+    flags = census->wrong_flags - flags;
+    corruptions = census->findings->corruptions - corruptions - flags;
+    census->findings->corruptions += corruptions * (table->uses - 1);
+    census->findings->corruptions += flags ? flags * (table->active_uses - 1) : 0;
     census->allocated += allocated * table->active_uses;
     census->fragmented += breaks * table->active_uses;
 }

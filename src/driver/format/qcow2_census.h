@@ -75,6 +75,7 @@ struct qcow2_census {
     uint64_t snapshot_bytes; /* of the table, as far as it makes sense */
     uint64_t allocated, fragmented, compressed;
     uint64_t longest_run; /* of metadata, in clusters */
+    uint64_t wrong_flags; /* COPIED, in L2 tables */
     bool data_file;       /* guest data are elsewhere, and not counted */
 
     /* What has to be repaired. */

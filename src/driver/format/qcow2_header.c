@@ -659,6 +659,24 @@ int coroutine_fn qcow2_header_write_refcount_table(struct edge *file, const stru
     return edge_write_memory(file, offsetof(struct qcow2_disk_header, refcount_table_offset), &disk, sizeof(disk), 0);
 }
 
+int coroutine_fn qcow2_header_write_refcounts(struct edge *file, const struct qcow2_header *header)
+{
+    const size_t first = offsetof(struct qcow2_disk_header, refcount_table_offset);
+    const size_t end = offsetof(struct qcow2_disk_header, header_length);
+    uint8_t disk[sizeof(struct qcow2_disk_header)];
+    if (header->version < 3) {
+        return qcow2_header_write_refcount_table(file, header);
+    }
+    build_fixed(header, disk);
+    return edge_write_memory(file, first, disk + first, end - first, 0);
+}
+
+int coroutine_fn qcow2_header_write_compatible(struct edge *file, const struct qcow2_header *header)
+{
+    uint64_t disk = htobe64(header->compatible);
+    return edge_write_memory(file, offsetof(struct qcow2_disk_header, compatible_features), &disk, 8, 0);
+}
+
 int coroutine_fn qcow2_header_write_size(struct edge *file, const struct qcow2_header *header)
 {
     struct {

@@ -67,6 +67,9 @@ int coroutine_fn qcow2_header_change_backing(struct edge *file, struct qcow2_hea
 int coroutine_fn qcow2_header_write_incompatible(struct edge *file, const struct qcow2_header *header);
 int coroutine_fn qcow2_header_write_autoclear(struct edge *file, const struct qcow2_header *header);
 int coroutine_fn qcow2_header_write_refcount_table(struct edge *file, const struct qcow2_header *header);
+int coroutine_fn qcow2_header_write_compatible(struct edge *file, const struct qcow2_header *header);
+/* The refcount table and the width of refcounts at once. */
+int coroutine_fn qcow2_header_write_refcounts(struct edge *file, const struct qcow2_header *header);
 /* size, l1_size and l1_offset at once */
 int coroutine_fn qcow2_header_write_size(struct edge *file, const struct qcow2_header *header);
 

@@ -5,6 +5,7 @@
  * qcow2_resize.c).
  */
 #include "driver/format/qcow2_image.h"
+#include "driver/format/qcow2_amend.h"
 #include "driver/format/qcow2_check.h"
 #include "driver/format/qcow2_create.h"
 #include "driver/format/qcow2_resize.h"
@@ -14,6 +15,7 @@ const struct image_driver qcow2_image = {
     .options = qcow2_image_options,
     .create = qcow2_image_create,
     .check = qcow2_check,
+    .amend = qcow2_amend,
     .grow = qcow2_grow,
     .snapshot_list = qcow2_snapshot_list,
     .snapshot_create = qcow2_snapshot_make,

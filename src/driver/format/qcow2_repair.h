@@ -14,6 +14,7 @@ struct qcow2_repair {
     uint64_t end;                          /* cluster index: from here on nothing is in use, nor behind */
     GHashTable *copies;                    /* of a cluster, see qcow2_repair_tables.c: where its content is copied to */
     uint64_t l1_moved_to;                  /* offset; 0: it stays */
+    bool complete_extra;                   /* snapshots get the extra data that version 3 wants, in version 2 too */
     uint64_t snapshots_to, snapshots_room; /* of a new snapshot table; 0: none */
     struct error **err;
 };
@@ -38,5 +39,8 @@ bool qcow2_repair_l1_entries(struct qcow2_repair *repair, uint64_t *l1, uint64_t
 
 /* qcow2_repair_refcounts.c: makes the refcounts what was counted, or raises those that are too low. */
 int coroutine_fn qcow2_repair_refcounts(struct qcow2_repair *repair, bool raise_only);
+/* Refcounts of 2^order bits, in new structures that one write of the header shows. -ERANGE: one does not fit. On
+ * another error nobody may know which ones the header shows. */
+int coroutine_fn qcow2_repair_refcount_width(struct qcow2_repair *repair, unsigned order);
 
 #endif

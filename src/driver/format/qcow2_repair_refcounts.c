@@ -211,7 +211,7 @@ static int coroutine_fn switch_table(struct qcow2_repair *repair, const struct l
     if (code == 0) {
         image->header.refcount_table_offset = offset;
         image->header.refcount_table_clusters = layout->table_clusters;
-        code = qcow2_header_write_refcount_table(file, &image->header);
+        code = qcow2_header_write_refcounts(file, &image->header);
     }
     if (code == 0) {
         code = edge_flush(file);
@@ -255,6 +255,23 @@ static int coroutine_fn rebuild(struct qcow2_repair *repair, bool raise_only)
     }
     int code = write_blocks(repair, &layout, raise_only, table);
     return code == 0 ? switch_table(repair, &layout, table) : code;
+}
+
+int coroutine_fn qcow2_repair_refcount_width(struct qcow2_repair *repair, unsigned order)
+{
+    struct qcow2 *image = repair->image;
+    struct qcow2_header *header = &image->header;
+    struct qcow2_header old = *header;
+    header->refcount_order = order;
+    image->refcount_block_bits = image->cluster_bits + 3 - order;
+    int code = rebuild(repair, false);
+    if (code < 0) {
+        header->refcount_order = old.refcount_order;
+        header->refcount_table_offset = old.refcount_table_offset;
+        header->refcount_table_clusters = old.refcount_table_clusters;
+        image->refcount_block_bits = image->cluster_bits + 3 - old.refcount_order;
+    }
+    return code;
 }
 
 int coroutine_fn qcow2_repair_refcounts(struct qcow2_repair *repair, bool raise_only)

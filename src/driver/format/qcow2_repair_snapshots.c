@@ -50,7 +50,7 @@ static void salvage(struct qcow2_repair *repair, struct qcow2_census_snapshot *s
 void qcow2_repair_prepare_snapshots(struct qcow2_repair *repair)
 {
     struct qcow2_census *census = repair->census;
-    bool again = census->snapshots_broken || census->snapshots_misplaced;
+    bool again = census->snapshots_broken || census->snapshots_misplaced || repair->complete_extra;
     for (unsigned i = 0; i < census->snapshots->len; i++) {
         struct qcow2_census_snapshot *snapshot = &g_array_index(census->snapshots, struct qcow2_census_snapshot, i);
         if (snapshot->unusable) {
@@ -110,7 +110,7 @@ static int coroutine_fn append_entry(struct qcow2_repair *repair, const struct q
     uint32_t extra = be32toh(disk.extra_size);
     uint32_t names = be16toh(disk.id_size) + be16toh(disk.name_size);
     uint32_t kept = extra > QCOW2_SNAPSHOT_EXTRA_MAX ? EXTRA_KNOWN : extra;
-    uint32_t written = image->header.version >= 3 ? MAX(kept, (uint32_t)EXTRA_LEAST) : kept;
+    uint32_t written = image->header.version >= 3 || repair->complete_extra ? MAX(kept, (uint32_t)EXTRA_LEAST) : kept;
     uint64_t made_up[2] = {htobe64(be32toh(disk.vm_state_size)), htobe64(image->header.size)};
     disk.l1_table_offset = htobe64(snapshot->moved_to ? snapshot->moved_to : snapshot->l1_offset);
     disk.extra_size = htobe32(written);

@@ -15,11 +15,11 @@
 #include <errno.h>
 #include <string.h>
 
-/* Keys of repair->copies: a cluster of data, the same as an L2 table, and zeroes for version 2, which has no other way
- * to hide what a backing file shows. */
-enum copied { COPIED_DATA, COPIED_TABLE, COPIED_KINDS };
+/* Keys of repair->copies: a cluster of data, the same as an L2 table, the clusters from there on that compressed data
+ * may touch, and zeroes for version 2, which has no other way to hide what a backing file shows. */
+enum copied { COPIED_DATA, COPIED_TABLE, COPIED_COMPRESSED, COPIED_KINDS };
 #define COPIED_ZEROES UINT64_MAX
-enum { COPIES_MAX = 1 << 16 };
+enum { COPIES_MAX = 1 << 16, COMPRESSED_CLUSTERS = 3 };
 
 void qcow2_repair_init(struct qcow2_repair *repair, struct qcow2_census *census, struct error **err)
 {
@@ -66,14 +66,16 @@ static int coroutine_fn make_copy(struct qcow2_repair *repair, uint64_t key)
     if (copy_of(repair, key) || g_hash_table_size(repair->copies) >= COPIES_MAX) {
         return 0;
     }
-    uint64_t to = qcow2_repair_take(repair, 1) << image->cluster_bits;
-    g_autofree uint8_t *content = g_try_malloc0(image->cluster_size);
+    unsigned clusters = key != COPIED_ZEROES && key % COPIED_KINDS == COPIED_COMPRESSED ? COMPRESSED_CLUSTERS : 1;
+    uint64_t bytes = clusters << image->cluster_bits;
+    uint64_t to = qcow2_repair_take(repair, clusters) << image->cluster_bits;
+    g_autofree uint8_t *content = g_try_malloc0(bytes);
     int code = content ? 0 : -ENOMEM;
     if (code == 0 && key != COPIED_ZEROES) {
-        code = edge_read_memory(file, key / COPIED_KINDS << image->cluster_bits, content, image->cluster_size);
+        code = edge_read_memory(file, key / COPIED_KINDS << image->cluster_bits, content, bytes);
     }
     if (code == 0) {
-        code = edge_write_memory(file, to, content, image->cluster_size, 0);
+        code = edge_write_memory(file, to, content, bytes, 0);
     }
     if (code < 0) {
         return error_set_errno(repair->err, code, "Could not copy a cluster");
@@ -128,7 +130,7 @@ static struct qcow2_entry sane_compressed(const struct qcow2_repair *repair, str
     if (!qcow2_census_inside(repair->census, offset, bytes)) {
         return lost_entry(repair);
     }
-    return (struct qcow2_entry){entry.descriptor & ~QCOW2_COPIED, entry.subclusters};
+    return (struct qcow2_entry){entry.descriptor & ~QCOW2_COPIED, 0};
 }
 
 /* The entry as it can be, apart from where its data are. */
@@ -163,36 +165,73 @@ static struct qcow2_entry sane_entry(const struct qcow2_repair *repair, struct q
                                                              : (struct qcow2_entry){0, 0};
 }
 
-/* Whether the data of a sane entry are in a cluster of metadata; of which is *ret. */
+static bool is_only_zero(struct qcow2_entry entry)
+{
+    return !(entry.descriptor & QCOW2_COMPRESSED) && entry.descriptor & QCOW2_ZERO;
+}
+
+/* The clusters that the data of a sane entry are in; *ret_count 0: it has none here. */
+static void data_clusters(const struct qcow2_repair *repair, struct qcow2_entry entry, uint64_t *ret_first,
+                          uint64_t *ret_count)
+{
+    unsigned bits = repair->image->cluster_bits;
+    uint64_t offset = entry.descriptor & QCOW2_OFFSET_MASK;
+    uint64_t bytes = offset && !repair->census->data_file ? repair->image->cluster_size : 0;
+    if (entry.descriptor & QCOW2_COMPRESSED) {
+        qcow2_compressed_place(bits, entry.descriptor, &offset, &bytes);
+    }
+    *ret_first = offset >> bits;
+    *ret_count = bytes ? ((offset + bytes - 1) >> bits) - *ret_first + 1 : 0;
+}
+
+/* Whether the data of a sane entry share a cluster with metadata; *ret is the key of their copy. */
 static bool is_misplaced(const struct qcow2_repair *repair, struct qcow2_entry entry, uint64_t *ret)
 {
     const struct qcow2_census *census = repair->census;
-    uint64_t offset = entry.descriptor & QCOW2_OFFSET_MASK;
-    if (census->data_file || entry.descriptor & QCOW2_COMPRESSED || !offset) {
-        return false;
+    uint64_t first;
+    uint64_t count;
+    data_clusters(repair, entry, &first, &count);
+    for (uint64_t i = first; i < first + count && i < census->clusters; i++) {
+        if (qcow2_tally_get(&census->uses, i) > 1 && qcow2_census_is_metadata(census, i, false)) {
+            *ret = key_of(first, entry.descriptor & QCOW2_COMPRESSED ? COPIED_COMPRESSED : COPIED_DATA);
+            return true;
+        }
     }
-    *ret = offset >> repair->image->cluster_bits;
-    return qcow2_tally_get(&census->uses, *ret) > 1 && *ret < census->clusters &&
-           qcow2_census_is_metadata(census, *ret, false);
+    return false;
+}
+
+/* A sane entry whose data are at `to` now, `first` being the cluster where they were. */
+static struct qcow2_entry moved_entry(const struct qcow2_repair *repair, struct qcow2_entry entry, uint64_t to)
+{
+    unsigned bits = repair->image->cluster_bits;
+    if (entry.descriptor & QCOW2_COMPRESSED) {
+        uint64_t offset;
+        uint64_t bytes;
+        qcow2_compressed_place(bits, entry.descriptor, &offset, &bytes);
+        uint64_t wanted = to + qcow2_in_cluster(repair->image, offset);
+        entry.descriptor = (entry.descriptor & ~offset) | wanted;
+        uint64_t got;
+        qcow2_compressed_place(bits, entry.descriptor, &got, &bytes);
+        return got == wanted ? entry : lost_entry(repair); /* too far behind for a compressed cluster */
+    }
+    entry.descriptor = to;
+    return entry;
 }
 
 /* The entry as it is to be. Copies are made already. */
 static struct qcow2_entry right_entry(const struct qcow2_repair *repair, struct qcow2_entry entry, uint32_t uses)
 {
-    uint64_t cluster;
+    uint64_t key;
     struct qcow2_entry sane = sane_entry(repair, entry, uses);
-    if (!is_misplaced(repair, sane, &cluster)) {
+    if (!is_misplaced(repair, sane, &key)) {
         return sane;
     }
-    if (sane.descriptor & QCOW2_ZERO) { /* a place that holds nothing */
+    if (is_only_zero(sane)) { /* a place that holds nothing */
         sane.descriptor = QCOW2_ZERO;
         return sane;
     }
-    uint64_t copy = copy_of(repair, key_of(cluster, COPIED_DATA));
-    if (copy) {
-        sane.descriptor = copy;
-    }
-    return sane;
+    uint64_t copy = copy_of(repair, key);
+    return copy ? moved_entry(repair, sane, copy) : sane;
 }
 
 /* --- tables --- */
@@ -241,18 +280,20 @@ static int coroutine_fn prepare_table(struct qcow2_repair *repair, const struct 
                                       void *entries, bool *ret_changed)
 {
     struct qcow2 *image = repair->image;
-    uint64_t cluster;
+    uint64_t key;
     for (uint64_t i = 0; i < (uint64_t)1 << image->l2_bits; i++) {
         struct qcow2_entry entry = sane_entry(repair, qcow2_entry_load(image, entries, i), table->uses);
-        if (is_misplaced(repair, entry, &cluster) && !(entry.descriptor & QCOW2_ZERO)) {
-            int code = make_copy(repair, key_of(cluster, COPIED_DATA));
-            if (code < 0) {
-                return code;
-            }
-            uint64_t copy = copy_of(repair, key_of(cluster, COPIED_DATA));
-            if (copy) {
-                qcow2_tally_add(&repair->census->uses, copy >> image->cluster_bits, table->uses);
-            }
+        if (!is_misplaced(repair, entry, &key) || is_only_zero(entry)) {
+            continue;
+        }
+        int code = make_copy(repair, key);
+        if (code < 0) {
+            return code;
+        }
+        uint64_t copy = copy_of(repair, key);
+        unsigned clusters = copy ? (entry.descriptor & QCOW2_COMPRESSED ? COMPRESSED_CLUSTERS : 1) : 0;
+        for (unsigned n = 0; n < clusters; n++) {
+            qcow2_tally_add(&repair->census->uses, (copy >> image->cluster_bits) + n, table->uses);
         }
     }
     return 0;

@@ -117,22 +117,11 @@ static void print_line(const struct create *create)
 
 /* --- the backing file --- */
 
-/* Where a backing file's name leads from the new image. */
-static char *backing_path(const char *path, const char *name)
-{
-    const char *plain = g_str_has_prefix(name, "file:") ? name + strlen("file:") : name;
-    g_autofree char *folder = g_path_get_dirname(path);
-    size_t prefix = strcspn(plain, ":/");
-    if (g_path_is_absolute(plain) || !strcmp(folder, ".") || (prefix > 1 && plain[prefix] == ':')) {
-        return g_strdup(plain);
-    }
-    return g_build_filename(folder, plain, NULL);
-}
-
 static int coroutine_fn backing_open(struct img *img, const struct create *create, const char *name, const char *format,
                                      struct node **ret, struct error **err)
 {
-    g_autofree char *path = backing_path(create->path, name);
+    g_autofree char *found = image_name_path(create->path, name);
+    const char *path = found ? found : name;
     if (!format) {
         const char *looks = NULL;
         int r = error_set(err, -EINVAL, "Backing file specified without backing format");
