@@ -47,5 +47,8 @@ bool qcow2_create_maps_all(const struct qcow2_create_options *options);
 int coroutine_fn qcow2_image_create(struct graph *graph, const struct blockdev_create_options *options,
                                     struct error **err);
 extern const struct image_option qcow2_image_options[];
+/* image_driver.measure. */
+int coroutine_fn qcow2_measure(const struct blockdev_create_options *options, struct backend *source,
+                               struct block_measure_info *ret, struct error **err);
 
 #endif

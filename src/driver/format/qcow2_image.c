@@ -14,6 +14,7 @@
 const struct image_driver qcow2_image = {
     .options = qcow2_image_options,
     .create = qcow2_image_create,
+    .measure = qcow2_measure,
     .check = qcow2_check,
     .amend = qcow2_amend,
     .grow = qcow2_grow,

@@ -126,13 +126,8 @@ static int coroutine_fn raw_grow(struct node *node, uint64_t size, enum prealloc
     return r < 0 || end <= edge_size(node->file) ? r : edge_grow(node->file, end, mode, err);
 }
 
-static const struct image_option raw_options[] = {
-    {.name = "size", .type = "size", .help = "Virtual disk size"},
-    {.name = NULL},
-};
-
+/* A raw image is its file: how to make one, and how large it will be, is the file's to say. */
 static const struct image_driver raw_image = {
-    .options = raw_options,
     .grow = raw_grow,
 };
 

@@ -331,6 +331,7 @@ static uint64_t coroutine_fn file_driver_allocated_size(struct node *node)
 static const struct image_driver file_image = {
     .options = file_create_options,
     .create = file_driver_create,
+    .measure = file_driver_measure,
     .grow = file_driver_grow,
 };
 

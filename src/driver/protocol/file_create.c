@@ -13,12 +13,14 @@
  */
 #include "driver/protocol/file_create.h"
 #include "base/size.h"
+#include "block/user.h"
 #include "driver/protocol/image_lock.h"
 #include "loop/file.h"
 #include <errno.h>
 #include <glib.h>
 
 #define ZEROES_BYTES (1 * MiB)
+#define SECTOR 512
 
 static int coroutine_fn write_zeroes(struct file *file, uint64_t from, uint64_t to)
 {
@@ -129,6 +131,18 @@ int coroutine_fn file_driver_create(struct graph *graph, const struct blockdev_c
     }
     file_close(file);
     return r;
+}
+
+int coroutine_fn file_driver_measure(const struct blockdev_create_options *options, struct backend *source,
+                                     struct block_measure_info *ret, struct error **err)
+{
+    uint64_t size = source ? backend_size(source) : options->u.file.size;
+    if (size > INT64_MAX - SECTOR) {
+        return error_set(err, -EFBIG, "A file cannot be %" G_GUINT64_FORMAT " bytes long", size);
+    }
+    *ret = (struct block_measure_info){0};
+    ret->required = ret->fully_allocated = align_up(size, SECTOR);
+    return 0;
 }
 
 const struct image_option file_create_options[] = {

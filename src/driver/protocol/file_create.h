@@ -12,9 +12,12 @@
 struct file;
 struct graph;
 
-/* The driver's image->create and image->options (block/image.h). */
+/* The driver's image->create, image->measure and image->options (block/image.h). */
 int coroutine_fn file_driver_create(struct graph *graph, const struct blockdev_create_options *options,
                                     struct error **err);
+/* A raw image: whole sectors. */
+int coroutine_fn file_driver_measure(const struct blockdev_create_options *options, struct backend *source,
+                                     struct block_measure_info *ret, struct error **err);
 extern const struct image_option file_create_options[];
 
 /* Makes an open file longer, from `from` (its present size) to `to` bytes, with the added space in the state that
