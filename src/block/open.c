@@ -163,6 +163,12 @@ static struct option_children options_children(const struct blockdev_options *op
     case BLOCKDEV_DRIVER_COPY_ON_READ:
         option_children_add(&children, EDGE_FILTERED, options->u.copy_on_read.file);
         break;
+    case BLOCKDEV_DRIVER_COMPRESS:
+        option_children_add(&children, EDGE_FILTERED, options->u.compress.file);
+        break;
+    case BLOCKDEV_DRIVER_PREALLOCATE:
+        option_children_add(&children, EDGE_FILTERED, options->u.preallocate.file);
+        break;
     default:
         break;
     }
