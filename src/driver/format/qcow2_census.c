@@ -568,6 +568,9 @@ int coroutine_fn qcow2_census_take(struct qcow2_census *census, struct qcow2 *im
 
 void qcow2_census_finish(struct qcow2_census *census)
 {
+    if (!census->tables) {
+        return;
+    }
     qcow2_tally_finish(&census->uses);
     qcow2_tally_finish(&census->refcounts);
     g_free(census->refcount_table);

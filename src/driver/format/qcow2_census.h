@@ -91,7 +91,7 @@ struct qcow2_census {
 /* Counts everything. An error only if nothing can be said at all (memory, the refcount table cannot be read). */
 int coroutine_fn qcow2_census_take(struct qcow2_census *census, struct qcow2 *image, struct qcow2_findings *findings,
                                    struct error **err);
-void qcow2_census_finish(struct qcow2_census *census);
+void qcow2_census_finish(struct qcow2_census *census); /* twice is once */
 
 /* Does the cluster hold metadata; other ones than an L2 table? The census is taken. */
 bool qcow2_census_is_metadata(const struct qcow2_census *census, uint64_t cluster, bool not_l2);

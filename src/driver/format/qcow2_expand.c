@@ -6,6 +6,7 @@
  *
  * 1. The tables are gone through twice, in one order: first to know how many such clusters there have to be and how
  *    often each is used, then, when these are on stable storage with their refcounts, to change the entries.
+ * 2. So flags are right with the entry that they are in: no crash leaves more than leaks.
  */
 #include "driver/format/qcow2_expand.h"
 #include "base/size.h"
@@ -63,7 +64,8 @@ static int coroutine_fn expand_table(struct expansion *expansion, bool first_pas
                 return code;
             }
         }
-        qcow2_entry_store(image, entries, i, (struct qcow2_entry){place, 0});
+        bool alone = place && qcow2_tally_get(&expansion->repair->census->uses, place >> image->cluster_bits) == 1;
+        qcow2_entry_store(image, entries, i, (struct qcow2_entry){place | (alone ? QCOW2_COPIED : 0), 0});
         *ret_changed = true;
     }
     return 0;
