@@ -30,22 +30,22 @@ int io_memory_take(struct io *io, struct io_memory *memory, uint64_t bytes, int 
 
 int io_memory_take_file(struct io *io, struct io_memory *memory, uint64_t bytes, const char *path)
 {
-    int code = io_memory_take(io, memory, bytes, 0);
-    if (code < 0) {
+    FILE *file = fopen(path, "rb");
+    if (!file) {
+        int code = -errno;
+        fprintf(stderr, "%s: %s\n", path, g_strerror(errno));
         return code;
     }
-    FILE *file = fopen(path, "rb");
-    size_t got = file ? fread(memory->data, 1, bytes, file) : 0;
-    if (!file || ferror(file)) {
-        code = -errno;
-        fprintf(stderr, "%s: %s\n", path, g_strerror(errno));
-    } else if (got == 0 && bytes) {
+    int code = io_memory_take(io, memory, bytes, 0);
+    size_t got = code == 0 ? fread(memory->data, 1, bytes, file) : 0;
+    if (code == 0 && ferror(file)) {
+        code = -EIO;
+        fprintf(stderr, "%s: cannot be read\n", path);
+    } else if (code == 0 && got == 0 && bytes) {
         code = -EINVAL;
         fprintf(stderr, "%s: file is empty\n", path);
     }
-    if (file) {
-        fclose(file);
-    }
+    fclose(file);
     for (uint64_t at = got; code == 0 && at < bytes; at++) {
         memory->data[at] = memory->data[at - got];
     }
@@ -81,19 +81,22 @@ int io_vector_take(struct io *io, struct io_vector *vector, char *const *lengths
             total += (uint64_t)length;
         }
     }
-    if (code == 0) {
+    vector->bytes = total;
+    if (code == 0 && total <= backend_size(io->backend)) { /* else the range is refused, and it is not needed */
         code = io_memory_take(io, &vector->memory, total, fill);
     }
     if (code < 0) {
         g_free(vector->iov);
         return code;
     }
+    if (!vector->memory.data) {
+        return 0;
+    }
     uint8_t *at = vector->memory.data;
     for (unsigned i = 0; i < count; i++) {
         vector->iov[i].iov_base = at;
         at += vector->iov[i].iov_len;
     }
-    vector->bytes = total;
     return 0;
 }
 

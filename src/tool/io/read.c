@@ -95,15 +95,15 @@ static int check_alignment(const struct reading *reading)
 
 static int coroutine_fn read_now(struct io *io, const struct reading *reading)
 {
-    struct io_memory memory;
-    int code = io_memory_take(io, &memory, (uint64_t)reading->bytes, UNREAD);
-    if (code < 0) {
+    struct io_memory memory = {0};
+    int64_t start = loop_clock_ns();
+    int code = reading->vm_state ? -ENOTSUP : io_check_range(io, reading->offset, (uint64_t)reading->bytes);
+    if (code == 0 && (code = io_memory_take(io, &memory, (uint64_t)reading->bytes, UNREAD)) < 0) {
         return code;
     }
     struct iovec iov = {memory.data, (size_t)reading->bytes};
-    int64_t start = loop_clock_ns();
-    code = reading->vm_state ? -ENOTSUP : io_check_range(io, reading->offset, iov.iov_len);
     if (code == 0) {
+        start = loop_clock_ns();
         code = backend_read(io->backend, (uint64_t)reading->offset, iov.iov_len, buffers_one(&iov), 0);
     }
     if (code < 0) {

@@ -127,7 +127,7 @@ static int coroutine_fn write_now(struct io *io, const struct writing *writing)
     int code = 0;
     if (writing->source) {
         code = io_memory_take_file(io, &memory, bytes, writing->source);
-    } else if (!writing->zeroes) {
+    } else if (!writing->zeroes && io_check_range(io, writing->offset, bytes) == 0) {
         code = io_memory_take(io, &memory, bytes, writing->pattern);
     }
     if (code < 0) {
