@@ -3,7 +3,8 @@
  * Files of the real engines: a descriptor and what we know of the file system below it. Decides which
  * way a call goes:
  * - memory file systems (tmpfs, ramfs) never wait for a device: short transfers and small changes are made at once,
- * long transfers on the worker pool;
+ *   long transfers on the worker pool. The kernel lets one writer at a time into such a file, and the others burn a
+ *   processor meanwhile: long writes go there in a lane;
  * - cached files: a read first takes what the page cache has (RWF_NOWAIT); the rest, and all writes, wait
  *   through the loop's engine;
  * - direct files (O_DIRECT) and block devices: through the engine;
@@ -43,8 +44,9 @@ struct native_file {
     bool direct;
     bool block_device;
     unsigned alignment, memory_alignment;
-    atomic_bool nowait;  /* RWF_NOWAIT works */
-    atomic_bool durable; /* RWF_DSYNC works */
+    struct worker_lane *writes; /* of a memory file: its long writes */
+    atomic_bool nowait;         /* RWF_NOWAIT works */
+    atomic_bool durable;        /* RWF_DSYNC works */
 };
 
 static struct native_file *native(struct file *file)
@@ -174,6 +176,7 @@ static int open_work(void *argument)
         g_free(file);
         return r;
     }
+    file->writes = file->memory ? worker_lane_create() : NULL;
     job->file = file;
     return 0;
 }
@@ -201,6 +204,7 @@ static int close_work(void *argument)
 static void coroutine_fn native_close(struct file *file)
 {
     worker_run(close_work, native(file));
+    worker_lane_destroy(native(file)->writes);
     g_free(native(file));
 }
 
@@ -255,7 +259,11 @@ static ssize_t coroutine_fn transfer_memory(struct native_file *file, bool write
     if (iov_bytes(iov, count) > INLINE_TRANSFER_MAX) {
         struct transfer_job job = {.fd = file->fd, .write = write, .iov = iov, .count = count, .offset = offset};
 
-        worker_run(transfer_work, &job);
+        if (write) {
+            worker_lane_run(file->writes, transfer_work, &job);
+        } else {
+            worker_run(transfer_work, &job);
+        }
         return job.moved;
     }
     moved = transfer_now(file->fd, write, iov, count, offset, 0);

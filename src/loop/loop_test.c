@@ -393,6 +393,56 @@ static void test_workers(void)
     run(workers_entry, NULL);
 }
 
+struct lane_state {
+    struct worker_lane *lane;
+    unsigned started, done;      /* on the loop */
+    atomic_uint inside, in_turn; /* on workers */
+};
+struct lane_job {
+    struct lane_state *state;
+    unsigned number;
+};
+static int lane_work_once(void *argument)
+{
+    struct lane_job *job = argument;
+
+    g_assert_cmpuint(atomic_fetch_add(&job->state->inside, 1), ==, 0);
+    if (job->number % 8 == 0) {
+        usleep(500);
+    }
+    g_assert_cmpuint(atomic_fetch_add(&job->state->in_turn, 1), ==, job->number);
+    atomic_fetch_sub(&job->state->inside, 1);
+    return (int)job->number;
+}
+static void lane_entry(void *argument)
+{
+    struct lane_state *state = argument;
+    struct lane_job job = {state, state->started++};
+
+    g_assert_cmpint(worker_lane_run(state->lane, lane_work_once, &job), ==, (int)job.number);
+    state->done++;
+}
+/* In order, one at a time; and it may go as soon as its last job is done. */
+static void lanes_entry(void *argument)
+{
+    for (unsigned round = 0; round < 200; round++) {
+        struct lane_state state = {.lane = worker_lane_create()};
+        unsigned jobs = 1 + round % 20;
+
+        for (unsigned i = 0; i < jobs; i++) {
+            coroutine_enter(coroutine_create(lane_entry, &state));
+        }
+        while (state.done < jobs) {
+            coroutine_pause();
+        }
+        worker_lane_destroy(state.lane);
+    }
+}
+static void test_lanes(void)
+{
+    run(lanes_entry, NULL);
+}
+
 /* ---- signals, idleness ---- */
 
 struct signal_state {
@@ -490,9 +540,9 @@ static void with_kind(gconstpointer data)
         const char *name;
         void (*test)(void);
     } tests[] = {
-        {"nesting", test_nesting}, {"pool", test_pool},   {"order", test_order},     {"stop", test_stop},
-        {"timers", test_timers},   {"sleep", test_sleep}, {"workers", test_workers}, {"storm", test_storm},
-        {"signal", test_signal},   {"idle", test_idle},
+        {"nesting", test_nesting}, {"pool", test_pool},     {"order", test_order},     {"stop", test_stop},
+        {"timers", test_timers},   {"sleep", test_sleep},   {"workers", test_workers}, {"lanes", test_lanes},
+        {"storm", test_storm},     {"signal", test_signal}, {"idle", test_idle},
     };
 
     test_kind = (enum engine_kind)GPOINTER_TO_INT(data);

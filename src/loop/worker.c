@@ -6,6 +6,9 @@
  * 2. idle counts the threads that wait for a job, threads all of them, and threads <= WORKERS_MAX;
  * 3. a thread that waited IDLE_SECONDS without a job ends: an idle process has no workers.
  * Nobody joins the threads: they hold nothing that outlives a job.
+ *
+ * A lane is a queue of its own whose jobs one worker at a time does in order. It stands in the pool's queue as one job
+ * while it has any; its worker does not look at it again once its last job's coroutine may run, which may free it.
  */
 #include "loop/worker.h"
 #include "base/list.h"
@@ -24,7 +27,7 @@ struct worker_job {
     int (*work)(void *argument);
     void *argument;
     int result;
-    struct coroutine *waiter;
+    struct coroutine *waiter; /* NULL: nobody waits, and the job may be gone when it is done */
 };
 
 static struct {
@@ -77,8 +80,12 @@ static void *worker_main(void *argument)
     pthread_mutex_lock(&pool.guard);
     while ((job = pool_next_job())) {
         pthread_mutex_unlock(&pool.guard);
-        job->result = job->work(job->argument);
-        coroutine_wake(job->waiter);
+        struct coroutine *waiter = job->waiter;
+        int result = job->work(job->argument);
+        if (waiter) {
+            job->result = result;
+            coroutine_wake(waiter);
+        }
         pthread_mutex_lock(&pool.guard);
     }
     pool.threads--;
@@ -103,27 +110,110 @@ static int worker_start(void)
     return -r;
 }
 
-int coroutine_fn worker_pool_run(int (*work)(void *argument), void *argument)
+/* False: there is no thread to be had, and the job was not taken. */
+static bool pool_submit(struct worker_job *job)
 {
-    struct worker_job job = {.work = work, .argument = argument, .waiter = coroutine_self()};
+    bool taken = true;
 
     pthread_once(&pool.once, pool_init);
     pthread_mutex_lock(&pool.guard);
-    list_append(&pool.jobs, &job.link);
+    list_append(&pool.jobs, &job->link);
     pool.waiting++;
     if (pool.waiting > pool.idle && pool.threads < WORKERS_MAX) {
         if (worker_start() == 0) {
             pool.threads++;
         } else if (!pool.threads) {
-            /* No thread to be had at all: better slow than not. */
-            list_remove(&job.link);
+            list_remove(&job->link);
             pool.waiting--;
-            pthread_mutex_unlock(&pool.guard);
-            return work(argument);
+            taken = false;
         }
     }
     pthread_cond_signal(&pool.more);
     pthread_mutex_unlock(&pool.guard);
+    return taken;
+}
+
+int coroutine_fn worker_pool_run(int (*work)(void *argument), void *argument)
+{
+    struct worker_job job = {.work = work, .argument = argument, .waiter = coroutine_self()};
+
+    if (!pool_submit(&job)) {
+        return work(argument); /* better slow than not */
+    }
+    coroutine_yield();
+    return job.result;
+}
+
+/* ---- lanes ---- */
+
+struct worker_lane {
+    pthread_mutex_t guard;
+    struct list jobs;      /* struct worker_job, those that nobody does yet */
+    bool running;          /* a worker is in lane_work(), or will be */
+    struct worker_job job; /* the lane itself, in the pool */
+};
+
+/* The next job, or NULL when the lane has come to rest. */
+static struct worker_job *lane_next(struct worker_lane *lane)
+{
+    struct worker_job *job = NULL;
+
+    pthread_mutex_lock(&lane->guard);
+    if (list_is_empty(&lane->jobs)) {
+        lane->running = false;
+    } else {
+        job = container_of(lane->jobs.next, struct worker_job, link);
+        list_remove(&job->link);
+    }
+    pthread_mutex_unlock(&lane->guard);
+    return job;
+}
+
+static int lane_work(void *argument)
+{
+    struct worker_lane *lane = argument;
+    struct worker_job *job = lane_next(lane);
+
+    while (job) {
+        job->result = job->work(job->argument);
+        struct worker_job *next = lane_next(lane); /* the last look at the lane if there is none */
+        coroutine_wake(job->waiter);
+        job = next;
+    }
+    return 0;
+}
+
+struct worker_lane *worker_lane_create(void)
+{
+    struct worker_lane *lane = g_new0(struct worker_lane, 1);
+
+    pthread_mutex_init(&lane->guard, NULL);
+    list_init(&lane->jobs);
+    lane->job = (struct worker_job){.work = lane_work, .argument = lane};
+    return lane;
+}
+
+void worker_lane_destroy(struct worker_lane *lane)
+{
+    if (lane) {
+        g_assert(!lane->running && list_is_empty(&lane->jobs));
+        pthread_mutex_destroy(&lane->guard);
+        g_free(lane);
+    }
+}
+
+int coroutine_fn worker_lane_run(struct worker_lane *lane, int (*work)(void *argument), void *argument)
+{
+    struct worker_job job = {.work = work, .argument = argument, .waiter = coroutine_self()};
+
+    pthread_mutex_lock(&lane->guard);
+    list_append(&lane->jobs, &job.link);
+    bool start = !lane->running;
+    lane->running = true;
+    pthread_mutex_unlock(&lane->guard);
+    if (start && !pool_submit(&lane->job)) {
+        lane_work(lane); /* wakes this coroutine too */
+    }
     coroutine_yield();
     return job.result;
 }
