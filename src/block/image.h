@@ -50,6 +50,9 @@ struct image_driver {
                                 struct block_measure_info *ret, struct error **err);
     int coroutine_fn (*amend)(struct node *node, const struct image_amendment *amendment,
                               const struct image_progress *progress, struct error **err);
+    /* Forgets all that the image holds, which then shows what is below it everywhere; snapshots inside it stay. A crash
+     * leaves it as it was, or empty. On stable storage when it returns. */
+    int coroutine_fn (*empty)(struct node *node, struct error **err);
     /* Like driver->truncate for a larger size, and allocates what is added. */
     int coroutine_fn (*grow)(struct node *node, uint64_t size, enum preallocation_mode mode, struct error **err);
 

@@ -17,6 +17,7 @@ const struct image_driver qcow2_image = {
     .measure = qcow2_measure,
     .check = qcow2_check,
     .amend = qcow2_amend,
+    .empty = qcow2_empty,
     .grow = qcow2_grow,
     .snapshot_list = qcow2_snapshot_list,
     .snapshot_create = qcow2_snapshot_make,

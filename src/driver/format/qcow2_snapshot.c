@@ -510,6 +510,23 @@ static int coroutine_fn switch_to(struct work *work, const struct qcow2_snapshot
     return code == 0 ? replace_l1(work) : code;
 }
 
+int coroutine_fn qcow2_empty(struct node *node, struct error **err)
+{
+    struct qcow2 *image = node->state;
+    struct work work;
+    int code = work_begin(image, &work, err);
+    if (code < 0) {
+        return code;
+    }
+    work.l1 = g_try_new0(uint64_t, MAX(image->header.l1_size, 1));
+    code = work.l1 ? drop_shown(&work, image->l1, image->header.l1_size) : -ENOMEM;
+    if (code == 0) {
+        code = replace_l1(&work);
+    }
+    code = work_end(&work, code);
+    return code < 0 ? error_set_errno(err, code, "Could not empty node '%s'", node->name) : 0;
+}
+
 static int check_size(const struct qcow2 *image, const struct qcow2_snapshot *snapshot, struct error **err)
 {
     if (snapshot->disk_size > INT64_MAX - image->cluster_size || snapshot->disk_size % QCOW2_SECTOR ||

@@ -15,5 +15,7 @@ int coroutine_fn qcow2_snapshot_make(struct node *node, const struct snapshot_in
 int coroutine_fn qcow2_snapshot_apply(struct node *node, const char *name, struct error **err);
 int coroutine_fn qcow2_snapshot_delete(struct node *node, const char *name, struct error **err);
 int coroutine_fn qcow2_snapshot_load(struct node *node, const char *name, struct error **err);
+/* image_driver.empty: the same step, to an active table that shows nothing. */
+int coroutine_fn qcow2_empty(struct node *node, struct error **err);
 
 #endif

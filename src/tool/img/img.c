@@ -28,6 +28,7 @@ static const struct img_command {
     {"amend", img_amend, "change options of an image"},
     {"bench", img_bench, "time requests to an image"},
     {"check", img_check, "look for what is wrong with an image, and repair it"},
+    {"commit", img_commit, "move the changes of an image into its backing file"},
     {"compare", img_compare, "see whether two images have the same content"},
     {"convert", img_convert, "copy images into another, of any format"},
     {"create", img_create, "make a new image"},
