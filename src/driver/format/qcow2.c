@@ -22,6 +22,7 @@
 #include "driver/format/qcow2_entry.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_image.h"
+#include "driver/format/qcow2_overlap.h"
 #include "driver/format/qcow2_read.h"
 #include "driver/format/qcow2_resize.h"
 #include "driver/format/qcow2_write.h"
@@ -190,6 +191,9 @@ static void free_state(struct qcow2 *image)
     g_free(image->refcount_table);
     g_array_free(image->freed, TRUE);
     g_array_free(image->known_free, TRUE);
+    if (image->overlap_runs) {
+        g_array_free(image->overlap_runs, TRUE);
+    }
     qcow2_codecs_destroy(image->codecs);
     qcow2_header_clear(&image->header);
     co_mutex_destroy(&image->lock);
@@ -282,6 +286,7 @@ static int coroutine_fn qcow2_open(struct node *node, const struct blockdev_opti
     image->known_free = g_array_new(FALSE, FALSE, sizeof(struct qcow2_free_run));
     image->generation = 1;
     read_options(node, &options->u.qcow2, &image->options);
+    qcow2_overlap_configure(image, &options->u.qcow2);
     int code = open_image(image, err);
     if (code < 0) {
         error_prepend(err, "Could not open '%s'",

@@ -24,6 +24,11 @@
  * 3. So refcounts on disk are only ever raised ahead of what the tables need, and metadata are written in one order:
  *    refcounts and data, barrier, L2 tables, barrier, L1 table, (barrier), lowered refcounts. A crash between any
  *    two leaves clusters leaked at most.
+ *
+ * Lazy refcounts are accepted, made, amended and repaired, and not practised: refcounts are kept in memory anyway until
+ * a barrier or the guest's flush, and are then written in order with everything else, so the dirty bit would save a
+ * write of a few blocks per flush and cost a count of the whole image after every crash. An image that says
+ * lazy_refcounts and was left dirty by somebody else is counted before it is opened for writing (qcow2_check.c).
  */
 struct qcow2_codecs;
 
@@ -99,7 +104,10 @@ struct qcow2 {
     atomic_bool settle_wanted;
     bool settling;
     int64_t trimmed_at_ns;
-    bool frozen; /* the header may or may not show the newest tables: nothing may be written any more */
+    unsigned overlap_places;    /* qcow2_overlap.c: what is checked because somebody asked; 0: nothing more */
+    GArray *overlap_runs;       /* struct qcow2_metadata_run, or NULL */
+    uint64_t overlap_directory; /* of bitmaps, when the runs were found */
+    bool frozen;                /* the header may or may not show the newest tables: nothing may be written any more */
 
     uint64_t compressed_next; /* host offset of the next compressed cluster; 0: in a new host cluster */
 

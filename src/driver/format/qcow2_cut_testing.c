@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Shared by the tests of repair and of amend; see the header. A memory disk plays the power cut: changes from the
- * chosen one on fail, and of what was not flushed any sectors survive.
+ * What the tests of repair and of amend share. It owns the making of the images that they begin with, the reading of
+ * what is left, and one operation on an image whose power goes at a chosen change.
+ *
+ * A memory disk plays the power cut: changes from the chosen one on fail, and of what was not flushed any sectors
+ * survive. It judges nothing.
  */
 #include "driver/format/qcow2_cut_testing.h"
 #include "base/size.h"

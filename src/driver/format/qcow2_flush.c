@@ -15,6 +15,7 @@
 #include "base/size.h"
 #include "block/request.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_overlap.h"
 #include "driver/format/qcow2_refcount.h"
 #include "loop/loop.h"
 #include <endian.h>
@@ -92,6 +93,9 @@ int coroutine_fn qcow2_prepare_write(struct qcow2 *image)
         if (code < 0) {
             image->header.autoclear = before;
         } else {
+            code = qcow2_overlap_prepare(image);
+        }
+        if (code == 0) {
             atomic_store_explicit(&image->prepared, true, memory_order_release);
         }
     }

@@ -17,6 +17,7 @@
 #include "base/size.h"
 #include "driver/format/qcow2.h"
 #include "driver/format/qcow2_compressed.h"
+#include "driver/format/qcow2_overlap.h"
 #include <endian.h>
 #include <errno.h>
 #include <string.h>
@@ -571,7 +572,8 @@ int coroutine_fn qcow2_allocate(struct qcow2 *image, uint64_t wanted, uint64_t *
         return code;
     }
     uint64_t offset = cluster << image->cluster_bits;
-    if (qcow2_overlaps_metadata(image, offset, count << image->cluster_bits)) {
+    if (qcow2_overlaps_metadata(image, offset, count << image->cluster_bits) ||
+        (image->overlap_places && qcow2_overlap_hits(image, offset, count << image->cluster_bits))) {
         return qcow2_mark_corrupt(image, "allocating 0x%" G_GINT64_MODIFIER "x would overwrite metadata", offset);
     }
     *ret_offset = offset;

@@ -22,6 +22,7 @@
 #include "block/request.h"
 #include "driver/format/qcow2.h"
 #include "driver/format/qcow2_flush.h"
+#include "driver/format/qcow2_overlap.h"
 #include "driver/format/qcow2_refcount.h"
 #include <endian.h>
 #include <errno.h>
@@ -521,6 +522,7 @@ int coroutine_fn qcow2_switch_commit(struct qcow2_switch *change, const struct q
     image->header.refcount_table_offset = offset;
     image->header.refcount_table_clusters = clusters;
     adopt(change, target, l1, l1_dirty);
+    qcow2_overlap_forget(image);
     if (discard) {
         discard_freed(change);
     }

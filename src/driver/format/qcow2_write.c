@@ -15,6 +15,7 @@
 #include "driver/format/qcow2_data.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_map.h"
+#include "driver/format/qcow2_overlap.h"
 #include "driver/format/qcow2_step.h"
 #include <errno.h>
 
@@ -59,6 +60,12 @@ static int coroutine_fn write_some(struct qcow2 *image, uint64_t offset, uint64_
         return 0;
     }
     if (run.kind == QCOW2_DATA && run.copied) {
+        if (image->overlap_places && !image->external && qcow2_overlap_hits(image, run.host_offset, run.bytes)) {
+            code = qcow2_mark_corrupt(image, "data at 0x%" G_GINT64_MODIFIER "x would overwrite metadata",
+                                      run.host_offset);
+            co_mutex_unlock(&image->lock);
+            return code;
+        }
         unsigned parity = qcow2_epoch_enter(image);
         co_mutex_unlock(&image->lock);
         edge_event(image->node->file, BLKDEBUG_EVENT_WRITE_AIO);
