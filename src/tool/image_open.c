@@ -144,7 +144,7 @@ static json_t *members_unfold(json_t *flat)
     return object;
 }
 
-/* A description without a driver that has a file name is of a file. */
+/* A description without a driver that has a file name is of a file. A key opens whatever encryption the image has. */
 static void members_complete(json_t *object)
 {
     json_t *value;
@@ -155,6 +155,9 @@ static void members_complete(json_t *object)
             members_complete(value);
             if (!json_object_get(value, "driver") && json_object_get(value, "filename")) {
                 json_object_set_new(value, "driver", json_string("file"));
+            }
+            if (!strcmp(key, "encrypt") && !json_object_get(value, "format")) {
+                json_object_set_new(value, "format", json_string("auto"));
             }
         }
     }
@@ -268,6 +271,12 @@ static int coroutine_fn name_options(struct graph *graph, const struct image_nam
         } else {
             json_object_set_new(options, "driver", json_string(format));
         }
+    }
+    if (r == 0 && name->key_secret && format && !strcmp(format, "luks")) {
+        json_object_set_new(options, "key-secret", json_string(name->key_secret));
+    } else if (r == 0 && name->key_secret) {
+        json_object_set_new(options, "encrypt",
+                            json_pack("{s:s, s:s}", "format", "auto", "key-secret", name->key_secret));
     }
     if (r < 0) {
         json_decref(options);

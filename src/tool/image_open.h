@@ -27,6 +27,7 @@ struct image_name {
     const char *cache;  /* "none", "writeback", ... as -t and -T; NULL: writeback */
     const char *discard; /* "unmap", "ignore", or NULL */
     const char *detect_zeroes;
+    const char *key_secret; /* the id of the secret that opens it, by the option that `format` has for that; or NULL */
 };
 
 /* The path that a plain name stands for: itself, or what is behind "file:". NULL with an error: another protocol. */

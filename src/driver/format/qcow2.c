@@ -8,8 +8,8 @@
  * 1. open, close, set_writable, change_backing and truncate run alone: the node is drained.
  * 2. An image with the corrupt bit is opened for reading only; one with the dirty bit is repaired before it is opened
  *    for writing, and read as it is otherwise.
- * 3. What is not supported is refused at open, by name: encryption, and whatever incompatible feature is unknown.
- *    Lazy refcounts are accepted and kept eagerly.
+ * 3. What is not supported is refused at open, by name: whatever incompatible feature or method of encryption is
+ *    unknown. Lazy refcounts are accepted and kept eagerly.
  * 4. A data file that the options do not give is opened by open.c after `open`, by the name in the header: until then
  *    nothing looks at guest data.
  */
@@ -19,6 +19,7 @@
 #include "driver/drivers.h"
 #include "driver/format/qcow2_check.h"
 #include "driver/format/qcow2_codec.h"
+#include "driver/format/qcow2_crypto.h"
 #include "driver/format/qcow2_entry.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_image.h"
@@ -195,6 +196,7 @@ static void free_state(struct qcow2 *image)
         g_array_free(image->overlap_runs, TRUE);
     }
     qcow2_codecs_destroy(image->codecs);
+    qcow2_crypto_close(image->crypto);
     qcow2_header_clear(&image->header);
     co_mutex_destroy(&image->lock);
 }
@@ -203,7 +205,7 @@ static void describe_node(struct qcow2 *image)
 {
     struct node *node = image->node;
     atomic_store(&node->size, image->header.size);
-    node->limits.alignment = 1;
+    node->limits.alignment = image->crypto ? QCOW2_SECTOR : 1;
     node->limits.memory_alignment = 1;
     node->limits.cluster_size = image->cluster_size;
     node->limits.zero_alignment = image->subcluster_size;
@@ -242,7 +244,8 @@ static int init_data_file(struct qcow2 *image, struct error **err)
     return 0;
 }
 
-static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
+static int coroutine_fn open_image(struct qcow2 *image, const struct blockdev_options_qcow2 *options,
+                                   struct error **err)
 {
     struct node *node = image->node;
     int code = qcow2_header_read(node->file, node->check_only, &image->header, err);
@@ -257,6 +260,9 @@ static int coroutine_fn open_image(struct qcow2 *image, struct error **err)
     image->subcluster_bits = extended ? image->cluster_bits - 5 : image->cluster_bits;
     image->subcluster_size = (uint64_t)1 << image->subcluster_bits;
     code = init_data_file(image, err);
+    if (code == 0) {
+        code = qcow2_crypto_open(image, options->encrypt, err);
+    }
     if (code < 0) {
         return code;
     }
@@ -287,7 +293,7 @@ static int coroutine_fn qcow2_open(struct node *node, const struct blockdev_opti
     image->generation = 1;
     read_options(node, &options->u.qcow2, &image->options);
     qcow2_overlap_configure(image, &options->u.qcow2);
-    int code = open_image(image, err);
+    int code = open_image(image, &options->u.qcow2, err);
     if (code < 0) {
         error_prepend(err, "Could not open '%s'",
                       node->file->child->filename ? node->file->child->filename : node->file->child->name);
@@ -365,6 +371,7 @@ static struct image_info_specific *qcow2_specific_info(struct node *node)
     data->data_file = g_strdup(image->header.data_file);
     data->has_data_file_raw = image->external;
     data->data_file_raw = image->header.autoclear & QCOW2_AUTOCLEAR_RAW_DATA_FILE;
+    data->encrypt = image->crypto ? qcow2_crypto_describe(image->crypto) : NULL;
     data->refcount_bits = 1 << image->header.refcount_order;
     data->compression_type = image->header.compression_type == QCOW2_COMPRESSION_ZSTD ? QCOW2_COMPRESSION_TYPE_ZSTD
                                                                                       : QCOW2_COMPRESSION_TYPE_ZLIB;

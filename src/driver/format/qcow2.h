@@ -111,6 +111,7 @@ struct qcow2 {
 
     uint64_t compressed_next; /* host offset of the next compressed cluster; 0: in a new host cluster */
 
+    struct qcow2_crypto *crypto; /* NULL: not encrypted */
     struct qcow2_codecs *codecs; /* has a lock of its own */
     struct list allocations;
     uint64_t epoch;

@@ -18,6 +18,7 @@
 #include "driver/format/qcow2_amend.h"
 #include "base/size.h"
 #include "block/driver.h"
+#include "driver/format/qcow2_crypto.h"
 #include "driver/format/qcow2_expand.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_resize.h"
@@ -457,10 +458,10 @@ int coroutine_fn qcow2_amend(struct node *node, const struct image_amendment *am
 {
     struct qcow2 *image = node->state;
     struct amend amend = {.node = node, .image = image, .progress = progress, .err = err};
-    if (amendment->keys) {
-        return error_set(err, -ENOTSUP, "Node '%s' is not encrypted: it has no keys", node->name);
-    }
     int code = amendment->options ? resolve(&amend, &amendment->options->u.qcow2) : 0;
+    if (code == 0 && amendment->keys) {
+        code = qcow2_crypto_amend(image, amendment, err);
+    }
     if (code < 0 || !amendment->options) {
         return code;
     }

@@ -2,9 +2,9 @@
 /*
  * Owns the making of an empty image, over an edge to its file. The layout, in clusters:
  *
- *     header | refcount table | refcount blocks | L1 table | L2 tables | places for the data
+ *     header | refcount table | refcount blocks | L1 table | L2 tables | encryption header | places for the data
  *
- * The last two are there with preallocation only, and the places not with an external data file.
+ * L2 tables and places are there with preallocation only, and the places not with an external data file.
  *
  * 1. The blocks count these clusters and nothing else.
  * 2. The header is written last, behind a flush, so that an interrupted creation leaves a file that is not an image
@@ -22,6 +22,7 @@
 #include "block/request.h"
 #include "block/user.h"
 #include "driver/format/image_place.h"
+#include "driver/format/qcow2_crypto.h"
 #include "driver/format/qcow2_header.h"
 #include "driver/format/qcow2_refcount.h"
 #include <endian.h>
@@ -35,14 +36,14 @@
 
 /* In clusters. */
 struct plan {
-    uint64_t table, blocks, l1, l2, data;
+    uint64_t table, blocks, l1, l2, crypto, data;
     uint64_t per_block; /* refcounts */
     uint64_t guest;     /* clusters of the disk that L2 tables show */
 };
 
 static uint64_t plan_total(const struct plan *plan)
 {
-    return 1 + plan->table + plan->blocks + plan->l1 + plan->l2 + plan->data;
+    return 1 + plan->table + plan->blocks + plan->l1 + plan->l2 + plan->crypto + plan->data;
 }
 
 static void plan_layout(struct plan *plan, uint64_t cluster_size)
@@ -96,6 +97,13 @@ static int check_together(const struct qcow2_create_options *options, struct err
         return error_set(err, -EINVAL,
                          "Backing file and data-file-raw cannot be used at the same time: a raw data "
                          "file shows all of the disk by itself");
+    }
+    if (options->encrypt && options->data_raw) {
+        return error_set(err, -EINVAL, "An encrypted image cannot have a data file that is valid as a raw image");
+    }
+    if (options->encrypt && preallocates && options->version == 2) {
+        return error_set(err, -EINVAL,
+                         "Encryption and preallocation need version 3 of qcow2: version 2 has no mark for zeroes");
     }
     if (preallocates && options->backing_file && !options->extended_l2) {
         int r = error_set(err, -EINVAL,
@@ -169,6 +177,9 @@ int qcow2_create_resolve(const struct qcow2_create_options *options, struct qcow
     if (code == 0) {
         code = resolve_size(options, header, err);
     }
+    if (code == 0) {
+        code = qcow2_crypto_new_bytes(options->encrypt, false, &header->crypto_length, err);
+    }
     if (code < 0) {
         return code;
     }
@@ -178,6 +189,9 @@ int qcow2_create_resolve(const struct qcow2_create_options *options, struct qcow
     header->incompatible = (options->data_name ? QCOW2_INCOMPATIBLE_DATA_FILE : 0) |
                            (options->compression_type ? QCOW2_INCOMPATIBLE_COMPRESSION : 0) |
                            (options->extended_l2 ? QCOW2_INCOMPATIBLE_EXTENDED_L2 : 0);
+    header->crypt_method = !options->encrypt                                ? QCOW2_CRYPT_NONE
+                           : options->encrypt->format == CRYPTO_FORMAT_LUKS ? QCOW2_CRYPT_LUKS
+                                                                            : QCOW2_CRYPT_AES;
     header->autoclear = options->data_raw ? QCOW2_AUTOCLEAR_RAW_DATA_FILE : 0;
     header->compression_type =
         options->compression_type == QCOW2_COMPRESSION_TYPE_ZSTD ? QCOW2_COMPRESSION_ZSTD : QCOW2_COMPRESSION_ZLIB;
@@ -210,6 +224,10 @@ static int build_first_cluster(const struct qcow2_create_options *options, struc
     g_autofree uint8_t *first = g_malloc0(cluster_size);
     if (options->data_name) {
         add_extension(header, QCOW2_EXTENSION_DATA_FILE, options->data_name, strlen(options->data_name));
+    }
+    if (header->crypto_length) {
+        const uint64_t words[] = {htobe64(header->crypto_offset), htobe64(header->crypto_length)};
+        add_extension(header, QCOW2_EXTENSION_ENCRYPTION, words, sizeof(words));
     }
     if (header->version >= 3 && cluster_size >= NAMES_CLUSTER_MIN) {
         add_feature_names(header);
@@ -273,6 +291,7 @@ static int coroutine_fn write_l2(struct edge *file, const struct qcow2_header *h
                                  uint64_t l2_offset, uint64_t data_offset)
 {
     unsigned words = header->incompatible & QCOW2_INCOMPATIBLE_EXTENDED_L2 ? 2 : 1;
+    uint64_t zero = words == 1 && header->crypt_method ? QCOW2_ZERO : 0; /* zeroes do not decrypt to zeroes */
     uint64_t bytes = plan->l2 << header->cluster_bits;
     g_autofree uint64_t *chunk = g_try_malloc(min_u64(bytes, L2_CHUNK));
     int code = chunk || !bytes ? 0 : -ENOMEM;
@@ -281,7 +300,7 @@ static int coroutine_fn write_l2(struct edge *file, const struct qcow2_header *h
         uint64_t some = min_u64(bytes - done, L2_CHUNK);
         memset(chunk, 0, some);
         for (uint64_t i = 0; i < some / 8 && cluster < plan->guest; i += words, cluster++) {
-            chunk[i] = htobe64((data_offset + (cluster << header->cluster_bits)) | QCOW2_COPIED);
+            chunk[i] = htobe64((data_offset + (cluster << header->cluster_bits)) | QCOW2_COPIED | zero);
         }
         code = edge_write_memory(file, l2_offset + done, chunk, some, 0);
         done += some;
@@ -328,7 +347,7 @@ static int coroutine_fn write_tables(struct edge *file, const struct qcow2_creat
                                      const struct qcow2_header *header, const struct plan *plan, struct error **err)
 {
     uint64_t l2_offset = header->l1_offset + (plan->l1 << header->cluster_bits);
-    uint64_t data_offset = options->data_name ? 0 : l2_offset + (plan->l2 << header->cluster_bits);
+    uint64_t data_offset = options->data_name ? 0 : l2_offset + ((plan->l2 + plan->crypto) << header->cluster_bits);
     int code = write_refcounts(file, header, plan);
     if (code == 0) {
         code = write_l1(file, header, plan, l2_offset);
@@ -338,6 +357,10 @@ static int coroutine_fn write_tables(struct edge *file, const struct qcow2_creat
     }
     if (code < 0) {
         return error_set_errno(err, code, "Could not write the tables of the new qcow2 image");
+    }
+    code = qcow2_crypto_create(file, header->crypto_offset, options->encrypt, err);
+    if (code < 0) {
+        return code;
     }
     return place_data(file, options, data_offset, plan_total(plan) << header->cluster_bits, err);
 }
@@ -363,6 +386,7 @@ static int plan_image(const struct qcow2_create_options *options, struct qcow2_h
     *plan = (struct plan){
         .per_block = cluster_size * 8 >> header->refcount_order,
         .l1 = div_up((uint64_t)header->l1_size * 8, cluster_size),
+        .crypto = div_up(header->crypto_length, cluster_size),
     };
     if (qcow2_create_maps_all(options)) {
         plan->guest = div_up(options->size, cluster_size);
@@ -379,6 +403,7 @@ static int plan_image(const struct qcow2_create_options *options, struct qcow2_h
     header->refcount_table_offset = cluster_size;
     header->refcount_table_clusters = plan->table;
     header->l1_offset = (1 + plan->table + plan->blocks) * cluster_size;
+    header->crypto_offset = plan->crypto ? header->l1_offset + (plan->l1 + plan->l2) * cluster_size : 0;
     return 0;
 }
 
@@ -438,6 +463,7 @@ int qcow2_create_options_from(const struct blockdev_create_options_qcow2 *from, 
         .backing_file = from->backing_file,
         .backing_format = from->has_backing_fmt ? blockdev_driver_name(from->backing_fmt) : NULL,
         .data_raw = from->has_data_file_raw && from->data_file_raw,
+        .encrypt = from->encrypt,
     };
     if (from->data_file) {
         ret->data_name = "data";
@@ -477,6 +503,10 @@ int coroutine_fn qcow2_image_create(struct graph *graph, const struct blockdev_c
         code = qcow2_create_resolve(&resolved, &header, err);
     }
     if (code == 0) {
+        uint64_t bytes;
+        code = qcow2_crypto_new_bytes(resolved.encrypt, true, &bytes, err);
+    }
+    if (code == 0) {
         code = image_place_open(graph, own->file, &file, err);
     }
     if (code == 0 && own->data_file) {
@@ -505,6 +535,43 @@ const struct image_option qcow2_image_options[] = {
      .type = "bool (on/off)",
      .help = "The external data file must stay valid as a raw image",
      .amendable = true},
+    {.name = "encrypt.cipher-alg", .type = "str", .help = "Name of encryption cipher algorithm"},
+    {.name = "encrypt.cipher-mode", .type = "str", .help = "Name of encryption cipher mode"},
+    {.name = "encrypt.format", .type = "str", .help = "Encrypt the image, format choices: 'aes', 'luks'"},
+    {.name = "encrypt.hash-alg", .type = "str", .help = "Name of encryption hash algorithm"},
+    {.name = "encrypt.iter-time", .type = "num", .help = "Time to spend in PBKDF in milliseconds"},
+    {.name = "encrypt.ivgen-alg", .type = "str", .help = "Name of IV generator algorithm"},
+    {.name = "encrypt.ivgen-hash-alg", .type = "str", .help = "Name of IV generator hash algorithm"},
+    {.name = "encrypt.key-secret", .type = "str", .help = "ID of secret providing qcow AES key or LUKS passphrase"},
+    {.name = "encrypt.iter-time",
+     .type = "num",
+     .help = "Time to spend in PBKDF in milliseconds",
+     .amend_only = true,
+     .keys = true},
+    {.name = "encrypt.keyslot",
+     .type = "num",
+     .help = "Select a single keyslot to modify explicitly",
+     .amend_only = true,
+     .keys = true},
+    {.name = "encrypt.new-secret",
+     .type = "str",
+     .help = "New secret to set in the matching keyslots. Empty string to erase",
+     .amend_only = true,
+     .keys = true},
+    {.name = "encrypt.old-secret",
+     .type = "str",
+     .help = "Select all keyslots that match this password",
+     .amend_only = true,
+     .keys = true},
+    {.name = "encrypt.state",
+     .type = "str",
+     .help = "Select new state of affected keyslots (active/inactive)",
+     .amend_only = true,
+     .keys = true},
+    {.name = "encryption",
+     .type = "bool (on/off)",
+     .help = "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+     .member = "encrypt.format"},
     {.name = "extended_l2", .type = "bool (on/off)", .help = "Extended L2 tables"},
     {.name = "lazy_refcounts", .type = "bool (on/off)", .help = "Postpone refcount updates", .amendable = true},
     {.name = "preallocation",

@@ -27,6 +27,7 @@ struct qcow2_create_options {
     struct edge *data;                         /* the external data file, or NULL */
     const char *data_name; /* for the header; only with `data` (or when there is nothing to write) */
     bool data_raw;
+    const struct crypto_create_options *encrypt; /* or NULL */
 };
 
 /* Writes a new, empty image into an empty file and flushes it. With an external data file: gives that its size, after

@@ -11,6 +11,7 @@
 #include "driver/format/qcow2_expand.h"
 #include "base/size.h"
 #include "block/request.h"
+#include "driver/format/qcow2_crypto.h"
 #include <errno.h>
 
 enum { USES_MAX = 32768 }; /* of one cluster of zeroes; more only by one table with more owners */
@@ -32,7 +33,10 @@ static int coroutine_fn take_zeroes(struct expansion *expansion, bool first_pass
         expansion->next++;
         if (first_pass) {
             uint64_t made = repair->end++;
-            int code = edge_write_zeroes(repair->image->node->file, made << bits, repair->image->cluster_size, 0);
+            const struct qcow2 *image = repair->image;
+            struct edge *file = image->node->file;
+            int code = image->crypto ? qcow2_crypto_write_zeroes(image->crypto, file, made << bits, image->cluster_size)
+                                     : edge_write_zeroes(file, made << bits, image->cluster_size, 0);
             if (code < 0) {
                 return code;
             }

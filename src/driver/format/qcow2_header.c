@@ -57,12 +57,9 @@ static int parse_fixed(const uint8_t *data, uint64_t bytes, struct qcow2_header 
     header->snapshots_offset = be64toh(disk.snapshots_offset);
     header->backing_offset = be64toh(disk.backing_file_offset);
     header->backing_length = be32toh(disk.backing_file_size);
-    if (be32toh(disk.crypt_method) != QCOW2_CRYPT_NONE) {
-        uint32_t method = be32toh(disk.crypt_method);
-        return error_set(err, -ENOTSUP, "Encrypted qcow2 images (%s) are not supported",
-                         method == QCOW2_CRYPT_AES    ? "AES"
-                         : method == QCOW2_CRYPT_LUKS ? "LUKS"
-                                                      : "unknown method");
+    header->crypt_method = be32toh(disk.crypt_method);
+    if (header->crypt_method > QCOW2_CRYPT_LUKS) {
+        return error_set(err, -ENOTSUP, "qcow2 image is encrypted by an unknown method (%u)", header->crypt_method);
     }
     header->refcount_order = 4;
     header->length = QCOW2_HEADER_SIZE_V2;
@@ -217,7 +214,14 @@ static int parse_extension(struct qcow2_header *header, uint32_t type, const uin
         g_free(header->data_file);
         header->data_file = g_strndup((const char *)data, length);
     } else if (type == QCOW2_EXTENSION_ENCRYPTION) {
-        return error_set(err, -ENOTSUP, "Encrypted qcow2 images (LUKS) are not supported");
+        uint64_t words[2];
+        if (length != sizeof(words)) {
+            return error_set(err, -EINVAL, "qcow2 encryption header extension has an invalid length (%u bytes)",
+                             length);
+        }
+        memcpy(words, data, sizeof(words));
+        header->crypto_offset = be64toh(words[0]);
+        header->crypto_length = be64toh(words[1]);
     }
     header->extensions = g_renew(struct qcow2_extension, header->extensions, header->extension_count + 1);
     header->extensions[header->extension_count++] = (struct qcow2_extension){type, length, g_memdup2(data, length)};
@@ -463,6 +467,7 @@ static void build_fixed(const struct qcow2_header *header, uint8_t *to)
         .version = htobe32(header->version),
         .cluster_bits = htobe32(header->cluster_bits),
         .size = htobe64(header->size),
+        .crypt_method = htobe32(header->crypt_method),
         .l1_size = htobe32(header->l1_size),
         .l1_table_offset = htobe64(header->l1_offset),
         .refcount_table_offset = htobe64(header->refcount_table_offset),

@@ -31,7 +31,9 @@ struct qcow2_header {
     unsigned refcount_order;
     uint32_t length; /* of the fixed part; 72 in version 2 */
     uint8_t compression_type;
-    uint64_t backing_offset; /* 0: no backing file */
+    unsigned crypt_method;                 /* enum qcow2_crypt */
+    uint64_t crypto_offset, crypto_length; /* of the encryption header; length 0: none */
+    uint64_t backing_offset;               /* 0: no backing file */
     uint32_t backing_length;
     char *backing_file, *backing_format; /* or NULL */
     char *data_file;                     /* name of the external data file, or NULL */

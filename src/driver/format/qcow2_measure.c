@@ -3,8 +3,9 @@
  * How large a qcow2 file will be: what an empty one of the options would take once every cluster was written, and what
  * it takes with the content of a source. Nothing is made, and no more than block status is asked of the source.
  *
- * 1. Counted are the header, L1 and all L2 tables, the refcounts of everything, and the data clusters: all of them for
- *    `fully-allocated`; for `required` those that have data, not zeroes, in the source or below it.
+ * 1. Counted are the header (that of encryption too), L1 and all L2 tables, the refcounts of everything, and the data
+ * clusters: all of them for `fully-allocated`; for `required` those that have data, not zeroes, in the source or below
+ * it.
  * 2. The refcounts are counted for a fully allocated image in both, which is what converting needs at most.
  * 3. An image with a backing file may come to have any cluster of the source; one preallocated (falloc, full) has all.
  * 4. Persistent bitmaps are measured apart: they are copied only on demand.
@@ -121,7 +122,7 @@ int coroutine_fn qcow2_measure(const struct blockdev_create_options *options, st
     if (code < 0) {
         return code;
     }
-    uint64_t metadata = metadata_bytes(&header);
+    uint64_t metadata = metadata_bytes(&header) + align_up(header.crypto_length, (uint64_t)1 << header.cluster_bits);
     info.fully_allocated = metadata + align_up(header.size, (uint64_t)1 << header.cluster_bits);
     info.required = metadata;
     if (source) {

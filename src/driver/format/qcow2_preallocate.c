@@ -105,6 +105,9 @@ static int coroutine_fn preallocate_some(struct qcow2 *image, uint64_t offset, u
     for (uint64_t i = 0; i < run; i++) {
         struct qcow2_entry entry = qcow2_entry_load(image, entries, i);
         entry.descriptor = (host + (i << image->cluster_bits)) | QCOW2_COPIED;
+        if (image->crypto && !qcow2_has_subclusters(image)) {
+            entry.descriptor |= QCOW2_ZERO; /* zeroes do not decrypt to zeroes */
+        }
         qcow2_entry_store(image, entries, i, entry);
     }
     qcow2_map_changed(image, true);
@@ -115,6 +118,10 @@ int coroutine_fn qcow2_preallocate(struct qcow2 *image, uint64_t offset, uint64_
                                    struct error **err)
 {
     uint64_t end = offset + bytes;
+    if (image->crypto && image->header.version < 3) {
+        return error_set(err, -ENOTSUP,
+                         "Encrypted qcow2 images of version 2 cannot be preallocated: they have no mark for zeroes");
+    }
     offset = qcow2_cluster_ceiling(image, offset); /* part of a cluster may show the backing file */
     while (offset < end) {
         uint64_t done = 0;

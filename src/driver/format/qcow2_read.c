@@ -130,6 +130,7 @@ int coroutine_fn qcow2_block_status(struct node *node, uint64_t offset, uint64_t
             break;
         }
         unsigned flags = extent_flags_of(run.kind);
+        flags &= image->crypto ? ~(unsigned)EXTENT_MAPPED : ~0U; /* what lies there is not what the guest reads */
         flags |= image->external && flags & EXTENT_MAPPED ? EXTENT_IN_DATA_FILE : 0;
         if (extent.bytes == 0) {
             extent.flags = flags;

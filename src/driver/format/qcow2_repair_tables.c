@@ -11,6 +11,7 @@
  */
 #include "base/size.h"
 #include "block/request.h"
+#include "driver/format/qcow2_crypto.h"
 #include "driver/format/qcow2_repair.h"
 #include <errno.h>
 #include <string.h>
@@ -58,6 +59,19 @@ static uint64_t key_of(uint64_t cluster, enum copied kind)
     return cluster * COPIED_KINDS + kind;
 }
 
+/* What a cluster at `to` has to hold, to be the copy `key`. `content` is zeroes. */
+static int coroutine_fn copy_content(const struct qcow2 *image, uint64_t key, uint64_t to, uint8_t *content,
+                                     uint64_t bytes)
+{
+    if (key == COPIED_ZEROES) {
+        return 0;
+    }
+    uint64_t from = key / COPIED_KINDS << image->cluster_bits;
+    int code = edge_read_memory(image->node->file, from, content, bytes);
+    bool encrypted = image->crypto && key % COPIED_KINDS == COPIED_DATA;
+    return code == 0 && encrypted ? qcow2_crypto_moved(image->crypto, from, to, content, bytes) : code;
+}
+
 /* Makes the copy, if it is not there yet. One too many stays as it is; the next round has it. */
 static int coroutine_fn make_copy(struct qcow2_repair *repair, uint64_t key)
 {
@@ -70,15 +84,17 @@ static int coroutine_fn make_copy(struct qcow2_repair *repair, uint64_t key)
     uint64_t bytes = clusters << image->cluster_bits;
     uint64_t to = qcow2_repair_take(repair, clusters) << image->cluster_bits;
     g_autofree uint8_t *content = g_try_malloc0(bytes);
-    int code = content ? 0 : -ENOMEM;
-    if (code == 0 && key != COPIED_ZEROES) {
-        code = edge_read_memory(file, key / COPIED_KINDS << image->cluster_bits, content, bytes);
-    }
+    int code = content ? copy_content(image, key, to, content, bytes) : -ENOMEM;
     if (code == 0) {
-        code = edge_write_memory(file, to, content, bytes, 0);
+        code = key == COPIED_ZEROES && image->crypto ? qcow2_crypto_write_zeroes(image->crypto, file, to, bytes)
+                                                     : edge_write_memory(file, to, content, bytes, 0);
     }
     if (code < 0) {
-        return error_set_errno(repair->err, code, "Could not copy a cluster");
+        error_set_errno(repair->err, code, "Could not copy a cluster");
+        if (code == -EACCES) {
+            error_hint(repair->err, "Data of an encrypted image only move with its key: encrypt.key-secret");
+        }
+        return code;
     }
     set_copy(repair, key, to);
     return 0;

@@ -271,6 +271,7 @@ static int coroutine_fn place_step(struct step *step)
         step->fresh = true;
         code = qcow2_allocate(image, wanted, &step->host, &step->clusters, &step->clean);
     }
+    step->clean = step->clean && !image->crypto; /* zeroes do not decrypt to zeroes */
     uint64_t covered = step->first + (step->clusters << image->cluster_bits) - step->offset;
     step->bytes = min_u64(step->bytes, covered);
     return code;

@@ -109,8 +109,8 @@ static const struct bad_header bad_headers[] = {
     {"cluster size", {PATCH(cluster_bits, 8)}},
     {"cluster size", {PATCH(cluster_bits, 22)}},
     {"cluster size", {PATCH(cluster_bits, 0xffffffff)}},
-    {"AES", {PATCH(crypt_method, 1)}},
-    {"LUKS", {PATCH(crypt_method, 2)}},
+    {NULL, {PATCH(crypt_method, 1)}},
+    {NULL, {PATCH(crypt_method, 2)}},
     {"unknown method", {PATCH(crypt_method, 7)}},
     {"header length", {PATCH(header_length, 96)}},
     {"header length", {PATCH(header_length, 107)}},
@@ -162,7 +162,8 @@ static const struct bad_header bad_headers[] = {
     {"too long", {{112, 4, 0x12345678}, {116, 4, 0x10000}}},
     {"backing format name is too long", {{112, 4, QCOW2_EXTENSION_BACKING_FORMAT}, {116, 4, 16}}},
     {"bitmaps extension", {{112, 4, QCOW2_EXTENSION_BITMAPS}, {116, 4, 16}}},
-    {"LUKS", {{112, 4, QCOW2_EXTENSION_ENCRYPTION}, {116, 4, 16}}},
+    {NULL, {{112, 4, QCOW2_EXTENSION_ENCRYPTION}, {116, 4, 16}, {136, 4, 0}, {140, 4, 0}}},
+    {"encryption header extension", {{112, 4, QCOW2_EXTENSION_ENCRYPTION}, {116, 4, 8}}},
 };
 
 static void patch(uint8_t *data, const struct patch *patch)

@@ -105,6 +105,9 @@ int coroutine_fn qcow2_write_plain(struct qcow2 *image, uint64_t offset, uint64_
 int coroutine_fn qcow2_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from, unsigned flags)
 {
     struct qcow2 *image = node->state;
+    if (flags & REQUEST_COMPRESSED && image->crypto) {
+        return -ENOTSUP; /* the format has no clusters that are both */
+    }
     int code = qcow2_prepare_write(image);
     if (code == 0) {
         code = flags & REQUEST_COMPRESSED ? qcow2_compressed_write(image, offset, bytes, from, flags)

@@ -220,6 +220,8 @@ static int coroutine_fn create_target(struct convert *convert, struct error **er
         if (result < 0) {
             error_prepend(err, "%s: error while converting %s", convert->target.name, convert->target.format);
         }
+        convert->target.key_secret =
+            g_intern_string(img_created_secret(options)); /* the image's own options end here */
     }
     blockdev_create_options_free(options);
     return result;
@@ -244,6 +246,9 @@ static int coroutine_fn open_target(struct convert *convert, struct error **err)
     struct node *node = node_beneath_filters(convert->node), *backing = node_backing(node);
     if (convert->compress && !node->driver->compresses) {
         return error_set(err, -ENOTSUP, "Compression not supported for this file format");
+    }
+    if (convert->compress && node->encrypted) {
+        return error_set(err, -ENOTSUP, "Compression and encryption not supported at the same time");
     }
     if (backend_size(convert->backend) < convert->sources.size) {
         return error_set(err, -ENOSPC, "output file is smaller than input file");

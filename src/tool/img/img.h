@@ -125,6 +125,8 @@ int img_create_options(const char *format, char *const *given, unsigned count, u
 int img_create_check(const char *format, bool with_backing, struct error **err);
 /* Can options of images of this format be changed? -EINVAL for an unknown one. */
 int img_amend_check(const char *format, struct error **err);
+/* The id of the secret that an image made with these options is opened with, or NULL. */
+const char *img_created_secret(const struct blockdev_create_options *options);
 /* What `-o` of amend changes of the keys of an encrypted image; *ret stays as it is if nothing. The options were
  * accepted by img_create_options() before. */
 struct blockdev_amend_options;

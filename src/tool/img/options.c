@@ -274,6 +274,19 @@ int img_create_options(const char *format, char *const *given, unsigned count, u
     return r;
 }
 
+const char *img_created_secret(const struct blockdev_create_options *options)
+{
+    if (options->driver == BLOCKDEV_DRIVER_LUKS) {
+        return options->u.luks.key_secret;
+    }
+    const struct crypto_create_options *encrypt =
+        options->driver == BLOCKDEV_DRIVER_QCOW2 ? options->u.qcow2.encrypt : NULL;
+    if (!encrypt) {
+        return NULL;
+    }
+    return encrypt->format == CRYPTO_FORMAT_LUKS ? encrypt->u.luks.key_secret : encrypt->u.qcow.key_secret;
+}
+
 int img_amend_keys(const char *format, char *const *given, unsigned count, struct blockdev_amend_options **ret,
                    struct error **err)
 {
