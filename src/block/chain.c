@@ -75,16 +75,25 @@ void chain_for_each_edge(struct node *top, struct node *base, void (*visit)(stru
     }
 }
 
+/* An empty place that a layer keeps where it has nothing: it is told of if nobody below has anything either. */
+static unsigned empty_place(const struct extent *extent)
+{
+    return extent->flags & (EXTENT_MAPPED | EXTENT_IN_DATA_FILE);
+}
+
 int coroutine_fn chain_block_status(struct node *node, struct node *base, uint64_t offset, uint64_t bytes,
                                     struct extent *ret)
 {
     struct node *end = base ? node_beneath_filters(base) : NULL;
+    struct extent extent = {.bytes = bytes}; /* of the layer above */
     unsigned layers = 0;
     for (node = node_beneath_filters(node); node && node != end; node = node_backing(node), layers++) {
-        struct extent extent;
         uint64_t size = atomic_load(&node->size);
         if (offset >= size) {
-            *ret = (struct extent){.bytes = bytes, .flags = EXTENT_ZERO | EXTENT_ALLOCATED, .depth = layers};
+            *ret = (struct extent){.bytes = bytes,
+                                   .host_offset = extent.host_offset,
+                                   .flags = EXTENT_ZERO | EXTENT_ALLOCATED | empty_place(&extent),
+                                   .depth = layers};
             return 0;
         }
         int r = node_block_status(node, offset, min_u64(bytes, size - offset), &extent);
@@ -98,6 +107,10 @@ int coroutine_fn chain_block_status(struct node *node, struct node *base, uint64
             return 0;
         }
     }
-    *ret = (struct extent){.bytes = bytes, .flags = node ? 0 : EXTENT_ZERO, .depth = layers + 1};
+    *ret = (struct extent){.bytes = bytes, .depth = layers + 1};
+    if (!node) {
+        ret->host_offset = extent.host_offset;
+        ret->flags = EXTENT_ZERO | empty_place(&extent);
+    }
     return 0;
 }

@@ -35,7 +35,7 @@ enum extent_flags {
     EXTENT_DATA = 1 << 0,      /* reads need storage */
     EXTENT_ZERO = 1 << 1,      /* reads as zeroes */
     EXTENT_ALLOCATED = 1 << 2, /* decided by this layer (not by its backing) */
-    EXTENT_MAPPED = 1 << 3,    /* `host_offset` is valid in node->file's child */
+    EXTENT_MAPPED = 1 << 3, /* `host_offset` is valid in node->file's child; without EXTENT_ALLOCATED: an empty place */
     EXTENT_COMPRESSED = 1 << 4,
     EXTENT_END = 1 << 5,          /* this extent reaches the node's end */
     EXTENT_IN_DATA_FILE = 1 << 6, /* `host_offset` is in node->data's child */

@@ -26,6 +26,7 @@
 #include "driver/format/qcow2_overlap.h"
 #include "driver/format/qcow2_read.h"
 #include "driver/format/qcow2_resize.h"
+#include "driver/format/qcow2_status.h"
 #include "driver/format/qcow2_write.h"
 #include <endian.h>
 #include <errno.h>

@@ -103,6 +103,7 @@ struct qcow2 {
     uint64_t settle_at; /* freed_clusters that ask for qcow2_settle() */
     atomic_bool settle_wanted;
     bool settling;
+    bool holes_known, holes; /* holes: the file has some where tables show data; qcow2_status.c */
     int64_t trimmed_at_ns;
     unsigned overlap_places;    /* qcow2_overlap.c: what is checked because somebody asked; 0: nothing more */
     GArray *overlap_runs;       /* struct qcow2_metadata_run, or NULL */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Reading, and block status. A read is a sequence of runs: each is looked up under the lock, entered into the current
+ * Reading. A read is a sequence of runs: each is looked up under the lock, entered into the current
  * epoch, and read without the lock straight into the caller's buffers. The epoch keeps the clusters of the run from
  * being reused while they are read (qcow2.h, 2); that they may be overwritten in place by a request that runs at the
  * same time is the client's affair.
@@ -94,60 +94,4 @@ int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, 
         code = code < 0 ? code : other;
     }
     return code;
-}
-
-static unsigned extent_flags_of(enum qcow2_kind kind)
-{
-    switch (kind) {
-    case QCOW2_DATA:
-        return EXTENT_DATA | EXTENT_ALLOCATED | EXTENT_MAPPED;
-    case QCOW2_COMPRESSED_DATA:
-        return EXTENT_DATA | EXTENT_ALLOCATED | EXTENT_COMPRESSED;
-    case QCOW2_PLAIN_ZERO:
-        return EXTENT_ZERO | EXTENT_ALLOCATED;
-    case QCOW2_ALLOCATED_ZERO:
-        return EXTENT_ZERO | EXTENT_ALLOCATED | EXTENT_MAPPED;
-    case QCOW2_UNALLOCATED:
-    case QCOW2_INVALID:
-        break;
-    }
-    return 0;
-}
-
-/* Runs that one answer joins: the lock is not held for long, however large and empty the image is. */
-#define STATUS_RUNS_MAX 64
-
-int coroutine_fn qcow2_block_status(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret)
-{
-    struct qcow2 *image = node->state;
-    struct extent extent = {0};
-    co_mutex_lock(&image->lock);
-    int code = 0;
-    for (unsigned runs = 0; extent.bytes < bytes && runs < STATUS_RUNS_MAX; runs++) {
-        struct qcow2_run run;
-        code = qcow2_lookup(image, offset + extent.bytes, bytes - extent.bytes, &run);
-        if (code < 0) {
-            break;
-        }
-        unsigned flags = extent_flags_of(run.kind);
-        flags &= image->crypto ? ~(unsigned)EXTENT_MAPPED : ~0U; /* what lies there is not what the guest reads */
-        flags |= image->external && flags & EXTENT_MAPPED ? EXTENT_IN_DATA_FILE : 0;
-        if (extent.bytes == 0) {
-            extent.flags = flags;
-            extent.host_offset = run.host_offset;
-        } else if (flags != extent.flags ||
-                   (flags & EXTENT_MAPPED && run.host_offset != extent.host_offset + extent.bytes)) {
-            break;
-        }
-        extent.bytes += run.bytes;
-    }
-    co_mutex_unlock(&image->lock);
-    if (extent.bytes == 0) {
-        return code;
-    }
-    if (offset + extent.bytes == atomic_load(&node->size)) {
-        extent.flags |= EXTENT_END;
-    }
-    *ret = extent;
-    return 0;
 }

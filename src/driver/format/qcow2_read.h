@@ -9,9 +9,8 @@ struct qcow2;
 struct qcow2_run;
 struct node;
 
-/* The driver's read and block_status. */
+/* The driver's read. */
 int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, struct buffers to, unsigned flags);
-int coroutine_fn qcow2_block_status(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret);
 /* Reads what `run`, looked up for `offset`, shows there: bytes <= run->bytes. The lock is not held; the caller is in an
  * epoch since the lookup, or an allocation of its own keeps the clusters. */
 int coroutine_fn qcow2_read_run(struct qcow2 *image, const struct qcow2_run *run, uint64_t offset, uint64_t bytes,

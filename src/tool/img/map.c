@@ -103,7 +103,7 @@ static struct map_entry entry_of(const struct map *map, uint64_t start, const st
                               .offset = (int64_t)extent->host_offset};
     const struct node *layer = map->layers->pdata[entry.depth];
     if (entry.present && start >= atomic_load(&layer->size)) { /* nobody has it: the layer above is longer than that */
-        entry.present = entry.data = entry.has_offset = false;
+        entry.present = entry.data = false;
         entry.zero = true;
         entry.depth--;
     }
