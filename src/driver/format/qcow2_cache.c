@@ -20,7 +20,6 @@
 
 struct qcow2_slice {
     uint64_t offset;
-    void *data;
     uint32_t next;     /* in the chain: index + 1, or 0 */
     uint32_t dirty_at; /* place in cache->dirty + 1, or 0 */
     bool used;
@@ -28,12 +27,22 @@ struct qcow2_slice {
     bool touched;    /* since the last trim */
 };
 
+enum { SLAB_BYTES_BITS = 17 };
+
+static void *slice_data(const struct qcow2_cache *cache, const struct qcow2_slice *slice)
+{
+    unsigned index = slice - cache->slices;
+    unsigned in_slab = index & ((1u << cache->slab_bits) - 1);
+    return cache->slabs[index >> cache->slab_bits] + ((size_t)in_slab << cache->slice_bits);
+}
+
 void qcow2_cache_init(struct qcow2_cache *cache, struct edge *file, unsigned slice_bits, unsigned max_slices)
 {
     memset(cache, 0, sizeof(*cache));
     cache->file = file;
     cache->slice_bits = slice_bits;
     cache->max_slices = max_slices;
+    cache->slab_bits = slice_bits < SLAB_BYTES_BITS ? SLAB_BYTES_BITS - slice_bits : 0;
     cache->bucket_bits = 10;
     while (cache->bucket_bits < 16 && (1u << cache->bucket_bits) < max_slices) {
         cache->bucket_bits++;
@@ -41,11 +50,18 @@ void qcow2_cache_init(struct qcow2_cache *cache, struct edge *file, unsigned sli
     cache->buckets = g_new0(uint32_t, 1u << cache->bucket_bits);
 }
 
+/* Frees the slabs from number `first` on. */
+static void free_slabs(struct qcow2_cache *cache, unsigned first)
+{
+    while (cache->slab_count > first) {
+        free(cache->slabs[--cache->slab_count]);
+    }
+}
+
 void qcow2_cache_finish(struct qcow2_cache *cache)
 {
-    for (unsigned i = 0; i < cache->slice_count; i++) {
-        free(cache->slices[i].data);
-    }
+    free_slabs(cache, 0);
+    g_free(cache->slabs);
     g_free(cache->slices);
     g_free(cache->buckets);
     g_free(cache->dirty);
@@ -94,30 +110,44 @@ static void cache_remove(struct qcow2_cache *cache, struct qcow2_slice *slice)
 static int coroutine_fn cache_write_slice(struct qcow2_cache *cache, struct qcow2_slice *slice)
 {
     edge_event(cache->file, cache->on_write);
-    return edge_write_memory(cache->file, slice->offset, slice->data, (uint64_t)1 << cache->slice_bits, 0);
+    return edge_write_memory(cache->file, slice->offset, slice_data(cache, slice), (uint64_t)1 << cache->slice_bits, 0);
 }
 
-/* A slice that nobody uses, with memory. */
+/* Memory for one slice more; false: there is none. */
+static bool cache_grow(struct qcow2_cache *cache)
+{
+    if (cache->slice_count == cache->room) {
+        unsigned room = MIN(cache->max_slices, MAX(16, cache->room * 2));
+        struct qcow2_slice *grown = g_try_renew(struct qcow2_slice, cache->slices, room);
+        unsigned slabs = (room >> cache->slab_bits) + 1;
+        uint8_t **grown_slabs = grown ? g_try_renew(uint8_t *, cache->slabs, slabs) : NULL;
+        cache->slices = grown ? grown : cache->slices;
+        cache->slabs = grown_slabs ? grown_slabs : cache->slabs;
+        if (!grown_slabs) {
+            return false;
+        }
+        cache->room = room;
+    }
+    if (cache->slice_count == cache->slab_count << cache->slab_bits) {
+        void *slab = file_memory((size_t)1 << (cache->slab_bits + cache->slice_bits));
+        if (!slab) {
+            return false;
+        }
+        cache->slabs[cache->slab_count++] = slab;
+    }
+    cache->slices[cache->slice_count++] = (struct qcow2_slice){0};
+    return true;
+}
+
+/* A slice that nobody uses. */
 static int coroutine_fn cache_take(struct qcow2_cache *cache, struct qcow2_slice **ret)
 {
-    if (cache->slice_count < cache->max_slices) {
-        if (cache->slice_count == cache->room) {
-            unsigned room = MIN(cache->max_slices, MAX(16, cache->room * 2));
-            struct qcow2_slice *grown = g_try_renew(struct qcow2_slice, cache->slices, room);
-            if (grown) {
-                cache->slices = grown;
-                cache->room = room;
-            }
-        }
-        void *data = cache->slice_count < cache->room ? file_memory((size_t)1 << cache->slice_bits) : NULL;
-        if (data) {
-            *ret = &cache->slices[cache->slice_count++];
-            **ret = (struct qcow2_slice){.data = data};
-            return 0;
-        }
-        if (cache->slice_count == 0) {
-            return -ENOMEM;
-        }
+    if (cache->slice_count < cache->max_slices && cache_grow(cache)) {
+        *ret = &cache->slices[cache->slice_count - 1];
+        return 0;
+    }
+    if (cache->slice_count == 0) {
+        return -ENOMEM;
     }
     int failed = 0;
     for (uint64_t looked_at = 0;; looked_at++) {
@@ -139,11 +169,8 @@ static int coroutine_fn cache_take(struct qcow2_cache *cache, struct qcow2_slice
         if (slice->used) {
             cache_remove(cache, slice);
         }
-        if (!slice->data) { /* trimmed */
-            slice->data = file_memory((size_t)1 << cache->slice_bits);
-        }
         *ret = slice;
-        return slice->data ? 0 : -ENOMEM;
+        return 0;
     }
 }
 
@@ -156,7 +183,7 @@ static void cache_insert(struct qcow2_cache *cache, struct qcow2_slice *slice, u
     slice->next = *bucket;
     cache->last = slice - cache->slices;
     *bucket = cache->last + 1;
-    *ret = slice->data;
+    *ret = slice_data(cache, slice);
 }
 
 int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, void **ret)
@@ -166,7 +193,7 @@ int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, voi
         slice = &cache->slices[cache->last];
         if (slice->offset == offset && slice->used) {
             slice->referenced = slice->touched = true;
-            *ret = slice->data;
+            *ret = slice_data(cache, slice);
             return 0;
         }
     }
@@ -174,7 +201,7 @@ int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, voi
     if (slice) {
         slice->referenced = slice->touched = true;
         cache->last = slice - cache->slices;
-        *ret = slice->data;
+        *ret = slice_data(cache, slice);
         return 0;
     }
     int code = cache_take(cache, &slice);
@@ -182,7 +209,7 @@ int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, voi
         return code;
     }
     edge_event(cache->file, cache->on_load);
-    code = edge_read_memory(cache->file, offset, slice->data, (uint64_t)1 << cache->slice_bits);
+    code = edge_read_memory(cache->file, offset, slice_data(cache, slice), (uint64_t)1 << cache->slice_bits);
     if (code < 0) {
         return code;
     }
@@ -195,7 +222,7 @@ int coroutine_fn qcow2_cache_get_zeroed(struct qcow2_cache *cache, uint64_t offs
     struct qcow2_slice *slice = cache_find(cache, offset);
     if (slice) {
         cache->last = slice - cache->slices;
-        *ret = slice->data;
+        *ret = slice_data(cache, slice);
     } else {
         int code = cache_take(cache, &slice);
         if (code < 0) {
@@ -267,25 +294,56 @@ void qcow2_cache_forget(struct qcow2_cache *cache, uint64_t offset, uint64_t byt
     }
 }
 
+/* The slices that are left after a trim move together; the hash and the list of dirty ones follow. */
+static void cache_compact(struct qcow2_cache *cache)
+{
+    unsigned kept = 0;
+    for (unsigned i = 0; i < cache->slice_count; i++) {
+        struct qcow2_slice *from = &cache->slices[i];
+        struct qcow2_slice *to = &cache->slices[kept];
+        if (!from->used) {
+            continue;
+        }
+        if (from != to) {
+            memcpy(slice_data(cache, to), slice_data(cache, from), (size_t)1 << cache->slice_bits);
+            *to = *from;
+        }
+        if (to->dirty_at) {
+            cache->dirty[to->dirty_at - 1] = kept;
+        }
+        kept++;
+    }
+    cache->slice_count = kept;
+    cache->hand = cache->last = 0;
+    free_slabs(cache, (kept + (1u << cache->slab_bits) - 1) >> cache->slab_bits);
+    memset(cache->buckets, 0, sizeof(*cache->buckets) << cache->bucket_bits);
+    for (unsigned i = 0; i < kept; i++) {
+        uint32_t *bucket = cache_bucket(cache, cache->slices[i].offset);
+        cache->slices[i].next = *bucket;
+        *bucket = i + 1;
+    }
+}
+
 void qcow2_cache_trim(struct qcow2_cache *cache)
 {
+    bool any = false;
     for (unsigned i = 0; i < cache->slice_count; i++) {
         struct qcow2_slice *slice = &cache->slices[i];
         if (slice->used && !slice->touched && !slice->dirty_at) {
-            cache_remove(cache, slice);
-            free(slice->data);
-            slice->data = NULL;
+            slice->used = false;
+            any = true;
         }
         slice->touched = false;
+    }
+    if (any) {
+        cache_compact(cache);
     }
 }
 
 void qcow2_cache_clear(struct qcow2_cache *cache)
 {
     g_assert(cache->dirty_count == 0);
-    for (unsigned i = 0; i < cache->slice_count; i++) {
-        free(cache->slices[i].data);
-    }
+    free_slabs(cache, 0);
     cache->slice_count = 0;
     cache->hand = 0;
     memset(cache->buckets, 0, sizeof(*cache->buckets) << cache->bucket_bits);

@@ -23,7 +23,9 @@ struct qcow2_cache {
     unsigned max_slices;
     unsigned slice_count;
     struct qcow2_slice *slices;
-    unsigned room;     /* of `slices` */
+    unsigned room;   /* of `slices` */
+    uint8_t **slabs; /* the slices' content: several next to each other, so that their alignment wastes no memory */
+    unsigned slab_count, slab_bits; /* slab_bits: log2 of slices per slab */
     uint32_t *buckets; /* index + 1 of the first slice of a chain; 0: empty */
     unsigned bucket_bits;
     uint32_t hand;   /* of the clock that chooses whom to evict */
@@ -52,7 +54,7 @@ void qcow2_cache_forget(struct qcow2_cache *cache, uint64_t offset, uint64_t byt
 /* Forgets everything; nothing is dirty. */
 void qcow2_cache_clear(struct qcow2_cache *cache);
 
-/* Gives back the memory of slices that are clean and were not used since the last trim. */
+/* Gives back the memory of slices that are clean and were not used since the last trim. Table pointers become void. */
 void qcow2_cache_trim(struct qcow2_cache *cache);
 
 #endif
