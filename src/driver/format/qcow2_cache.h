@@ -26,7 +26,7 @@ struct qcow2_cache {
     unsigned room;   /* of `slices` */
     uint8_t **slabs; /* the slices' content: several next to each other, so that their alignment wastes no memory */
     unsigned slab_count, slab_bits; /* slab_bits: log2 of slices per slab */
-    uint32_t *buckets; /* index + 1 of the first slice of a chain; 0: empty */
+    uint32_t *buckets;              /* index + 1 of the first slice of a chain; 0: empty */
     unsigned bucket_bits;
     uint32_t hand;   /* of the clock that chooses whom to evict */
     uint32_t last;   /* the slice used last */
