@@ -360,6 +360,14 @@ static int coroutine_fn make_file(struct img *img, const char *path, struct erro
     return driver->image->create(img->graph, &options, err);
 }
 
+/* Refuses options that no image can be made with while what lies at the path is still whole. */
+static int coroutine_fn check_options(const struct driver *driver, const struct blockdev_create_options *options,
+                                      struct error **err)
+{
+    struct block_measure_info ignored;
+    return driver->image->measure ? driver->image->measure(options, NULL, &ignored, err) : 0;
+}
+
 /* What the options describe as a second file is made as well. */
 static int coroutine_fn make_data_file(struct img *img, const struct blockdev_create_options *options,
                                        struct error **err)
@@ -382,7 +390,10 @@ int coroutine_fn img_make(struct img *img, const char *path, struct blockdev_cre
         options->u.file.filename = g_strdup(path);
         return driver->image->create(img->graph, options, err);
     }
-    int r = make_file(img, path, err);
+    int r = check_options(driver, options, err);
+    if (r == 0) {
+        r = make_file(img, path, err);
+    }
     if (r == 0) {
         r = make_data_file(img, options, err);
     }

@@ -75,7 +75,7 @@ static int coroutine_fn resize_image(struct img *img, const struct resize *resiz
                                      struct error **err)
 {
     struct backend *backend = NULL;
-    uint64_t size;
+    uint64_t size = 0;
     int r = find_size(resize, atomic_load(&node->size), &size, err);
     if (r == 0) {
         r = image_backend(img->graph, node, true, &backend, err);
