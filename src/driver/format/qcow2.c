@@ -17,6 +17,7 @@
 #include "base/size.h"
 #include "block/graph.h"
 #include "driver/drivers.h"
+#include "driver/format/qcow2_bitmap.h"
 #include "driver/format/qcow2_check.h"
 #include "driver/format/qcow2_codec.h"
 #include "driver/format/qcow2_crypto.h"
@@ -196,6 +197,7 @@ static void free_state(struct qcow2 *image)
     if (image->overlap_runs) {
         g_array_free(image->overlap_runs, TRUE);
     }
+    qcow2_bitmaps_unload(image);
     qcow2_codecs_destroy(image->codecs);
     qcow2_crypto_close(image->crypto);
     qcow2_header_clear(&image->header);
@@ -303,6 +305,7 @@ static int coroutine_fn qcow2_open(struct node *node, const struct blockdev_opti
     }
     image->settle_at = (256u << 20) >> image->cluster_bits;
     describe_node(image);
+    qcow2_bitmaps_load(image);
     return 0;
 }
 
@@ -310,6 +313,11 @@ static void coroutine_fn qcow2_close(struct node *node)
 {
     struct qcow2 *image = node->state;
     if (node->writable) {
+        struct error *error = NULL;
+        if (qcow2_bitmaps_store(node, &error) < 0) {
+            g_message("%s; they are inconsistent now", error->message);
+            error_free(error);
+        }
         int code = qcow2_flush_all(image);
         if (code < 0) {
             g_message("qcow2 image of node '%s': closing could not write its metadata: %s", node->name,
@@ -335,7 +343,11 @@ static int coroutine_fn qcow2_set_writable(struct node *node, bool writable, str
         }
         return begin_writing(image, err);
     }
-    int code = qcow2_flush_all(image);
+    int code = qcow2_bitmaps_store(node, err);
+    if (code < 0) {
+        return code;
+    }
+    code = qcow2_flush_all(image);
     return code < 0 ? error_set_errno(err, code, "Could not write the metadata of node '%s'", node->name) : 0;
 }
 
@@ -376,6 +388,7 @@ static struct image_info_specific *qcow2_specific_info(struct node *node)
     data->refcount_bits = 1 << image->header.refcount_order;
     data->compression_type = image->header.compression_type == QCOW2_COMPRESSION_ZSTD ? QCOW2_COMPRESSION_TYPE_ZSTD
                                                                                       : QCOW2_COMPRESSION_TYPE_ZLIB;
+    qcow2_bitmaps_describe(image, &data->has_bitmaps, &data->bitmaps);
     struct image_info_specific *info = g_new0(struct image_info_specific, 1);
     info->type = IMAGE_INFO_SPECIFIC_KIND_QCOW2;
     info->u.qcow2.data = data;

@@ -114,6 +114,9 @@ struct qcow2 {
 
     struct qcow2_crypto *crypto; /* NULL: not encrypted */
     struct qcow2_codecs *codecs; /* has a lock of its own */
+    GPtrArray *bitmaps;          /* struct qcow2_bitmap_record: those in the image, in the order of its directory */
+    bool bitmaps_unstable;       /* marks of theirs were written and not flushed yet */
+
     struct list allocations;
     uint64_t epoch;
     atomic_uint inflight[2]; /* by parity of the epoch */

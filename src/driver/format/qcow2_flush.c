@@ -15,6 +15,7 @@
 #include "base/size.h"
 #include "block/request.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_bitmap.h"
 #include "driver/format/qcow2_overlap.h"
 #include "driver/format/qcow2_refcount.h"
 #include "loop/loop.h"
@@ -93,6 +94,9 @@ int coroutine_fn qcow2_prepare_write(struct qcow2 *image)
         if (code < 0) {
             image->header.autoclear = before;
         } else {
+            code = qcow2_bitmaps_begin_writing(image);
+        }
+        if (code == 0) {
             code = qcow2_overlap_prepare(image);
         }
         if (code == 0) {

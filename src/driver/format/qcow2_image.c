@@ -6,6 +6,7 @@
  */
 #include "driver/format/qcow2_image.h"
 #include "driver/format/qcow2_amend.h"
+#include "driver/format/qcow2_bitmap.h"
 #include "driver/format/qcow2_check.h"
 #include "driver/format/qcow2_create.h"
 #include "driver/format/qcow2_resize.h"
@@ -24,4 +25,8 @@ const struct image_driver qcow2_image = {
     .snapshot_apply = qcow2_snapshot_apply,
     .snapshot_delete = qcow2_snapshot_delete,
     .snapshot_load = qcow2_snapshot_load,
+    .bitmap_may_add = qcow2_bitmap_may_add,
+    .bitmap_change = qcow2_bitmap_change,
+    .bitmap_remove = qcow2_bitmap_remove,
+    .bitmaps_store = qcow2_bitmaps_store,
 };

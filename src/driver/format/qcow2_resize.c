@@ -14,6 +14,7 @@
 #include "driver/format/qcow2_resize.h"
 #include "base/size.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_bitmap.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_map.h"
 #include "driver/format/qcow2_preallocate.h"
@@ -340,6 +341,10 @@ int coroutine_fn qcow2_grow(struct node *node, uint64_t size, enum preallocation
     }
     if (size == image->header.size) {
         return 0;
+    }
+    code = qcow2_bitmaps_begin_resize(image);
+    if (code < 0) {
+        return error_set_errno(err, code, "Could not resize node '%s'", node->name);
     }
     return size > image->header.size ? grow(node, size, mode, err) : shrink(node, size, err);
 }

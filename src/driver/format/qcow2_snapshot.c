@@ -18,9 +18,9 @@
  */
 #include "driver/format/qcow2_snapshot.h"
 #include "base/size.h"
-#include "block/bitmap.h"
 #include "block/driver.h"
 #include "driver/format/qcow2.h"
+#include "driver/format/qcow2_bitmap.h"
 #include "driver/format/qcow2_entry.h"
 #include "driver/format/qcow2_snapshot_table.h"
 #include "driver/format/qcow2_switch.h"
@@ -619,7 +619,7 @@ int coroutine_fn qcow2_snapshot_load(struct node *node, const char *name, struct
     co_mutex_unlock(&image->lock);
     if (code == 0) {
         atomic_store(&node->size, image->header.size);
-        bitmaps_destroy(node); /* they tell of the active state */
+        qcow2_bitmaps_forget(image); /* they tell of the active state */
     }
     return code;
 }

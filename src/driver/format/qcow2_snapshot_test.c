@@ -80,7 +80,7 @@ static void choose_shape(struct scene *scene)
     static const unsigned widths[] = {16, 2, 4, 8, 32, 64};
     struct shape *shape = &scene->shape;
     shape->version = below(scene, 4) ? 3 : 2;
-    shape->extended = shape->version == 3 && below(scene, 3) == 9;
+    shape->extended = shape->version == 3 && below(scene, 3) == 0;
     shape->cluster_bits = shape->extended ? 14 + below(scene, 3) : 9 + below(scene, 8);
     shape->refcount_bits = shape->version == 3 ? widths[below(scene, G_N_ELEMENTS(widths))] : 16;
     shape->compressed = below(scene, 3) == 0;

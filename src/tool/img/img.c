@@ -27,6 +27,7 @@ static const struct img_command {
 } img_commands[] = {
     {"amend", img_amend, "change options of an image"},
     {"bench", img_bench, "time requests to an image"},
+    {"bitmap", img_bitmap, "make, remove and change the dirty bitmaps of an image"},
     {"check", img_check, "look for what is wrong with an image, and repair it"},
     {"commit", img_commit, "move the changes of an image into its backing file"},
     {"compare", img_compare, "see whether two images have the same content"},
