@@ -161,7 +161,7 @@ void coroutine_fn qcow2_bitmaps_load(struct qcow2 *image)
         return;
     }
     image->bitmaps = records;
-    image->autoclear_kept |= QCOW2_AUTOCLEAR_BITMAPS;
+    image->autoclear_kept |= records->len ? QCOW2_AUTOCLEAR_BITMAPS : 0; /* the bit is true, and stays so */
     g_autoptr(GHashTable) names = g_hash_table_new(g_str_hash, g_str_equal);
     for (unsigned i = 0; i < records->len && !image->node->check_only; i++) {
         struct qcow2_bitmap_record *record = records->pdata[i];

@@ -53,7 +53,7 @@ static uint64_t l1_entries_for(const struct qcow2 *image, uint64_t size)
 /* Begins a change; on success work_end() or work_commit() ends it. */
 static int coroutine_fn work_begin(struct qcow2 *image, struct work *work, struct error **err)
 {
-    if (image->node->data) {
+    if (image->external) {
         return error_set(err, -ENOTSUP, "Node '%s' has an external data file: snapshots in it are not possible",
                          image->node->name);
     }
@@ -605,7 +605,7 @@ int coroutine_fn qcow2_snapshot_load(struct node *node, const char *name, struct
 {
     struct qcow2 *image = node->state;
     struct qcow2_snapshot_table table;
-    if (node->writable || image->node->data) {
+    if (node->writable || image->external) {
         return error_set(err, node->writable ? -EINVAL : -ENOTSUP, "Node '%s' %s: a snapshot of it cannot be shown",
                          node->name, node->writable ? "is open for writing" : "has an external data file");
     }
