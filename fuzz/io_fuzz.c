@@ -64,7 +64,8 @@ static bool is_allowed(const char *line)
     for (int i = 1; i < count; i++) {
         reads_file = reads_file || (words[i][0] == '-' && strchr(words[i], 's'));
     }
-    return command && !g_strv_contains(left_out, command->name) && !reads_file;
+    bool counts = command && count > command->least && (command->most < 0 || count <= command->most + 1);
+    return counts && !g_strv_contains(left_out, command->name) && !reads_file;
 }
 
 static void coroutine_fn run_commands(void *argument)

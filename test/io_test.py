@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 
-from harness import KIB, MIB, PROGRAM, SANITIZER_OPTIONS, SLOWNESS, TestCase, image_check, qemu_img, run, scale
+from harness import KIB, MIB, PROGRAM, SANITIZER_OPTIONS, SLOWNESS, TestCase, image_check, nbd_handle, qemu_img, run, scale
 
 PEER_IO = "qemu-io"
 TIMING = re.compile(r"(ops; ).*$", re.MULTILINE)
@@ -165,7 +165,8 @@ INPUT = {
 EVENTS = """l1_update l1_grow_alloc_table l1_grow_write_table l1_grow_activate_table l2_load l2_update l2_alloc_cow_read
 l2_alloc_write read_aio read_backing_aio write_aio cow_read cow_write reftable_grow refblock_load refblock_update_part
 refblock_alloc refblock_alloc_hookup refblock_alloc_write_blocks refblock_alloc_write_table refblock_alloc_switch_table
-cluster_alloc cluster_free flush_to_os flush_to_disk pwritev pwritev_zero pwritev_done""".split()
+cluster_alloc cluster_free flush_to_os flush_to_disk pwritev pwritev_zero pwritev_done
+cluster_alloc_bytes write_compressed l2_update_compressed read_compressed""".split()
 
 CHUNK = 512
 
@@ -313,6 +314,7 @@ class Faults(IoTestCase):
         self.commands = [
             "write -P 1 0 100k", "write -P 2 300k 512", "read 0 512", "read 3M 512", "flush", "write -P 3 1M 2M", "flush",
             "write -z 10k 30k", "write -P 4 20k 512", "discard 1536k 512k", "flush", "flush", "write -P 5 1600k 100k",
+            "write -P 9 -c 3584k 64k", "read 3584k 4k",
             f"truncate {64 * MIB}", "write -P 6 60M 64k", "flush", "write -P 7 0 300k",
         ]
 
@@ -461,3 +463,46 @@ class Filters(IoTestCase):
         self.io(*with_commands(["-f", "raw", "a.raw"], commands))
         qemu_img("compare", "-f", "raw", "-F", "qcow2", self.path("a.raw"), self.path("a.qcow2"))
         image_check(self.path("a.qcow2"))
+
+    def test_filters_in_a_daemon(self):
+        """Under an export: what was read is stored, jobs pass the filters by, and the size follows."""
+        chain = self.create_chain(["base", "top"], 4 * MIB, pattern=False)
+        run(PEER_IO, "-f", "qcow2", "-c", "write -q -P 5 0 2M", chain[0][1])
+        daemon = self.daemon()
+        qmp = daemon.qmp
+        daemon.add_qcow2("base", chain[0][1])
+        image = {"driver": "file", "filename": chain[1][1]}
+        rules = [{"event": "l2_load", "once": True, "errno": 28}]
+        top = {"driver": "qcow2", "node-name": "top", "backing": "base",
+               "file": {"driver": "blkdebug", "node-name": "debug", "image": image, "inject-error": rules}}
+        qmp.execute("blockdev-add", {"driver": "copy-on-read", "node-name": "copy", "file": top})
+        daemon.nbd_server()
+        daemon.export("copy")
+        with nbd_handle(daemon.uri("copy")) as handle:
+            with self.assertRaisesRegex(Exception, "No space left"):
+                handle.pwrite(b"\1" * 512, 3 * MIB)
+            handle.pwrite(b"\7" * 512, 3 * MIB)
+            self.assertEqual(handle.pread(64 * KIB, 0), b"\5" * 64 * KIB)
+            handle.pwrite(b"\6" * 512, 512)
+            qmp.execute("block-commit", {"device": "top", "job-id": "down"})
+            qmp.wait_event("BLOCK_JOB_READY", device="down")
+            self.assertEqual(handle.pread(64 * KIB, MIB), b"\5" * 64 * KIB)
+            handle.pwrite(b"\4" * 512, MIB)
+            qmp.execute("job-complete", {"id": "down"})
+            self.assertIsNone(qmp.wait_job("down"))
+            handle.pwrite(b"\3" * 512, 2 * MIB)
+            expected = {0: 5, 512: 6, 1024: 5, MIB: 4, MIB + 512: 5, 2 * MIB: 3, 3 * MIB: 7}
+            for offset, value in expected.items():
+                self.assertEqual(handle.pread(512, offset), bytes([value]) * 512)
+        edges = {(edge["parent"], edge["role"]): edge["child"] for edge in qmp.execute("query-graph")["edges"]}
+        self.assertEqual(edges["copy", "filtered"], "base")
+        qmp.execute("block_resize", {"node-name": "copy", "size": 8 * MIB})
+        sizes = {node["node-name"]: node["size"] for node in qmp.execute("query-graph")["nodes"]}
+        self.assertEqual((sizes["copy"], sizes["base"]), (8 * MIB, 8 * MIB))
+        qmp.execute("block-export-del", {"id": "export-copy"})
+        qmp.wait_event("BLOCK_EXPORT_DELETED")
+        qmp.execute("blockdev-del", {"node-name": "copy"})
+        daemon.stop()
+        for offset, value in expected.items():
+            self.assertNotIn("failed", run(PEER_IO, "-r", "-f", "qcow2", "-c", f"read -P {value} {offset} 512", chain[0][1]).stdout)
+        image_check(chain[0][1])

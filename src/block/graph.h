@@ -101,7 +101,8 @@ struct transaction;
 struct transaction *graph_begin(struct graph *graph, const char *subject);
 /* Whose transaction it is. graph_commit() tests what it holds in the old shape: `graph` on a node whose edge changes,
  * some claim on the node that an edge will lead to, and on a node that becomes stale. No claim is needed for edges of
- * job filters, of stale images and of images that nobody stands on; nor for root edges, which are their users'. */
+ * job filters, of stale images and of images that nobody stands on; nor for root edges, which are their users'.
+ * A user's filter goes along with what it shows: `graph` is not asked for. */
 void transaction_by(struct transaction *transaction, const struct operation *operation);
 /* edge->child becomes `to`. */
 void transaction_move_edge(struct transaction *transaction, struct edge *edge, struct node *to);

@@ -139,7 +139,9 @@ static int enforce_step(const struct transaction *transaction, const struct step
     case STEP_ATTACH:
     case STEP_DETACH:
         if (!is_nobodys(step->edge)) {
-            r = enforce_claim(operation, step->edge->parent, ACCESS_GRAPH, "changing an edge", err);
+            if (step->edge->role != EDGE_FILTERED) { /* a filter has no header: its edge goes along like a user's */
+                r = enforce_claim(operation, step->edge->parent, ACCESS_GRAPH, "changing an edge", err);
+            }
             if (r == 0 && step->to && !step->to->job_filter) {
                 r = enforce_claim(operation, step->to, ACCESS_ALL, "linking to an image", err);
             }

@@ -224,6 +224,7 @@ static int coroutine_fn link_packed(struct packing *packing, uint64_t descriptor
     struct qcow2 *image = packing->image;
     void *entries;
     unsigned count;
+    edge_event(image->node->file, BLKDEBUG_EVENT_L2_UPDATE_COMPRESSED);
     int code = qcow2_l2_for_write(image, packing->offset, &entries, &count);
     if (code < 0) {
         return code;
@@ -240,6 +241,7 @@ static int coroutine_fn store_packed(struct packing *packing)
     struct qcow2 *image = packing->image;
     uint64_t descriptor = 0;
     co_mutex_lock(&image->lock);
+    edge_event(image->node->file, BLKDEBUG_EVENT_CLUSTER_ALLOC_BYTES);
     int code = place_bytes(image, packing->packed, &packing->place);
     if (code < 0) {
         co_mutex_unlock(&image->lock);
@@ -249,6 +251,7 @@ static int coroutine_fn store_packed(struct packing *packing)
     if (!packing->plain) {
         unsigned parity = qcow2_epoch_enter(image);
         co_mutex_unlock(&image->lock);
+        edge_event(image->node->file, BLKDEBUG_EVENT_WRITE_COMPRESSED);
         code = edge_write_memory(image->node->file, packing->place, qcow2_codec_packed(packing->codec), packing->packed,
                                  0);
         qcow2_epoch_leave(image, parity);
