@@ -425,27 +425,29 @@ static int coroutine_fn open_image_or_read_only(struct opening *opening, const s
 /* --- backing images --- */
 
 /* Is this file one that the chain from `top` to its present end has gone through? */
-static int coroutine_fn check_loop(const char *path, struct node *top, struct error **err)
+static int check_loop(const char *path, uint64_t device, uint64_t inode, struct node *top, struct error **err)
 {
-    struct file *file;
-    struct file_info info;
-    int r = file_open(path, 0, &file, err);
-    if (r < 0) {
-        return r;
-    }
-    r = file_info(file, &info);
-    file_close(file);
-    if (r < 0) {
-        return error_set_errno(err, r, "Cannot look at '%s'", path);
-    }
     for (const struct node *node = top; node; node = node->backing ? node->backing->child : NULL) {
         const struct node *container = node_container(node);
-        if (container->inode && container->inode == info.inode && container->device == info.device) {
+        if (container->inode && container->inode == inode && container->device == device) {
             return error_set(err, -ELOOP, "The backing chain leads back to '%s', the file of node '%s'", path,
                              node->name);
         }
     }
     return 0;
+}
+
+/* A file that could not be opened: because it is one of the chain's own, and locked by it? 0: no, or nobody knows. */
+static int coroutine_fn explain_by_loop(const char *path, struct node *top, struct error **err)
+{
+    struct file *file;
+    struct file_info info;
+    if (file_open(path, 0, &file, NULL) < 0) {
+        return 0;
+    }
+    int r = file_info(file, &info);
+    file_close(file);
+    return r < 0 ? 0 : check_loop(path, info.device, info.inode, top, err);
 }
 
 static int format_of_header(const struct node *node, enum blockdev_driver *ret, struct error **err)
@@ -490,9 +492,19 @@ static int coroutine_fn open_header_backing(struct opening *opening, struct node
                          "Image '%s' names the backing file '%s' of format '%s', which is no image format", node->name,
                          node->header_backing, node->header_backing_format);
     }
-    r = check_loop(path, top, err);
-    if (r == 0) {
-        r = open_image(opening, &image, how, ret, err);
+    unsigned before = opening->nodes->len;
+    auto_error error = NULL;
+    r = open_image(opening, &image, how, ret, &error);
+    if (r < 0) {
+        int loop = explain_by_loop(path, top, err);
+        r = loop < 0 ? loop : error_move(err, g_steal_pointer(&error));
+    } else {
+        const struct node *container = node_container(*ret);
+        r = check_loop(path, container->device, container->inode, top, err);
+        if (r < 0) {
+            g_ptr_array_set_size(opening->nodes, before);
+            node_unref(*ret);
+        }
     }
     if (r < 0) {
         error_prepend(err, "Could not open the backing file of '%s'", node->filename ? node->filename : node->name);
