@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 
-from harness import DAEMON, IS_PEER, KIB, MIB, PEER, SANITIZER_OPTIONS, SLOWNESS, Gone, QmpError, TestCase, qemu_img, qemu_io
+from harness import DAEMON, IS_PEER, KIB, MIB, PEER, PROGRAM, SANITIZER_OPTIONS, SLOWNESS, Gone, QmpError, TestCase, qemu_img, qemu_io
 from harness import die_with_parent
 
 
@@ -215,6 +215,48 @@ class LikeThePeer(TestCase):
 
     def status(self, job, wanted):
         return lambda e: e["event"] == "JOB_STATUS_CHANGE" and e["data"] == {"status": wanted, "id": job}
+
+    def test_secrets_open_images(self):
+        """What opens an encrypted image, what does not, and in which words a script sees that: none of them secret."""
+        volume, image = self.path("volume.luks"), self.path("aes.qcow2")
+        subprocess.run([PROGRAM, "img", "create", "-q", "--object", "secret,id=s,data=hunter2", "-f", "luks", "-o",
+                        "key-secret=s,iter-time=10", volume, "1M"], check=True)
+        qemu_img("create", "-q", "--object", "secret,id=s,data=hunter2", "-f", "qcow2", "-o",
+                 "encrypt.format=aes,encrypt.key-secret=s", image, "1M")
+        with open(self.path("password"), "w", encoding="ascii") as password:
+            password.write("aHVudGVyMg==")
+
+        def script(daemon):
+            outcomes = []
+
+            def attempt(command, **arguments):
+                try:
+                    daemon.qmp.execute(command, arguments)
+                    outcomes.append("done")
+                except QmpError as error:
+                    self.assertNotIn("hunter", str(error))
+                    outcomes.append("refused")
+
+            attempt("object-add", **{"qom-type": "secret", "id": "right", "format": "base64", "file": self.path("password")})
+            attempt("object-add", **{"qom-type": "secret", "id": "wrong", "data": "hunter3"})
+            attempt("object-add", **{"qom-type": "secret", "id": "wrong", "data": "hunter3"})
+            attempt("object-add", **{"qom-type": "secret", "id": "none"})
+            attempt("object-add", **{"qom-type": "secret", "id": "bad", "format": "base64", "data": "hunter%"})
+            for key in ({}, {"key-secret": "nobody"}, {"key-secret": "wrong"}, {"key-secret": "right"}):
+                attempt("blockdev-add", **{"driver": "luks", "node-name": f"luks-{len(outcomes)}", "read-only": True,
+                                           "file": {"driver": "file", "filename": volume}, **key})
+                for kind in ("aes", "luks"):
+                    attempt("blockdev-add", **{"driver": "qcow2", "node-name": f"qcow2-{len(outcomes)}", "read-only": True,
+                                               "file": {"driver": "file", "filename": image},
+                                               "encrypt": {"format": kind, **key}})
+            attempt("object-del", id="right")
+            attempt("object-del", id="right")
+            nodes = daemon.qmp.execute("query-named-block-nodes")
+            outcomes += sorted((node["drv"], node["encrypted"], node["image"].get("encrypted")) for node in nodes
+                               if node["drv"] != "file" and not node["file"].endswith(("base.qcow2", "mid.qcow2", "top.qcow2")))
+            return outcomes
+
+        self.assert_same(script)
 
     def test_events_of_a_commit(self):
         def script(daemon):

@@ -111,6 +111,7 @@ static json_t *coroutine_fn describe_node(struct node *node, bool flat)
                                      .backing_file = backing ? backing->filename : NULL,
                                      .backing_file_depth = flat ? 0 : node_backing_depth(node),
                                      .active = true,
+                                     .encrypted = node->encrypted,
                                      .detect_zeroes = detect_zeroes,
                                      .image = &image,
                                      .cache = &cache};

@@ -291,6 +291,8 @@ static void print_help(void)
            "                          serve a node to NBD clients\n"
            "  --object [qom-type=]iothread,id=T\n"
            "                          make an I/O thread\n"
+           "  --object secret,id=S,data=TEXT|file=PATH[,format=base64]\n"
+           "                          give a passphrase or a key, for the options that name one by its id\n"
            "  --daemonize             go into the background once everything is set up\n"
            "  --pidfile PATH          write the process number there\n"
            "  --engine auto|uring|epoll\n"
