@@ -16,6 +16,7 @@
 #include "block/request.h"
 #include "driver/format/qcow2.h"
 #include "driver/format/qcow2_flush.h"
+#include "driver/format/qcow2_overlap.h"
 #include "driver/format/qcow2_refcount.h"
 #include <endian.h>
 #include <errno.h>
@@ -353,6 +354,7 @@ int coroutine_fn qcow2_bitmap_directory_write(struct qcow2 *image, GPtrArray *re
         atomic_store(&image->corrupt, true);
         return code;
     }
+    qcow2_overlap_forget(image);
     if (valid && old.bitmap_count) {
         qcow2_free(image, old.directory_offset, div_up(old.directory_size, image->cluster_size),
                    image->options.pass_discard_other);

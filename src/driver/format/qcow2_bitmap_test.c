@@ -22,7 +22,7 @@
 #include <glib/gstdio.h>
 #include <string.h>
 
-enum { CASES = 8, ROUNDS = 4, STEPS = 20, BITMAPS_MAX = 5, CUT_CASES = 3, CUTS_PER_PEER = 9, RUBBISH = 300 };
+enum { CASES = 5, ROUNDS = 4, STEPS = 20, BITMAPS_MAX = 5, CUT_CASES = 2, CUTS_PER_PEER = 23, RUBBISH = 120 };
 
 /* What a bitmap is to be. */
 struct model {

@@ -18,7 +18,7 @@
 #include <glib/gstdio.h>
 #include <string.h>
 
-enum { CASES = 8, ROUNDS = 2, STEPS = 20, SNAPSHOTS_MAX = 6, CUT_CASES = 2, CUTS_PER_PEER = 9 };
+enum { CASES = 6, ROUNDS = 2, STEPS = 20, SNAPSHOTS_MAX = 6, CUT_CASES = 2, CUTS_PER_PEER = 17 };
 
 struct shape {
     unsigned cluster_bits, version, refcount_bits;
