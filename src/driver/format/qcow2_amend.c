@@ -18,6 +18,7 @@
 #include "driver/format/qcow2_amend.h"
 #include "base/size.h"
 #include "block/driver.h"
+#include "driver/format/qcow2_bitmap.h"
 #include "driver/format/qcow2_crypto.h"
 #include "driver/format/qcow2_expand.h"
 #include "driver/format/qcow2_flush.h"
@@ -367,6 +368,7 @@ static int coroutine_fn downgrade(struct amend *amend)
         memset(&header->bitmaps, 0, sizeof(header->bitmaps));
         code = write_header(amend);
         if (code == 0 && bitmaps) {
+            qcow2_bitmaps_forget(amend->image);
             code = free_leaks(amend);
         }
     }

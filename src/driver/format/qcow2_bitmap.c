@@ -180,7 +180,12 @@ void qcow2_bitmaps_unload(struct qcow2 *image)
 void qcow2_bitmaps_forget(struct qcow2 *image)
 {
     g_ptr_array_set_size(image->bitmaps, 0);
-    bitmaps_destroy(image->node);
+    list_for_each_safe (link, &image->node->bitmaps) {
+        struct bitmap *bitmap = container_of(link, struct bitmap, link);
+        if (bitmap->persistent) {
+            bitmap_forget(bitmap);
+        }
+    }
 }
 
 /* --- in use --- */

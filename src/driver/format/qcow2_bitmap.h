@@ -17,7 +17,7 @@ struct qcow2;
  * fails: what cannot be read is inconsistent. */
 void coroutine_fn qcow2_bitmaps_load(struct qcow2 *image);
 void qcow2_bitmaps_unload(struct qcow2 *image);
-/* Takes them off a node that shows something else than they tell of. */
+/* Takes them off the node: it shows something else than they tell of, or the image has none any more. */
 void qcow2_bitmaps_forget(struct qcow2 *image);
 /* Before the first request that changes anything: those that record are in use, on disk. The lock is held. */
 int coroutine_fn qcow2_bitmaps_begin_writing(struct qcow2 *image);
