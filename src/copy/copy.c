@@ -248,7 +248,7 @@ static struct copy_run piece_same(const struct copy_piece *piece, uint64_t at)
         at = next;
     }
     run.bytes = at - from;
-    if (run.kind == RUN_ZERO && run.bytes < config->zero_minimum) {
+    if (run.kind == RUN_ZERO && run.bytes < config->zero_minimum && from > 0 && at < piece->bytes) {
         run.kind = RUN_DATA;
     }
     return run;
@@ -287,6 +287,13 @@ static int coroutine_fn piece_write_run(struct copy_piece *piece, uint64_t at, s
                                 config->write_flags & ~REQUEST_COMPRESSED);
 }
 
+/* Can the next piece be written beside this one's last write? */
+static bool piece_ends_unit(const struct copy_piece *piece)
+{
+    uint64_t unit = piece->copy->config.order_unit;
+    return !unit || is_aligned(piece->offset + piece->bytes, unit);
+}
+
 static int coroutine_fn piece_write(struct copy_piece *piece)
 {
     int result = 0;
@@ -294,7 +301,7 @@ static int coroutine_fn piece_write(struct copy_piece *piece)
     piece->next.bytes = 0;
     for (uint64_t at = 0; at < piece->bytes && result == 0;) {
         struct copy_run run = piece_run(piece, at);
-        if (at + run.bytes == piece->bytes) {
+        if (at + run.bytes == piece->bytes && piece_ends_unit(piece)) {
             turn_pass(piece);
         }
         result = piece_write_run(piece, at, run);

@@ -53,12 +53,14 @@ struct copy_config {
     struct backend *target; /* NULL: nothing is written, `differs` is told */
     uint64_t alignment;     /* of pieces, rounded outward: the target's unit where it matters, else 1 */
     /* Aligned runs of zeroes inside data are written as zeroes: in units of zero_alignment (at least 512; 0: zeroes are
-     * written like other data), if a run has zero_minimum bytes (0: one unit). */
+     * written like other data). Between data in one piece a run needs zero_minimum bytes (0: one unit). */
     uint64_t zero_alignment, zero_minimum;
     bool target_is_zero; /* it reads as zeroes everywhere: such runs are not written at all */
     /* Pieces begin to be written in order of offset, so that a target which takes its space as it is written is laid
      * out in order. What failed and is tried again comes later. */
     bool ordered;
+    /* If not 0, a power of two: a piece that ends inside such a unit is written before the next begins to be. */
+    uint64_t order_unit;
     unsigned write_flags; /* enum request_flags of every write (REQUEST_COMPRESSED: not of zeroes) */
     unsigned workers;     /* pieces in flight; 0: COPY_WORKERS */
     uint64_t piece;       /* longest piece; 0: COPY_PIECE. Never less than `alignment`. */

@@ -26,7 +26,7 @@ static struct {
     uint64_t offset, bytes;
     unsigned flags;
 } log_of[256];
-static unsigned logged;
+static unsigned logged, inside, most_inside;
 
 static int coroutine_fn log_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from,
                                   unsigned flags)
@@ -35,7 +35,10 @@ static int coroutine_fn log_write(struct node *node, uint64_t offset, uint64_t b
     log_of[logged].offset = offset;
     log_of[logged].bytes = bytes;
     log_of[logged++].flags = flags;
+    inside++;
+    most_inside = MAX(most_inside, inside);
     coroutine_pause();
+    inside--;
     return memory_write(node, offset, bytes, from, 0);
 }
 
@@ -98,7 +101,7 @@ static struct bed *coroutine_fn bed_create(void)
     bed->node->discard = true;
     node_publish(bed->node);
     bed->target = memory_backend(bed->graph, "test", bed->node, ACCESS_ALL);
-    logged = 0;
+    logged = most_inside = 0;
     for (unsigned i = 0; i < MEMORY_SIZE; i++) {
         bed->source[i] = 1 + i % 251;
     }
@@ -158,6 +161,24 @@ static void coroutine_fn in_order(void *argument)
     bed_destroy(bed);
 }
 
+/* Pieces that share a unit are written one after the other. */
+static void coroutine_fn in_units(void *argument)
+{
+    struct bed *bed = bed_create();
+    bed->config.ordered = true;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(most_inside, >, 1);
+    most_inside = 0;
+    bed->config.order_unit = 2 * PIECE;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(most_inside, ==, 2); /* an odd one and the even one behind it */
+    most_inside = 0;
+    bed->config.order_unit = MEMORY_SIZE;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(most_inside, ==, 1);
+    bed_destroy(bed);
+}
+
 /* A piece that fails lets the next ones go, and comes later. */
 static void coroutine_fn in_order_with_failures(void *argument)
 {
@@ -184,16 +205,16 @@ static void coroutine_fn in_order_with_failures(void *argument)
 static void coroutine_fn zero_runs(void *argument)
 {
     struct bed *bed = bed_create();
-    memset(bed->source + 512, 0, 512);   /* too short */
-    memset(bed->source + 2048, 0, 1536); /* long enough, and not to the end of its piece */
-    memset(bed->source + 4096, 0, 4096); /* a piece of nothing else */
-    memset(bed->source + 12288 - 512, 0, 1024);
+    memset(bed->source + 512, 0, 512);          /* too short */
+    memset(bed->source + 2048, 0, 1536);        /* long enough, and not to the end of its piece */
+    memset(bed->source + 4096, 0, 4096);        /* a piece of nothing else */
+    memset(bed->source + 12288 - 512, 0, 1024); /* at the end of one and the beginning of another */
     bed->config.zero_alignment = 512;
     bed->config.zero_minimum = 1024;
     bed->config.write_flags = REQUEST_COMPRESSED;
     g_assert_cmpint(bed_copy(bed), ==, 0);
     g_assert(!memcmp(bed_content(bed), bed->source, MEMORY_SIZE));
-    g_assert_cmpuint(memory_of(bed->node)->zeroes, ==, 2);
+    g_assert_cmpuint(memory_of(bed->node)->zeroes, ==, 4);
     g_assert_cmpuint(memory_of(bed->node)->last_flags & REQUEST_COMPRESSED, ==, 0);
     g_assert_cmpuint(logged, ==, PIECES);
     g_assert_cmpuint(log_of[0].bytes, ==, 2048);
@@ -202,13 +223,13 @@ static void coroutine_fn zero_runs(void *argument)
     for (unsigned i = 0; i < logged; i++) {
         bytes += log_of[i].bytes;
     }
-    g_assert_cmpuint(bytes, ==, MEMORY_SIZE - 1536 - 4096);
+    g_assert_cmpuint(bytes, ==, MEMORY_SIZE - 1536 - 4096 - 1024);
     /* A target that is zero. */
     memset(memory_of(bed->node)->data, 0, MEMORY_SIZE);
     logged = 0;
     bed->config.target_is_zero = true;
     g_assert_cmpint(bed_copy(bed), ==, 0);
-    g_assert_cmpuint(memory_of(bed->node)->zeroes, ==, 2);
+    g_assert_cmpuint(memory_of(bed->node)->zeroes, ==, 4);
     g_assert_cmpuint(logged, ==, PIECES);
     g_assert(!memcmp(bed_content(bed), bed->source, MEMORY_SIZE));
     bed_destroy(bed);
@@ -266,6 +287,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_data_func("/copy/in-order", in_order, in_coroutine_of);
     g_test_add_data_func("/copy/in-order-with-failures", in_order_with_failures, in_coroutine_of);
+    g_test_add_data_func("/copy/in-units", in_units, in_coroutine_of);
     g_test_add_data_func("/copy/zero-runs", zero_runs, in_coroutine_of);
     g_test_add_data_func("/copy/shown-already", shown_already, in_coroutine_of);
     g_test_add_data_func("/copy/comparing", comparing, in_coroutine_of);

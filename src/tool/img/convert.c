@@ -29,7 +29,7 @@
 #define SPARSE_MAX (16 * MiB)
 #define WORKERS_DEFAULT 8
 #define WORKERS_MAX 16
-#define PIECE (1 * MiB)
+#define PIECE (2 * MiB)
 
 struct convert {
     struct img_copying copying; /* first */
@@ -274,6 +274,7 @@ static void configure(struct convert *convert)
     config->alignment = convert->compress ? max_u64(node->limits.cluster_size, SECTOR) : 1;
     config->extent = convert_extent;
     config->ordered = !convert->out_of_order;
+    config->order_unit = node->limits.cluster_size; /* who allocates a cluster is not left to chance */
     config->workers = convert->workers;
     config->piece = PIECE;
     if (convert->compress) {
