@@ -4,10 +4,12 @@ and nothing opened that was not asked for. convert and its kin have suites of th
 import json
 import os
 import re
+import signal
 import struct
-import unittest
+import subprocess
+import time
 
-from harness import FULL, IS_PEER, KIB, MIB, PROGRAM, REPORTS, SANITIZED, SANITIZER_OPTIONS, TestCase, qemu_img, qemu_io, run
+from harness import FULL, IS_PEER, KIB, MIB, PROGRAM, REPORTS, SANITIZED, SANITIZER_OPTIONS, TestCase, qemu_io, run
 
 # What our answers have beyond the peer's: (command, dotted path of the key). The only list of them.
 EXTRAS = set()
@@ -292,6 +294,7 @@ class CommandLine(ImgTestCase):
             "create -f qcow2 -o compat=0.10 -o cluster_size=4k,preallocation=metadata new 1k",
             "resize -f qcow2 disk +1M", "resize -q -f qcow2 disk 3M", "resize -f raw base 1m", "resize -f qcow2 --shrink disk -1M",
             "resize --image-opts driver=qcow2,file.filename=disk 4M", "resize -f raw --preallocation=falloc base +1M",
+            "resize -f qcow2 --preallocation=metadata disk +1M", "resize -f qcow2 --preallocation=full disk +1M",
             "check disk", "check -q disk", "map disk", "map top", "info top", "info file:top", "info -f raw disk",
             "measure --size 1G -O qcow2", "measure disk",
         ):
@@ -349,10 +352,24 @@ class CommandLine(ImgTestCase):
         for command in ours:
             self.assertIn(f"Usage: qemu-img {command} ", run(self.path("qemu-img"), command, "--help").stdout)
 
+    def test_progress(self):
+        line = self.img("amend", "-p", "-f", "qcow2", "-o", "refcount_bits=64", "disk")
+        self.assertRegex(line, r"^(    \(\d+\.\d\d/100%\)\n)*    \(100\.00/100%\)\n$")
+        with open(self.path("source"), "wb") as source:
+            source.write(os.urandom(6 * MIB))
+        words = [PROGRAM, "img", "convert", "-r", "3M", "-f", "raw", "-O", "raw", "source", "copy"]
+        with subprocess.Popen(words, cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 15
+            while not (os.path.exists(self.path("copy")) and os.stat(self.path("copy")).st_blocks):
+                self.assertLess(time.monotonic(), deadline, "nothing is copied")
+                time.sleep(0.01)
+            process.send_signal(signal.SIGUSR1)
+            output, errors = process.communicate(timeout=20)
+        self.assertEqual((process.returncode, output), (0, b""))
+        self.assertRegex(errors, rb"^    \(\d+\.\d\d/100%\)\n$")
+
     def test_output_that_cannot_be_written_is_an_error(self):
         with open("/dev/full", "w", encoding="utf-8") as full:
-            import subprocess  # pylint: disable=import-outside-toplevel
-
             line = [PROGRAM, "img", "info", self.path("disk")]
             self.assertEqual(subprocess.run(line, stdout=full, stderr=subprocess.DEVNULL, check=False).returncode, 1)
 
