@@ -153,14 +153,17 @@ class Matrix(ImgTestCase):
                     if image_format == "qcow2":
                         self.assert_same_json("check", *SECRET, "--image-opts", image)
 
-    def test_snapshots(self):
+    def test_snapshots_and_bitmaps(self):
         self.make("disk", "", "peer")
         for number in range(3):
             self.fill("disk", self.size)
             self.peer("snapshot", "-c", f"a snapshot with a name, number {number}" if number else "first", "disk")
+            self.peer("bitmap", "--add", *(["-g", "4k", "--disable"] if number else []), "disk", f"bitmap-{number}")
         self.compare("disk")
         for name in ("first", "snapshot.name=first", "snapshot.id=2"):
-            self.assert_same_json("measure", "-O", "qcow2", "-l", name, "disk")
+            words = ("measure", "--output=json", "-O", "qcow2", "-l", name, "disk")
+            ours, theirs = json.loads(self.img(*words)), json.loads(self.peer(*words))
+            self.assertEqual(ours, {**theirs, "bitmaps": 0})  # they record changes of the active content
         self.img("measure", "-l", "nonsense", "disk", status=1)
 
     def test_amended(self):
