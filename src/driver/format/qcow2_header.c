@@ -688,6 +688,7 @@ int coroutine_fn qcow2_header_write_size(struct edge *file, const struct qcow2_h
         uint64_t size;
         uint32_t crypt_method, l1_size;
         uint64_t l1_offset;
-    } disk = {htobe64(header->size), 0, htobe32(header->l1_size), htobe64(header->l1_offset)};
+    } disk = {htobe64(header->size), htobe32(header->crypt_method), htobe32(header->l1_size),
+              htobe64(header->l1_offset)};
     return edge_write_memory(file, offsetof(struct qcow2_disk_header, size), &disk, sizeof(disk), 0);
 }
