@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Packs and unpacks clusters. Deflate streams are raw, with a window of 4 KiB when packing, which is what the
- * specification ("Compressed Clusters Descriptor") lets a reader rely on; unpacking takes any window. zstd streams are
- * frames with the library's default level.
+ * Packs and unpacks clusters. Deflate streams are raw, with a window of 4 KiB when packing (qcow2_deflate.c), which is
+ * what readers are known to have; unpacking takes any window. zstd streams are frames with the library's default level.
  *
  * 1. A codec is used by one coroutine at a time, and by one worker at a time: whoever took it.
  * 2. No more than `limit` are taken at a time, so that memory is bounded however many requests there are. They wait in
@@ -16,6 +15,7 @@
  */
 #include "driver/format/qcow2_codec.h"
 #include "base/size.h"
+#include "driver/format/qcow2_deflate.h"
 #include "loop/sync.h"
 #include "loop/worker.h"
 #include <errno.h>
@@ -25,7 +25,7 @@
 #include <zstd.h>
 #include <zstd_errors.h>
 
-enum { CODECS_MAX = 16, CODECS_MIN = 2, DEFLATE_WINDOW_BITS = 12, DEFLATE_MEMORY_LEVEL = 9 };
+enum { CODECS_MAX = 16, CODECS_MIN = 2 };
 #define CODECS_BYTES (32 * MiB)
 
 struct qcow2_codec {
@@ -34,8 +34,7 @@ struct qcow2_codec {
     size_t cluster_size;
     uint8_t *packed, *cluster;
     uint64_t kept; /* what is in `cluster` */
-    z_stream deflate;
-    bool has_deflate;
+    struct qcow2_deflate *deflate;
     struct libdeflate_decompressor *inflate;
     ZSTD_CCtx *zstd_pack;
     ZSTD_DCtx *zstd_unpack;
@@ -71,9 +70,7 @@ struct qcow2_codecs *qcow2_codecs_create(enum qcow2_compression type, size_t clu
 
 static void codec_destroy(struct qcow2_codec *codec)
 {
-    if (codec->has_deflate) {
-        deflateEnd(&codec->deflate);
-    }
+    qcow2_deflate_destroy(codec->deflate);
     if (codec->inflate) {
         libdeflate_free_decompressor(codec->inflate);
     }
@@ -207,24 +204,15 @@ void coroutine_fn qcow2_codecs_forget(struct qcow2_codecs *codecs, uint64_t key)
 
 static int pack_deflate(struct qcow2_codec *codec)
 {
-    z_stream *stream = &codec->deflate;
-    if (!codec->has_deflate) {
-        int code = deflateInit2(stream, Z_DEFAULT_COMPRESSION, Z_DEFLATED, -DEFLATE_WINDOW_BITS, DEFLATE_MEMORY_LEVEL,
-                                Z_DEFAULT_STRATEGY);
-        if (code != Z_OK) {
-            return code == Z_MEM_ERROR ? -ENOMEM : -EIO;
+    if (!codec->deflate) {
+        codec->deflate = qcow2_deflate_create();
+        if (!codec->deflate) {
+            return -ENOMEM;
         }
-        codec->has_deflate = true;
-    } else if (deflateReset(stream) != Z_OK) {
-        return -EIO;
     }
-    stream->next_in = (uint8_t *)codec->from;
-    stream->avail_in = codec->cluster_size;
-    stream->next_out = codec->packed;
-    stream->avail_out = codec->cluster_size - 1;
-    int code = deflate(stream, Z_FINISH);
-    codec->packed_bytes = codec->cluster_size - 1 - stream->avail_out;
-    return code == Z_STREAM_END ? 0 : code == Z_OK || code == Z_BUF_ERROR ? -ENOSPC : -EIO;
+    codec->packed_bytes =
+        qcow2_deflate_pack(codec->deflate, codec->from, codec->cluster_size, codec->packed, codec->cluster_size - 1);
+    return codec->packed_bytes ? 0 : -ENOSPC;
 }
 
 static int pack_zstd(struct qcow2_codec *codec)
