@@ -253,8 +253,11 @@ static void coroutine_fn random_case(uint64_t seed)
     uint64_t size = min_u64(world.cluster * 70, 4 * MiB) - 512 * below(&world.random, 2);
     g_test_message("seed %" G_GUINT64_FORMAT ": clusters 2^%u, refcounts %u bits, %s", seed, bits, refcount_bits,
                    zstd ? "zstd" : "zlib");
-    testing_run(true, "qemu-img create -q -f qcow2 -o cluster_size=%u,refcount_bits=%u,compression_type=%s %s %u",
-                1u << bits, refcount_bits, zstd ? "zstd" : "zlib", path, (unsigned)size);
+    bool extended = bits >= 14 && below(&world.random, 2);
+    testing_run(true,
+                "qemu-img create -q -f qcow2 -o cluster_size=%u,refcount_bits=%u,compression_type=%s,extended_l2=%s "
+                "%s %u",
+                1u << bits, refcount_bits, zstd ? "zstd" : "zlib", extended ? "on" : "off", path, (unsigned)size);
     world_open(&world, path);
     world.model = g_malloc0(world.size);
     range_lock_init(&world.ranges);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * What an image will take, beside what the peer says: random options and sizes without a source, and sources of random
- * content: raw ones with holes, qcow2 images with a backing file and zeroes.
+ * content: raw ones with holes, qcow2 images with a backing file, zeroes and bitmaps.
  *
  * QCOW2_SEED and QCOW2_CASES choose others than the short slice.
  */
@@ -164,6 +164,10 @@ static void make_images(uint64_t *random, const char *base, const char *top)
         }
         g_string_append_printf(commands, " %s", i ? top : base);
         testing_run(false, "%s", commands->str);
+    }
+    for (unsigned i = below(random, 3); i > 0; i--) {
+        testing_run(true, "qemu-img bitmap --add -g %u %s %sbitmap%u", 512u << below(random, 12), top,
+                    below(random, 2) ? "" : "a-bitmap-with-a-longer-name-", i);
     }
 }
 
