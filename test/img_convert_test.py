@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 from harness import KIB, MIB, PROGRAM, SANITIZER_OPTIONS, SLOWNESS, TestCase, image_check, qemu_img, qemu_io, run, scale
 
@@ -270,6 +271,52 @@ class ImgConvertTest(ImgTestCase):
             with open(self.path("ours"), "rb") as file:
                 self.assertEqual(file.read(), b"\x01" * MIB, name)
         self.assertIn("Failed to load snapshot", self.ours("convert", "-l", "two", "a.qcow2", "x", status=1).stderr)
+
+    def dirty(self, image, bitmap):
+        """What the bitmap says, in the eyes of the peer."""
+        path = self.path("socket")
+        server = subprocess.Popen(["qemu-nbd", "-r", "-f", "qcow2", "-B", bitmap, "-k", path, self.path(image)])
+        try:
+            give_up = time.monotonic() + 20 * SLOWNESS
+            while not os.path.exists(path) and server.poll() is None and time.monotonic() < give_up:
+                time.sleep(0.005)
+            options = f"driver=nbd,server.type=unix,server.path={path},x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"
+            entries = json.loads(qemu_img("map", "--output=json", "--image-opts", options))
+            self.assertEqual(server.wait(20 * SLOWNESS), 0)
+        finally:
+            server.kill()
+            server.wait()
+        return [(entry["start"], entry["length"]) for entry in entries if not entry["data"]]
+
+    def test_bitmaps(self):
+        self.peer("create", "-q", "-f", "qcow2", "a.qcow2", "1M", check=True)
+        for options in (["b0"], ["--disable", "-g", "4k", "b1"], ["b2"]):
+            self.peer("bitmap", "--add", *options[:-1], "-f", "qcow2", "a.qcow2", options[-1], check=True)
+        qemu_io(self.path("a.qcow2"), "write -q -P 1 0 128k", "write -q -P 2 512k 4k")
+        for line in (["a.qcow2", "a.qcow2"], ["a.raw"]):
+            self.raw_image("a.raw", MIB)
+            theirs, ours = self.peer("convert", "--bitmaps", "-O", "qcow2", *line, "x"), self.ours(
+                "convert", "--bitmaps", "-O", "qcow2", *line, "x", status=1)
+            self.assertEqual(theirs.stderr, ours.stderr.replace("interlock img:", "qemu-img:"))
+        self.assertIn("'raw' does not support bitmaps", self.ours("convert", "--bitmaps", "a.qcow2", "x", status=1).stderr)
+
+        def bitmaps(name):
+            found = json.loads(self.peer("info", "--output=json", name).stdout)["format-specific"]["data"].get("bitmaps", [])
+            return sorted((bitmap["name"], bitmap["granularity"], bitmap["flags"]) for bitmap in found)
+
+        self.ours("convert", "--bitmaps", "-O", "qcow2", "a.qcow2", "ours")
+        self.assertEqual(bitmaps("a.qcow2"), bitmaps("ours"))
+        image_check(self.path("ours"))
+        for name in ("b0", "b1", "b2"):
+            self.assertEqual(self.dirty("a.qcow2", name), self.dirty("ours", name))
+        self.assertEqual(self.dirty("ours", "b0"), [(0, 128 * KIB), (512 * KIB, 64 * KIB)])
+        run("qemu-io", "-f", "qcow2", "-c", "write 0 64k", "-c", "abort", self.path("a.qcow2"), check=False)
+        self.assertIn("inconsistent bitmap", self.ours("convert", "--bitmaps", "-O", "qcow2", "a.qcow2", "x", status=1).stderr)
+        line = ["convert", "--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2", "a.qcow2"]
+        theirs, ours = self.peer(*line, "theirs"), self.ours(*line, "ours")
+        self.assertEqual(sorted(theirs.stderr.splitlines()),
+                         sorted(ours.stderr.replace("interlock img:", "qemu-img:").splitlines()))
+        self.assertEqual(bitmaps("theirs"), bitmaps("ours"))
 
     def test_salvage(self):
         self.raw_image("a.raw", MIB)

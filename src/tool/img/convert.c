@@ -16,6 +16,7 @@
 #include "block/graph.h"
 #include "block/user.h"
 #include "tool/image_open.h"
+#include "tool/img/convert_bitmaps.h"
 #include "tool/img/copying.h"
 #include "tool/img/img.h"
 #include <errno.h>
@@ -29,7 +30,8 @@
 #define SPARSE_MAX (16 * MiB)
 #define WORKERS_DEFAULT 8
 #define WORKERS_MAX 16
-#define PIECE (2 * MiB)
+#define PIECE (1 * MiB) /* what is read is still in a processor's cache when it is looked at */
+#define PEER_PIECE (2 * MiB)
 
 struct convert {
     struct img_copying copying; /* first */
@@ -149,6 +151,10 @@ static int coroutine_fn open_sources(struct convert *convert, struct error **err
         result = load_snapshot(convert, node_beneath_filters(convert->sources.list[0].node), err);
         convert->sources.size = convert->sources.list[0].size = backend_size(convert->sources.list[0].backend);
     }
+    if (result == 0 && convert->bitmaps) {
+        result = convert_bitmaps_check(node_beneath_filters(convert->sources.list[0].node),
+                                       convert->skip_broken_bitmaps, err);
+    }
     return result;
 }
 
@@ -177,6 +183,9 @@ static int check_format(const struct convert *convert, struct error **err)
     }
     if (convert->compress && !driver->compresses) {
         return error_set(err, -ENOTSUP, "Compression not supported for this file format");
+    }
+    if (convert->bitmaps && !(driver->image && driver->image->bitmap_may_add)) {
+        return error_set(err, -ENOTSUP, "Format driver '%s' does not support bitmaps", format);
     }
     return 0;
 }
@@ -286,7 +295,8 @@ static void configure(struct convert *convert)
             config->zero_alignment *= 2;
         }
         config->zero_minimum = convert->sparse;
-        config->piece = max_u64(PIECE, config->zero_alignment * 2);
+        bool exact = config->zero_minimum > config->zero_alignment; /* where a piece ends can be seen */
+        config->piece = max_u64(exact ? PEER_PIECE : PIECE, config->zero_alignment * 2);
     }
     config->memory = config->workers * config->piece;
 }
@@ -304,6 +314,10 @@ static int coroutine_fn convert_run(struct convert *convert, struct error **err)
     img_copying_set_rate(&convert->copying, convert->rate);
     convert->copying.of = convert->sources.size;
     result = img_copying_run_or_error(&convert->copying, convert->sources.size, err);
+    if (result == 0 && convert->bitmaps) {
+        result = convert_bitmaps_copy(convert->img->graph, node_beneath_filters(convert->sources.list[0].node),
+                                      node_beneath_filters(convert->node), err);
+    }
     if (result == 0) {
         result = backend_flush(convert->backend);
         if (result < 0) {
@@ -489,7 +503,7 @@ static int check_combination(struct convert *convert, struct error **err)
         const char *message;
     } rules[] = {
         {convert->skip_broken_bitmaps && !convert->bitmaps, "Use of --skip-broken-bitmaps requires --bitmaps"},
-        {convert->bitmaps, "--bitmaps is not supported"},
+        {convert->bitmaps && convert->name_count > 1, "Copying bitmaps only possible with single source"},
         {convert->offload && convert->sparse_given, "Cannot enable copy offloading when -S is used"},
         {convert->offload && convert->compress, "Cannot enable copy offloading when -c is used"},
         {convert->offload && convert->salvage, "Cannot use copy offloading in salvaging mode"},

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Measures `interlock img convert` and `compare` beside qemu-img, in one run, in tmpfs.
+
+The two take turns (A B A B) within each row; a row shows the median of the rounds, with the least and the greatest. A
+target is removed before each run and compared with its source after the last. `floor` is one pwrite() after the other
+of as many bytes into a new file, from memory that is there already: no program that writes them is faster on this
+kernel, since it lets one writer at a time into a file in tmpfs. `--one` repeats the compressed rows on one processor.
+"""
+import argparse
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROGRAM = os.path.join(ROOT, os.environ.get("INTERLOCK_BUILD", "build"), "interlock")
+MIB = 1024 * 1024
+
+
+def run(*command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"bench: {' '.join(command)}: status {result.returncode}\n{result.stdout}{result.stderr}")
+
+
+def make_sources(directory, size):
+    """Random bytes; text-like ones; zeroes with some data; holes with some data."""
+    chance = random.Random(1)
+    noise = chance.randbytes(MIB)
+    words = [bytes(chance.choices(b"abcdefghijklmnop \n", k=chance.randrange(3, 12))) for _ in range(500)]
+    text = b"".join(chance.choices(words, k=300000))[:MIB]
+    with open(os.path.join(directory, "random.raw"), "wb") as file:
+        for _ in range(size // MIB):
+            file.write(os.urandom(MIB))
+    with open(os.path.join(directory, "text.raw"), "wb") as file:
+        for _ in range(size // 4 // MIB):
+            start = chance.randrange(MIB)
+            file.write(text[start:] + text[:start])
+    with open(os.path.join(directory, "zeroes.raw"), "wb") as file:
+        for _ in range(size // MIB):
+            block = bytearray(MIB)
+            if chance.random() < 0.3:
+                at = chance.randrange(16) * 65536
+                block[at:at + 65536] = noise[:65536]
+            file.write(block)
+    with open(os.path.join(directory, "sparse.raw"), "wb") as file:
+        file.truncate(8 * size)
+        for _ in range(size // MIB * 2):
+            file.seek(chance.randrange(8 * size // 65536) * 65536)
+            file.write(noise[:65536])
+    for name in ("random", "sparse"):
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", f"{directory}/{name}.raw", f"{directory}/{name}.qcow2")
+
+
+def write_floor(directory, size):
+    block, path = os.urandom(MIB), os.path.join(directory, "out")
+    begin = time.perf_counter()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for _ in range(size // MIB):
+        os.write(file, block)
+    os.close(file)
+    took = time.perf_counter() - begin
+    os.unlink(path)
+    return took
+
+
+def measure(directory, arguments, rounds, prefix=()):
+    """Seconds of each program, by round; the target is `out`."""
+    out = os.path.join(directory, "out")
+    took = {"peer": [], "ours": []}
+    for _ in range(rounds):
+        for name, program in (("peer", ["qemu-img"]), ("ours", [PROGRAM, "img"])):
+            if os.path.exists(out):
+                os.unlink(out)
+            begin = time.perf_counter()
+            run(*prefix, *program, *arguments)
+            took[name].append(time.perf_counter() - begin)
+    return took
+
+
+def show(title, took):
+    words = []
+    for name in ("peer", "ours"):
+        times = took[name]
+        words.append(f"{statistics.median(times):7.3f} ({min(times):.3f}–{max(times):.3f})")
+    ratio = statistics.median(took["peer"]) / statistics.median(took["ours"])
+    print(f"{title:<34} {words[0]:>24} {words[1]:>24} {ratio:6.2f}", flush=True)
+
+
+def rows(directory):
+    def convert(source, source_format, target_format, *more):
+        return ["convert", "-f", source_format, "-O", target_format, *more,
+                f"{directory}/{source}.{source_format}", f"{directory}/out"]
+    yield "random, raw to qcow2", convert("random", "raw", "qcow2"), False
+    yield "random, qcow2 to raw", convert("random", "qcow2", "raw"), False
+    yield "mostly zero, raw to qcow2", convert("zeroes", "raw", "qcow2"), False
+    yield "sparse, raw to qcow2", convert("sparse", "raw", "qcow2"), False
+    yield "sparse, qcow2 to raw", convert("sparse", "qcow2", "raw"), False
+    for kind in ("zlib", "zstd"):
+        yield f"text, compressed ({kind})", convert("text", "raw", "qcow2", "-c", "-o", f"compression_type={kind}"), True
+    yield "compare, random", ["compare", "-f", "raw", "-F", "qcow2", f"{directory}/random.raw",
+                              f"{directory}/random.qcow2"], False
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=1024, help="MiB of data in the large sources")
+    parser.add_argument("--directory", default="/dev/shm")
+    parser.add_argument("--one", action="store_true", help="the compressed rows on one processor too")
+    parser.add_argument("words", nargs="*", help="only rows with one of these words")
+    options = parser.parse_args()
+    directory = tempfile.mkdtemp(prefix="interlock-convert-", dir=options.directory)
+    try:
+        make_sources(directory, options.size * MIB)
+        floor = [write_floor(directory, options.size * MIB) for _ in range(options.rounds)]
+        print(f"floor of writing {options.size} MiB: {statistics.median(floor):.3f} s ({min(floor):.3f}–{max(floor):.3f})")
+        print(f"{'seconds':<34} {'qemu-img':>24} {'interlock':>24} {'ratio':>6}")
+        for title, arguments, scales in rows(directory):
+            if options.words and not any(word in title for word in options.words):
+                continue
+            show(title, measure(directory, arguments, options.rounds))
+            if arguments[0] == "convert":
+                source, target = arguments[-2:]
+                formats = arguments[2], arguments[4]
+                run("qemu-img", "compare", "-f", formats[0], "-F", formats[1], source, target)
+            if scales and options.one:
+                show(f"{title}, 1 processor", measure(directory, arguments, options.rounds, ["taskset", "-c", "0"]))
+    finally:
+        shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()
