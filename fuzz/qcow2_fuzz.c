@@ -5,6 +5,7 @@
  *
  * 1. Nothing that an image says may crash, hang, or cost memory beyond what the image's own size allows.
  * 2. After a write that was acknowledged, and no corruption found, the same bytes are read back.
+ * 3. A copy is checked and repaired: what was called whole then is whole in a second check.
  *
  * The last byte of the input chooses how the image is opened. Backing files are not followed.
  */
@@ -96,6 +97,59 @@ static void coroutine_fn write_a_bit(struct backend *backend)
     (void)backend_flush(backend);
 }
 
+/* Snapshots and bitmaps are asked for; what an image says of them may be anything. */
+static void coroutine_fn list_all(struct graph *graph, struct node *node)
+{
+    struct snapshot_info_list *list = NULL;
+    graph_lock(graph);
+    (void)node->driver->image->snapshot_list(node, &list, NULL);
+    graph_unlock(graph);
+    image_info_specific_free(node->driver->specific_info(node));
+    snapshot_info_list_free(list);
+}
+
+/* Corruptions, leaks and errors that are left, or -1 where there is no check to be made. */
+static int64_t coroutine_fn check_disk(struct graph *graph, struct memory_disk *disk, enum image_fix fix)
+{
+    struct node *disk_node = memory_disk_open(disk, graph, "disk");
+    json_t *json = json_pack("{s:s,s:s,s:s,s:n}", "driver", "qcow2", "node-name", "image", "file", "disk", "backing");
+    struct blockdev_options *options = NULL;
+    struct node *node = NULL;
+    int64_t left = -1;
+    if (blockdev_options_from_json(json, "", &options, NULL) < 0) {
+        abort();
+    }
+    if (graph_open(graph, options, GRAPH_OPEN_CHECK | GRAPH_OPEN_NO_BACKING | GRAPH_OPEN_NO_DATA, &node, NULL) == 0) {
+        struct image_check *result = g_new0(struct image_check, 1);
+        graph_lock(graph);
+        if (node->driver->image->check(node, fix, result, NULL) == 0) {
+            left = result->corruptions + result->leaks + result->check_errors;
+        }
+        graph_unlock(graph);
+        result->filename = g_strdup("");
+        result->format = g_strdup("");
+        image_check_free(result);
+        node_release(node);
+    }
+    blockdev_options_free(options);
+    json_decref(json);
+    node_release(disk_node);
+    return left;
+}
+
+static void coroutine_fn check_and_repair(const struct input *input)
+{
+    struct graph *graph = graph_create();
+    struct memory_disk *disk = memory_disk_create(input->data, input->bytes, DISK_LIMIT);
+    (void)check_disk(graph, disk, IMAGE_FIX_NONE);
+    (void)check_disk(graph, disk, IMAGE_FIX_LEAKS);
+    if (check_disk(graph, disk, IMAGE_FIX_ALL) == 0 && check_disk(graph, disk, IMAGE_FIX_NONE) != 0) {
+        abort();
+    }
+    graph_destroy(graph);
+    memory_disk_destroy(disk);
+}
+
 static void coroutine_fn run_input(void *argument)
 {
     const struct input *input = argument;
@@ -111,6 +165,7 @@ static void coroutine_fn run_input(void *argument)
     if (node) {
         struct backend *backend = testing_backend(graph, node);
         read_all_over(backend);
+        list_all(graph, node);
         if (writable) {
             write_a_bit(backend);
             read_all_over(backend);
@@ -124,6 +179,7 @@ static void coroutine_fn run_input(void *argument)
     node_release(disk_node);
     graph_destroy(graph);
     memory_disk_destroy(disk);
+    check_and_repair(input);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
