@@ -4,6 +4,7 @@
  * with the kind's own operation among them.
  */
 #include "test/crash/workloads.h"
+#include "block/bitmap.h"
 #include "block/driver.h"
 
 static void draw_discards(struct scene *scene)
@@ -122,6 +123,37 @@ static void coroutine_fn run_snapshots(struct scene *scene)
     scene_guest(scene, 2, 4);
 }
 
+static void draw_bitmaps(struct scene *scene)
+{
+    scene->traits.version2 = false;
+}
+
+static void coroutine_fn run_bitmaps(struct scene *scene)
+{
+    struct bitmap_config config = {.name = "watched", .granularity = 512u << scene_below(scene, 8), .persistent = true};
+    struct bitmap_config other = {.name = "other", .persistent = true};
+    struct error *error = NULL;
+    struct bitmap *bitmap;
+    scene_guest(scene, 2, 3);
+    struct node *node = scene_rest_begin(scene);
+    scene_must(bitmap_add(node, &config, &bitmap, &error), error, "adding a bitmap");
+    scene_must(bitmaps_store(node, &error), error, "storing bitmaps");
+    scene->bitmap = (struct watched_bitmap){"watched", promise_freeze(scene->promise), scene_point(scene), UINT64_MAX};
+    scene_rest_end(scene);
+    scene_guest(scene, 2, 4);
+    node = scene_rest_begin(scene);
+    scene_must(bitmap_add(node, &other, &bitmap, &error), error, "adding a bitmap");
+    scene_must(bitmaps_store(node, &error), error, "storing bitmaps");
+    scene_rest_end(scene);
+    scene_guest(scene, 2, 4);
+    if (scene_chance(scene, 50)) {
+        node = scene_rest_begin(scene);
+        scene_must(bitmap_remove(bitmap_find(node, "other"), &error), error, "removing a bitmap");
+        scene_rest_end(scene);
+        scene_guest(scene, 2, 2);
+    }
+}
+
 static void draw_repair(struct scene *scene)
 {
     scene->traits.data_file = scene->traits.lazy = false;
@@ -136,6 +168,27 @@ static void coroutine_fn run_repair(struct scene *scene)
                "repairing");
 }
 
+static void draw_amend(struct scene *scene)
+{
+    scene->traits.version2 = scene->traits.extended_l2 = scene->traits.data_file = scene->traits.lazy = false;
+}
+
+static void coroutine_fn run_amend(struct scene *scene)
+{
+    for (unsigned i = 0; i < 2; i++) {
+        struct blockdev_create_options options = {.driver = BLOCKDEV_DRIVER_QCOW2};
+        struct image_amendment amendment = {.options = &options};
+        struct error *error = NULL;
+        options.u.qcow2.has_refcount_bits = true;
+        options.u.qcow2.refcount_bits = 1 << scene_below(scene, 7);
+        scene_guest(scene, 2, 4);
+        struct node *node = scene_rest_begin(scene);
+        scene_must(node->driver->image->amend(node, &amendment, NULL, &error), error, "amending");
+        scene_rest_end(scene);
+    }
+    scene_guest(scene, 2, 4);
+}
+
 const struct workload workloads[] = {
     {"writes", 1, NULL, run_writes},
     {"overlay", 2, NULL, run_writes},
@@ -146,6 +199,8 @@ const struct workload workloads[] = {
     {"active-commit", 2, NULL, run_active_commit},
     {"stream", 3, NULL, run_stream},
     {"snapshots", 1, draw_snapshots, run_snapshots},
+    {"bitmaps", 1, draw_bitmaps, run_bitmaps},
     {"repair", 1, draw_repair, run_repair},
+    {"amend", 1, draw_amend, run_amend},
 };
 const unsigned workload_count = G_N_ELEMENTS(workloads);
