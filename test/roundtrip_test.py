@@ -349,5 +349,5 @@ class RoundTrip(TestCase):
     def test_features_in_two_hands(self):
         sets = feature_sets()
         self.random.shuffle(sets)
-        for number in range(scale(24, 1000)):
+        for number in range(scale(30, 1000)):
             self.sequence(sets[number % len(sets)], scale(2, 4))

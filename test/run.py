@@ -311,7 +311,8 @@ def run_crashes(results, name, options, limit):
     crashes = re.search(r"(\d+) crashes", text)
     caught = re.search(r"(\d+) of them caught", text)
     blind = "" if caught and int(caught.group(1)) else "no deliberate breakage was caught\n"
-    failed = result.returncode != 0 or bool(blind) or not crashes
+    compared = re.search(r"([1-9]\d*) sectors compared", text)
+    failed = result.returncode != 0 or bool(blind) or not crashes or not compared
     if results.names and not failed:
         print(text)
     label = f"{name} {crashes.group(1)} crashes" if crashes else name

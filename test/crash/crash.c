@@ -161,8 +161,8 @@ int main(int argc, char **argv)
         done++;
     }
     printf("%u workloads, %" PRIu64 " points, %" PRIu64 " crashes (%" PRIu64 " images with leaks, %" PRIu64
-           " usable bitmaps), %u findings\n",
-           done, counts->points, counts->crashes, counts->leaky, counts->bitmaps, findings);
+           " usable bitmaps), %" PRIu64 " sectors compared, %u findings\n",
+           done, counts->points, counts->crashes, counts->leaky, counts->bitmaps, counts->sectors, findings);
     if (moved) {
         printf("%" PRIu64 " metadata writes moved before a flush, %" PRIu64 " of them caught\n", counts->moved,
                counts->caught);

@@ -116,6 +116,7 @@ static bool size_allowed(const struct look *look, uint64_t sectors)
 static bool compare(struct look *look, const struct view *view, const uint8_t *data, uint64_t sectors)
 {
     promise_look(view->promise, look->point);
+    look->counts->sectors += sectors;
     for (uint64_t i = 0; i < sectors; i++) {
         uint32_t number;
         if (!sector_number(data + i * SECTOR, i, &number)) {

@@ -6,6 +6,7 @@
 
 struct replay_counts {
     uint64_t points, crashes, leaky; /* leaky: of the crashes */
+    uint64_t sectors;                /* compared with a promise */
     uint64_t bitmaps;                /* that a crash left usable */
     uint64_t moved, caught;          /* deliberate breakages */
 };

@@ -233,9 +233,9 @@ void coroutine_fn scene_guest(struct scene *scene, unsigned workers, unsigned op
 struct view *scene_add_view(struct scene *scene, const char *path, const char *snapshot, struct promise *promise)
 {
     g_assert(scene->view_count < VIEWS_MAX);
-    struct view *view = &scene->views[scene->view_count++];
-    *view =
-        (struct view){g_strdup(path), g_strdup(snapshot), scene->view_count, promise, scene_point(scene), UINT64_MAX};
+    unsigned number = scene->view_count++;
+    struct view *view = &scene->views[number];
+    *view = (struct view){g_strdup(path), g_strdup(snapshot), number, promise, scene_point(scene), UINT64_MAX};
     return view;
 }
 
