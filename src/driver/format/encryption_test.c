@@ -429,6 +429,50 @@ static void test_refusals(void)
     run(refusals, NULL);
 }
 
+/* The header in a file of its own: the data begin where the other file does. */
+static void coroutine_fn detached(void *argument)
+{
+    g_autofree char *path = g_strdup_printf("%s/image", testing_directory());
+    g_autofree char *header = g_strdup_printf("%s/header", testing_directory());
+    g_autofree char *members = g_strdup_printf(
+        "\"key-secret\":\"s\",\"iter-time\":1,\"header\":{\"driver\":\"file\",\"filename\":\"%s\"}", header);
+    g_autofree uint8_t *data = g_malloc(SIZE);
+    struct iovec iov = {data, SIZE};
+    struct graph *graph = graph_create();
+    add_secrets();
+    g_assert_true(g_file_set_contents(header, "", 0, NULL));
+    int code = create_here("luks", path, members, NULL);
+    g_assert_cmpint(code, ==, 0);
+    struct node *node = testing_add(graph, NULL,
+                                    "{\"driver\":\"luks\",\"node-name\":\"top\",\"key-secret\":\"s\","
+                                    "\"file\":{\"driver\":\"file\",\"filename\":\"%s\"},"
+                                    "\"header\":{\"driver\":\"file\",\"filename\":\"%s\"}}",
+                                    path, header);
+    struct backend *backend = testing_backend(graph, node);
+    g_assert_cmpuint(backend_size(backend), ==, SIZE);
+    memset(data, 0x42, SIZE);
+    code = backend_write(backend, 0, SIZE, buffers_one(&iov), 0);
+    g_assert_cmpint(code, ==, 0);
+    backend_destroy(backend);
+    code = graph_delete(graph, "top", NULL);
+    g_assert_cmpint(code, ==, 0);
+    graph_destroy(graph);
+    testing_run(true,
+                "qemu-io " SECRETS "--image-opts driver=luks,key-secret=s,file.filename=%s,header.filename=%s "
+                "-c 'read -P 0x42 0 %u'",
+                path, header, SIZE);
+    g_unlink(path);
+    g_unlink(header);
+    secret_remove_all();
+}
+
+static void test_detached(void)
+{
+    if (testing_have_peer()) {
+        run(detached, NULL);
+    }
+}
+
 static void coroutine_fn without_key(void *argument)
 {
     g_autofree char *path = g_strdup_printf("%s/image", testing_directory());
@@ -475,6 +519,7 @@ int main(int argc, char **argv)
     g_test_add_func("/encryption/qcow2", test_qcow2);
     g_test_add_func("/encryption/preallocated", test_preallocated);
     g_test_add_func("/encryption/refusals", test_refusals);
+    g_test_add_func("/encryption/detached", test_detached);
     g_test_add_func("/encryption/without-key", test_without_key);
     int status = g_test_run();
     testing_remove_directory();
