@@ -83,7 +83,7 @@ class Repair(TestCase):
         return {name: result.get(name) for name in NUMBERS} if isinstance(result, dict) else result
 
     def test_the_numbers_of_good_images_are_the_peers(self):
-        for seed, path, _, _ in self.bases(scale(6, 100)):
+        for seed, path, _, _ in self.bases(scale(4, 100)):
             self.assertEqual(self.numbers(self.ours("none", path)), self.numbers(self.peers(path)), seed)
 
     def test_the_numbers_of_damaged_images_are_the_peers(self):
