@@ -28,7 +28,8 @@ enum request_flags {
 };
 
 /* Writes only, among the flags above: the data are stored compressed, if the format has that and the data allow it;
- * whole clusters (but for the last one), never over what is allocated already. -ENOTSUP where the format cannot. */
+ * whole clusters (but for the last one), never over what is allocated already (-EIO; of a cluster that is allocated in
+ * part, the data are stored as they are). -ENOTSUP where the format cannot. */
 #define REQUEST_COMPRESSED (1U << 4)
 
 enum extent_flags {

@@ -31,6 +31,7 @@ struct file_info {
     uint64_t device, inode; /* who it is: two opens of one file agree */
 };
 
+/* Regular files and block devices, but not the kernel's own under /proc and /sys (-EINVAL). */
 int coroutine_fn file_open(const char *path, unsigned flags, struct file **ret, struct error **err);
 void coroutine_fn file_close(struct file *file); /* accepts NULL */
 int coroutine_fn file_info(struct file *file, struct file_info *ret);

@@ -136,6 +136,10 @@ static int open_check(struct open_job *job, struct native_file *file)
         return error_set_errno(&job->err, -errno, "Could not open '%s'", job->path);
     }
     if (!file->block_device && fstatfs(file->fd, &system) == 0) {
+        if (system.f_type == PROC_SUPER_MAGIC || system.f_type == SYSFS_MAGIC) {
+            /* Images name files themselves: none is to reach the memory of a process, or the kernel's settings. */
+            return error_set(&job->err, -EINVAL, "'%s' is a file of the kernel and not an image", job->path);
+        }
         file->memory = system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC;
     }
     atomic_init(&file->nowait, true);

@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -283,6 +284,8 @@ static void refusals(void *argument)
     g_assert_cmpint(mkfifo(fifo, 0600), ==, 0);
     g_assert_cmpint(file_open(fifo, 0, &file, NULL), ==, -EINVAL);
     unlink(fifo);
+    /* What the kernel shows as files can be anything, the memory of this process too. */
+    g_assert_cmpint(file_open("/proc/self/mem", FILE_WRITABLE, &file, NULL), ==, -EINVAL);
     file_close(must_open(path, FILE_WRITABLE | FILE_CREATE | FILE_EXCLUSIVE));
     g_assert_cmpint(file_open(path, FILE_WRITABLE | FILE_CREATE | FILE_EXCLUSIVE, &file, NULL), ==, -EEXIST);
     file = must_open(path, 0);
@@ -290,6 +293,26 @@ static void refusals(void *argument)
     g_assert_cmpint(file_write(file, 0, 1, buffers_one(&iov), false), ==, -EBADF);
     file_close(file);
     file_close(NULL);
+    file_unlink(path);
+}
+
+/* A file that may not grow fails the write, and does not end the process with it. */
+static void too_long(void *argument)
+{
+    g_autofree char *path = make_path(g_get_tmp_dir(), "limited");
+    struct file *file = must_open(path, FILE_WRITABLE | FILE_CREATE | FILE_EXCLUSIVE);
+    struct rlimit limit, small;
+    struct iovec iov = {"x", 1};
+    g_assert_cmpint(getrlimit(RLIMIT_FSIZE, &limit), ==, 0);
+    small = limit;
+    small.rlim_cur = 4096;
+    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &small), ==, 0);
+    int written = file_write(file, 1 * MiB, 1, buffers_one(&iov), false);
+    int grown = file_truncate(file, 1 * MiB);
+    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &limit), ==, 0);
+    g_assert_cmpint(written, ==, -EFBIG);
+    g_assert_cmpint(grown, ==, -EFBIG);
+    file_close(file);
     file_unlink(path);
 }
 
@@ -313,7 +336,8 @@ static void slurp(void *argument)
 int main(int argc, char **argv)
 {
     static const struct loop_case cases[] = {
-        {"tmpfs", on_tmpfs}, {"disk", on_disk}, {"direct", direct}, {"refusals", refusals}, {"slurp", slurp},
+        {"tmpfs", on_tmpfs},    {"disk", on_disk},      {"direct", direct},
+        {"refusals", refusals}, {"too-long", too_long}, {"slurp", slurp},
     };
 
     g_test_init(&argc, &argv, NULL);

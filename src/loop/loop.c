@@ -240,6 +240,7 @@ int loop_create(enum engine_kind kind, struct loop **ret, struct error **err)
     task_queue_init(&loop->turn_end);
     coroutine_loop_init(loop);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); /* a file that may not grow fails with EFBIG, and no more than that */
     loop->now_ns = engine->ops->clock_ns();
     loop_current = loop;
     *ret = loop;

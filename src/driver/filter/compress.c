@@ -7,7 +7,8 @@
  *    node->overlap keeps other changes that come through the filter from a cluster meanwhile, and whole clusters from
  *    being written twice at a time.
  * 2. What has a place in the image already is written as it is: the format compresses nothing that is there, and frees
- *    the old compressed data itself. (The peer fails such writes.)
+ *    the old compressed data itself. (The peer fails such writes.) Others who store in the image what it shows (stream,
+ *    copy-on-read) may be faster than us: the format then fails with EIO, and what fails is written as it is.
  * 3. The format decides whether a cluster becomes smaller; it stores it plain if not. An image that cannot have
  *    compressed data (its data are in an external file) gets them plain too.
  *
@@ -78,7 +79,7 @@ static int coroutine_fn write_whole(struct node *node, uint64_t offset, uint64_t
             piece = min_u64(cut == offset ? offset + unit : cut, end) - offset;
         }
         code = place ? -ENOTSUP : edge_write(node->filtered, offset, piece, from, flags | REQUEST_COMPRESSED);
-        if (code == -ENOTSUP) {
+        if (code == -ENOTSUP || code == -EIO) {
             code = edge_write(node->filtered, offset, piece, from, flags);
         }
         if (code < 0) {
@@ -112,7 +113,7 @@ static int coroutine_fn write_part(struct node *node, uint64_t start, uint64_t l
         buffers_copy_out(from, cluster + (offset - start), bytes);
         code = edge_write_memory(node->filtered, start, cluster, length, flags | REQUEST_COMPRESSED);
     }
-    return code == -ENOTSUP ? edge_write(node->filtered, offset, bytes, from, flags) : code;
+    return code == -ENOTSUP || code == -EIO ? edge_write(node->filtered, offset, bytes, from, flags) : code;
 }
 
 static int coroutine_fn write_clusters(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from,

@@ -136,6 +136,20 @@ static uint64_t coroutine_fn count_compressed(struct backend *backend)
     return bytes;
 }
 
+static void coroutine_fn run_workers(struct world *world)
+{
+    range_lock_init(&world->ranges);
+    co_group_init(&world->workers);
+    for (unsigned i = 0; i < WORKERS; i++) {
+        co_group_enter(&world->workers);
+        loop_spawn(loop_self(), worker_main, world);
+    }
+    co_group_wait(&world->workers);
+    co_group_destroy(&world->workers);
+    range_lock_destroy(&world->ranges);
+    operate(world, 0, SIZE, 7);
+}
+
 static void coroutine_fn compress_case(const char *options, uint64_t seed)
 {
     begin();
@@ -156,17 +170,33 @@ static void coroutine_fn compress_case(const char *options, uint64_t seed)
     operate(&world, 100, 10, 1);
     g_assert_cmpuint(count_compressed(world.backend), <, compressed);
     operate(&world, 0, SIZE, 7);
-    range_lock_init(&world.ranges);
-    co_group_init(&world.workers);
-    for (unsigned i = 0; i < WORKERS; i++) {
-        co_group_enter(&world.workers);
-        loop_spawn(loop_self(), worker_main, &world);
-    }
-    co_group_wait(&world.workers);
-    co_group_destroy(&world.workers);
-    range_lock_destroy(&world.ranges);
-    operate(&world, 0, SIZE, 7);
+    run_workers(&world);
     g_free(world.model);
+    end(world.backend, path);
+}
+
+/* Somebody else stores in the image meanwhile what it shows: a cluster may get its place between the filter's look and
+ * its write. */
+static void coroutine_fn compress_under_copy_on_read(uint64_t seed)
+{
+    begin();
+    struct world world = {.random = seed, .model = g_malloc(SIZE)};
+    g_autofree char *path = g_build_filename(directory, "image", NULL);
+    g_autofree char *below = g_build_filename(directory, "below", NULL);
+    memset(world.model, 77, SIZE);
+    g_assert_true(g_file_set_contents(below, (char *)world.model, SIZE, NULL));
+    create(&driver_file, "{\"driver\":\"file\",\"filename\":\"%s\",\"size\":0}", path);
+    create(&driver_qcow2, "{\"driver\":\"qcow2\",\"size\":%u,\"file\":{\"driver\":\"file\",\"filename\":\"%s\"}}", SIZE,
+           path);
+    world.backend =
+        backend_on(add(NULL,
+                       "{\"driver\":\"copy-on-read\",\"node-name\":\"r\",\"file\":{\"driver\":\"compress\",\"file\":"
+                       "{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"%s\"},\"backing\":"
+                       "{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"%s\"}}}}}",
+                       path, below));
+    run_workers(&world);
+    g_free(world.model);
+    g_unlink(below);
     end(world.backend, path);
 }
 
@@ -175,6 +205,13 @@ static void coroutine_fn compressing(void *unused)
     compress_case("", 1);
     compress_case(",\"cluster-size\":4096,\"compression-type\":\"zstd\"", 2);
     compress_case(",\"cluster-size\":512", 3);
+}
+
+static void coroutine_fn compressing_beside_others(void *unused)
+{
+    for (uint64_t seed = 1; seed <= 5; seed++) {
+        compress_under_copy_on_read(seed);
+    }
 }
 
 static void coroutine_fn compressing_what_cannot(void *unused)
@@ -288,13 +325,14 @@ static void run(gconstpointer test)
 
 int main(int argc, char **argv)
 {
-    static const struct driver *const drivers[] = {&driver_file, &driver_raw, &driver_qcow2, &driver_compress,
-                                                   &driver_preallocate};
+    static const struct driver *const drivers[] = {&driver_file,     &driver_raw,          &driver_qcow2,
+                                                   &driver_compress, &driver_copy_on_read, &driver_preallocate};
     g_test_init(&argc, &argv, NULL);
     for (unsigned i = 0; i < G_N_ELEMENTS(drivers); i++) {
         driver_register(drivers[i]);
     }
     g_test_add_data_func("/filter/compress/random", compressing, run);
+    g_test_add_data_func("/filter/compress/beside-copy-on-read", compressing_beside_others, run);
     g_test_add_data_func("/filter/compress/refused", compressing_what_cannot, run);
     g_test_add_data_func("/filter/preallocate/file", reserving, run);
     g_test_add_data_func("/filter/preallocate/image", reserving_for_images, run);

@@ -267,7 +267,8 @@ static int coroutine_fn store_packed(struct packing *packing)
     return code;
 }
 
-/* May it be written compressed? 0, 1: nothing is to be done; or why not. The lock is held. */
+/* May it be written compressed? 0, if need be with packing->plain (of a cluster with subclusters, some have data and
+ * others nothing); 1: nothing is to be done; or why not. The lock is held. */
 static int coroutine_fn look(struct packing *packing)
 {
     struct qcow2 *image = packing->image;
@@ -279,18 +280,24 @@ static int coroutine_fn look(struct packing *packing)
     if (atomic_load(&image->corrupt)) {
         return -EIO;
     }
-    bool free = true;
+    bool placed = false;
+    bool decided = false; /* something is shown that is the cluster's own */
+    bool open = false;    /* something is not */
     for (uint64_t done = 0; done < packing->bytes; done += run.bytes) {
         int code = qcow2_lookup(image, packing->offset + done, packing->bytes - done, &run);
         if (code < 0) {
             return code;
         }
-        if (packing->flags & REQUEST_IF_UNALLOCATED && run.kind != QCOW2_UNALLOCATED) {
-            return 1;
-        }
-        free = free && !run.placed && (run.kind == QCOW2_UNALLOCATED || run.kind == QCOW2_PLAIN_ZERO);
+        placed = placed || run.placed || (run.kind != QCOW2_UNALLOCATED && run.kind != QCOW2_PLAIN_ZERO);
+        decided = decided || run.kind != QCOW2_UNALLOCATED;
+        open = open || run.kind == QCOW2_UNALLOCATED;
     }
-    return free ? 0 : -EIO;
+    if (packing->flags & REQUEST_IF_UNALLOCATED) {
+        packing->plain = placed || decided;
+        return !open;
+    }
+    packing->plain = placed && open;
+    return placed && !open ? -EIO : 0;
 }
 
 static int coroutine_fn pack_and_store(struct packing *packing)
@@ -318,13 +325,15 @@ static int coroutine_fn write_cluster(struct packing *packing)
         co_mutex_unlock(&image->lock);
         return MIN(code, 0);
     }
-    co_queue_init(&allocation.waiters);
-    list_append(&image->allocations, &allocation.link);
-    co_mutex_unlock(&image->lock);
-    code = pack_and_store(packing);
-    co_mutex_lock(&image->lock);
-    list_remove(&allocation.link);
-    co_queue_wake_all(&allocation.waiters);
+    if (!packing->plain) {
+        co_queue_init(&allocation.waiters);
+        list_append(&image->allocations, &allocation.link);
+        co_mutex_unlock(&image->lock);
+        code = pack_and_store(packing);
+        co_mutex_lock(&image->lock);
+        list_remove(&allocation.link);
+        co_queue_wake_all(&allocation.waiters);
+    }
     co_mutex_unlock(&image->lock);
     if (code == 0 && packing->plain) {
         code = qcow2_write_plain(image, packing->offset, packing->bytes, packing->from, packing->flags);

@@ -180,6 +180,29 @@ static void coroutine_fn run_writes(void *argument)
     bench_destroy(&bench);
 }
 
+/* A compressed write of a cluster that has data in part: it is written as it is, none is refused and nothing is left
+ * out. */
+static void coroutine_fn run_compressed_writes(void *argument)
+{
+    struct bench bench;
+    bench_create(&bench, true);
+    g_assert_no_errno(put(&bench, 3 * SUB, 0x11, SUB, 0));
+    g_assert_no_errno(put(&bench, 0, 0xbb, CLUSTER, REQUEST_COMPRESSED | REQUEST_IF_UNALLOCATED));
+    assert_entry(&bench, 0, true, QCOW2_ALL_ALLOCATED);
+    g_assert_cmphex(get(&bench, 3 * SUB, SUB), ==, 0x11);
+    g_assert_no_errno(put(&bench, CLUSTER, 0x22, SUB, 0));
+    g_assert_no_errno(put(&bench, CLUSTER, 0x33, CLUSTER, REQUEST_COMPRESSED));
+    g_assert_cmphex(get(&bench, CLUSTER, CLUSTER), ==, 0x33);
+    g_assert_cmpint(put(&bench, CLUSTER, 0x44, CLUSTER, REQUEST_COMPRESSED), ==, -EIO);
+    /* Zeroes alone are in no way, but for one that must not change what is shown. */
+    g_assert_no_errno(backend_write_zeroes(bench.backend, 2 * CLUSTER, 3 * SUB, 0));
+    g_assert_no_errno(put(&bench, 2 * CLUSTER, 0x55, CLUSTER, REQUEST_COMPRESSED | REQUEST_IF_UNALLOCATED));
+    g_assert_cmphex(get(&bench, 2 * CLUSTER, 3 * SUB), ==, 0);
+    g_assert_cmphex(get(&bench, 2 * CLUSTER + 3 * SUB, CLUSTER - 3 * SUB), ==, 0x55);
+    bench_close(&bench);
+    bench_destroy(&bench);
+}
+
 static void coroutine_fn run_zeroes(void *argument)
 {
     struct bench bench;
@@ -253,6 +276,11 @@ static void test_writes(void)
     loop_run_coroutine(loop, run_writes, NULL);
 }
 
+static void test_compressed_writes(void)
+{
+    loop_run_coroutine(loop, run_compressed_writes, NULL);
+}
+
 static void test_zeroes(void)
 {
     loop_run_coroutine(loop, run_zeroes, NULL);
@@ -270,6 +298,7 @@ int main(int argc, char **argv)
     g_assert_no_errno(loop_create(ENGINE_AUTO, &loop, NULL));
     g_test_add_func("/qcow2-subcluster/kinds", test_kinds);
     g_test_add_func("/qcow2-subcluster/writes", test_writes);
+    g_test_add_func("/qcow2-subcluster/compressed-writes", test_compressed_writes);
     g_test_add_func("/qcow2-subcluster/zeroes", test_zeroes);
     g_test_add_func("/qcow2-subcluster/hostile", test_hostile);
     int code = g_test_run();
