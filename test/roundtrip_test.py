@@ -229,7 +229,7 @@ class Sequence:
             name = f"s{len(self.log)}"
             self.img(self.hand(), "snapshot", "-c", name, *self.image())
             self.snapshots[name] = bytes(self.model)
-        elif choice < 0.75:
+        elif choice < 0.75 and not self.bitmaps:  # with bitmaps none is applied
             name = self.rng.choice(sorted(self.snapshots))
             self.img(self.hand(), "snapshot", "-a", name, *self.image())
             self.model = bytearray(self.snapshots[name])

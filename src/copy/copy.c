@@ -345,10 +345,10 @@ static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
     if (piece->kind == COPY_ZERO) {
         turn_wait(piece);
         turn_pass(piece);
-        return config->target_is_zero
-                   ? 0
-                   : backend_write_zeroes(config->target, piece->offset, piece->bytes,
-                                          (config->write_flags & ~REQUEST_COMPRESSED) | REQUEST_MAY_UNMAP);
+        return config->target_is_zero ? 0
+                                      : backend_write_zeroes(config->target, piece->offset, piece->bytes,
+                                                             (config->write_flags & ~REQUEST_COMPRESSED) |
+                                                                 (config->pin_zeroes ? 0 : REQUEST_MAY_UNMAP));
     }
     int result = piece_read(piece);
     if (result < 0) {

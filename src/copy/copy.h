@@ -62,6 +62,7 @@ struct copy_config {
     /* If not 0, a power of two: a piece that ends inside such a unit is written before the next begins to be. */
     uint64_t order_unit;
     unsigned write_flags; /* enum request_flags of every write (REQUEST_COMPRESSED: not of zeroes) */
+    bool pin_zeroes;      /* zeroes are stored, also where nothing reads as zeroes now: something may lie below later */
     unsigned workers;     /* pieces in flight; 0: COPY_WORKERS */
     uint64_t piece;       /* longest piece; 0: COPY_PIECE. Never less than `alignment`. */
     uint64_t memory;      /* for pieces in flight, at least one piece; 0: COPY_MEMORY */

@@ -63,7 +63,8 @@ static int change_whole(const struct qcow2 *image, const struct change *change, 
     if (change->flags & REQUEST_IF_UNALLOCATED && kind != QCOW2_UNALLOCATED) {
         return 0;
     }
-    if (kind == QCOW2_UNALLOCATED && (change->discard || (!zero_flag && !below))) {
+    bool may_skip = change->discard || change->flags & REQUEST_MAY_UNMAP;
+    if (kind == QCOW2_UNALLOCATED && (change->discard || (!zero_flag && !below && may_skip))) {
         if (change->discard && below && zero_flag) {
             ret->descriptor = QCOW2_ZERO;
         }
@@ -115,7 +116,8 @@ static int change_split(const struct qcow2 *image, const struct change *change, 
 static int coroutine_fn change_slice(struct qcow2 *image, const struct change *change, uint64_t offset, uint64_t bytes,
                                      uint64_t *ret_bytes)
 {
-    if (nothing_below(image) || (change->discard && image->header.version < 3)) {
+    bool may_skip = change->discard || change->flags & REQUEST_MAY_UNMAP;
+    if ((nothing_below(image) && may_skip) || (change->discard && image->header.version < 3)) {
         *ret_bytes = qcow2_unmapped_span(image, offset, bytes);
         if (*ret_bytes) {
             return 0;
@@ -129,6 +131,10 @@ static int coroutine_fn change_slice(struct qcow2 *image, const struct change *c
     }
     uint64_t start = qcow2_in_cluster(image, offset);
     uint64_t clusters = min_u64(count, div_up(start + bytes, image->cluster_size));
+    uint64_t end = start + bytes;
+    if (offset + bytes == atomic_load(&image->node->size)) {
+        end = qcow2_cluster_ceiling(image, end); /* the image's last cluster is whole, however short */
+    }
     bool changed = false;
     uint64_t i;
     for (i = 0; i < clusters && code == 0; i++) {
@@ -136,7 +142,7 @@ static int coroutine_fn change_slice(struct qcow2 *image, const struct change *c
         struct qcow2_entry new;
         bool freed;
         if (qcow2_has_subclusters(image)) {
-            uint64_t to = min_u64(image->cluster_size, start + bytes - (i << image->cluster_bits));
+            uint64_t to = min_u64(image->cluster_size, end - (i << image->cluster_bits));
             uint64_t mask = qcow2_subcluster_mask(image, i == 0 ? start : 0, to);
             code = change_split(image, change, old, mask, &new, &freed);
         } else {
@@ -254,7 +260,8 @@ static int coroutine_fn zero_part(struct qcow2 *image, uint64_t offset, uint64_t
     } while (qcow2_wait_for_allocations(image, offset, &some));
     int code = qcow2_lookup(image, offset, bytes, &run);
     co_mutex_unlock(&image->lock);
-    if (code < 0 || qcow2_kind_is_zero(run.kind) || (run.kind == QCOW2_UNALLOCATED && nothing_below(image))) {
+    if (code < 0 || qcow2_kind_is_zero(run.kind) ||
+        (run.kind == QCOW2_UNALLOCATED && nothing_below(image) && flags & REQUEST_MAY_UNMAP)) {
         return code;
     }
     return qcow2_write_zero_data(image, offset, bytes, flags & REQUEST_IF_UNALLOCATED);

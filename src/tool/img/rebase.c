@@ -123,6 +123,7 @@ static int coroutine_fn move_data(struct rebase *rebase, struct error **err)
         .extent = rebase_extent,
         .shown = rebase_shown,
         .ordered = true,
+        .pin_zeroes = true,
         .write_flags = rebase->compress ? REQUEST_COMPRESSED : 0,
         .memory = 16 * MiB,
     };
