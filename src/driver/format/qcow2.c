@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The qcow2 driver: its table, opening and closing. qcow2.h has the state and the rules that keep an image whole; in
+ * The qcow2 driver: its table, opening and closing. qcow2.h has the state and the rules that keep an image whole. In
  * reading order: qcow2_format.h (what is on disk), qcow2_header.c, qcow2_cache.c, qcow2_refcount.c, qcow2_entry.c
- * (what an L2 entry says), qcow2_map.c (L1 and L2), qcow2_read.c, qcow2_write.c, qcow2_zero.c, qcow2_flush.c (the order
- * of writing metadata), qcow2_resize.c, qcow2_check.c (repair of dirty images), qcow2_create.c; qcow2_switch.c
- * (changing everything at once) and qcow2_snapshot.c, qcow2_bitmap_directory.c and qcow2_bitmap.c.
+ * (what an L2 entry says), qcow2_map.c (L1 and L2), qcow2_data.c (guest bytes, qcow2_crypto.c), qcow2_read.c,
+ * qcow2_status.c, qcow2_write.c with qcow2_step.c, qcow2_zero.c, qcow2_compressed.c with qcow2_codec.c and
+ * qcow2_deflate.c, qcow2_flush.c (the order of writing metadata). Then what is done with a whole image (qcow2_image.c
+ * has the table): qcow2_create.c, qcow2_preallocate.c, qcow2_measure.c, qcow2_resize.c, qcow2_amend.c with
+ * qcow2_expand.c; qcow2_check.c with qcow2_census*.c, qcow2_tally.c and qcow2_repair_*.c; qcow2_switch.c (changing
+ * everything at once) under qcow2_snapshot*.c and qcow2_bitmap*.c; qcow2_overlap.c.
  *
  * 1. open, close, set_writable, change_backing and truncate run alone: the node is drained.
  * 2. An image with the corrupt bit is opened for reading only; one with the dirty bit is repaired before it is opened
