@@ -180,13 +180,12 @@ int coroutine_fn graph_create_node(struct graph *graph, const struct driver *dri
     return 0;
 }
 
-int coroutine_fn graph_insert_filter(struct graph *graph, const struct operation *operation, struct node *filter,
-                                     struct node *over, struct error **err)
+int coroutine_fn graph_insert_filter_locked(struct graph *graph, const struct operation *operation, struct node *filter,
+                                            struct node *over, struct error **err)
 {
     struct node *const touched[] = {over, filter};
     g_autofree char *subject = g_strdup_printf("inserting '%s' over node '%s'", filter->name, over->name);
     struct drain drain;
-    graph_lock(graph);
     g_assert(!filter->filtered && list_is_empty(&filter->parents));
     graph_drain_begin(graph, touched, G_N_ELEMENTS(touched), NULL, &drain);
     struct transaction *transaction = graph_begin(graph, subject);
@@ -195,16 +194,23 @@ int coroutine_fn graph_insert_filter(struct graph *graph, const struct operation
     transaction_move_parents(transaction, over, filter, NULL);
     int r = graph_commit(transaction, err);
     graph_drain_end(&drain);
+    return r;
+}
+
+int coroutine_fn graph_insert_filter(struct graph *graph, const struct operation *operation, struct node *filter,
+                                     struct node *over, struct error **err)
+{
+    graph_lock(graph);
+    int r = graph_insert_filter_locked(graph, operation, filter, over, err);
     graph_unlock(graph);
     return r;
 }
 
-int coroutine_fn graph_remove_filter(struct graph *graph, const struct operation *operation, struct node *filter,
-                                     struct error **err)
+int coroutine_fn graph_remove_filter_locked(struct graph *graph, const struct operation *operation, struct node *filter,
+                                            struct error **err)
 {
     g_autofree char *subject = g_strdup_printf("removing '%s'", filter->name);
     struct drain drain;
-    graph_lock(graph);
     struct node *over = filter->filtered->child;
     struct node *const touched[] = {over, filter};
     graph_drain_begin(graph, touched, G_N_ELEMENTS(touched), NULL, &drain);
@@ -214,6 +220,14 @@ int coroutine_fn graph_remove_filter(struct graph *graph, const struct operation
     transaction_detach(transaction, filter->filtered);
     int r = graph_commit(transaction, err);
     graph_drain_end(&drain);
+    return r;
+}
+
+int coroutine_fn graph_remove_filter(struct graph *graph, const struct operation *operation, struct node *filter,
+                                     struct error **err)
+{
+    graph_lock(graph);
+    int r = graph_remove_filter_locked(graph, operation, filter, err);
     graph_unlock(graph);
     return r;
 }

@@ -132,6 +132,11 @@ int coroutine_fn graph_insert_filter(struct graph *graph, const struct operation
                                      struct node *over, struct error **err);
 int coroutine_fn graph_remove_filter(struct graph *graph, const struct operation *operation, struct node *filter,
                                      struct error **err);
+/* The same for a caller who holds graph->lock. */
+int coroutine_fn graph_insert_filter_locked(struct graph *graph, const struct operation *operation, struct node *filter,
+                                            struct node *over, struct error **err);
+int coroutine_fn graph_remove_filter_locked(struct graph *graph, const struct operation *operation, struct node *filter,
+                                            struct error **err);
 /* Makes a node of a job's own (a filter): state and driver given, no options. One reference, the caller's. */
 int coroutine_fn graph_create_node(struct graph *graph, const struct driver *driver, const char *name,
                                    const char *opened_for, struct node **ret, struct error **err);

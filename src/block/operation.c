@@ -290,11 +290,9 @@ int operation_preview(struct graph *graph, const struct operation_config *config
     return operation_check(graph, config, err);
 }
 
-void coroutine_fn operation_end(struct operation *operation)
+/* Its claims are gone; the references to the nodes that it was about go to the caller. */
+static void operation_give_back(struct operation *operation, struct node *ret_bound[CLAIM_VARIABLE_COUNT])
 {
-    if (!operation) {
-        return;
-    }
     list_for_each (link, &operation->graph->backends) {
         const struct backend *backend = container_of(link, struct backend, graph_link);
         g_assert(backend->operation != operation);
@@ -303,11 +301,29 @@ void coroutine_fn operation_end(struct operation *operation)
         edge_set_adopter(container_of(link, struct edge, adopter_link), NULL);
     }
     list_remove(&operation->link);
-    struct node *bound[CLAIM_VARIABLE_COUNT];
-    memcpy(bound, operation->bound, sizeof(bound));
+    memcpy(ret_bound, operation->bound, sizeof(operation->bound));
     operation_free(operation);
-    for (unsigned i = 0; i < CLAIM_VARIABLE_COUNT; i++) {
-        node_release(bound[i]);
+}
+
+void coroutine_fn operation_end(struct operation *operation)
+{
+    if (operation) {
+        struct node *bound[CLAIM_VARIABLE_COUNT];
+        operation_give_back(operation, bound);
+        for (unsigned i = 0; i < CLAIM_VARIABLE_COUNT; i++) {
+            node_release(bound[i]);
+        }
+    }
+}
+
+void coroutine_fn operation_end_locked(struct operation *operation)
+{
+    if (operation) {
+        struct node *bound[CLAIM_VARIABLE_COUNT];
+        operation_give_back(operation, bound);
+        for (unsigned i = 0; i < CLAIM_VARIABLE_COUNT; i++) {
+            node_unref(bound[i]);
+        }
     }
 }
 

@@ -34,7 +34,8 @@ enum claim_condition {
     CLAIM_IF_ACTIVE = 1 << 0,
     CLAIM_IF_WRITABLE = 1 << 1,
     CLAIM_IF_EXCLUSIVE = 1 << 2,
-    CLAIM_IF_SHRINK = 1 << 3
+    CLAIM_IF_SHRINK = 1 << 3,
+    CLAIM_IF_REPLACE = 1 << 4, /* at its end the target takes the node's place */
 };
 enum claim_adopt {
     CLAIM_ADOPT_NONE,
@@ -88,6 +89,8 @@ int operation_preview(struct graph *graph, const struct operation_config *config
                       struct error **err);
 /* graph->lock is not held. Accepts NULL. */
 void coroutine_fn operation_end(struct operation *operation);
+/* The same for a caller who holds graph->lock. */
+void coroutine_fn operation_end_locked(struct operation *operation);
 /* ACCESS_ bits that the operation holds on `node`: what its backends there may be granted. None once it has ended. */
 unsigned operation_granted(const struct operation *operation, const struct node *node);
 

@@ -134,6 +134,11 @@ uint64_t copy_done(const struct copy *copy)
     return copy->done;
 }
 
+struct range_lock *copy_busy(struct copy *copy)
+{
+    return &copy->busy;
+}
+
 uint64_t copy_in_flight(const struct copy *copy)
 {
     return copy->taken;

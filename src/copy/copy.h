@@ -17,6 +17,7 @@
 struct backend;
 struct copy;
 struct dirty;
+struct range_lock;
 
 /* How a running copy is told to stop, to rest and to go slower. Zero-initialise but for `rest`. */
 struct copy_control {
@@ -99,6 +100,11 @@ void copy_failed_at(const struct copy *copy, uint64_t *ret_offset, bool *ret_rea
  * afterwards. On failure what was taken and not copied is dirty again.
  */
 int coroutine_fn copy_dirty(struct copy *copy, struct dirty *dirty, bool urgent);
+
+/* The lock over what is being moved just now: every piece holds its range, exclusively, from before it reads until it
+ * has written. Who moves something at the same place himself (a filter that copies before a write, or writes both
+ * sides) takes it too, on whatever loop. */
+struct range_lock *copy_busy(struct copy *copy);
 
 /* Bytes copied or skipped since the start. Only grows. */
 uint64_t copy_done(const struct copy *copy);
