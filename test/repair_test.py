@@ -108,6 +108,18 @@ class Repair(TestCase):
     def beyond(self, image, chance):
         image.store(chance.choice(image.l2_entries()), 1 << 63 | 1 << chance.randrange(30, 50))
 
+    def test_no_snapshots_at_an_impossible_place_are_repaired(self):
+        path = self.path("place.qcow2")
+        qemu_img("create", "-f", "qcow2", path, "1M")
+        for place in (1000, 1 << 63):
+            image = damage.Image(path)
+            image.store(64, place)  # snapshots_offset
+            image.write(path + ".bad")
+            self.assertFalse(self.is_clean(self.ours("none", path + ".bad")))
+            self.ours("all", path + ".bad")
+            self.assertTrue(self.is_clean(self.ours("none", path + ".bad")))
+            self.assertTrue(self.is_clean(self.peers(path + ".bad")))
+
     def test_a_repair_leaves_no_less_than_the_peers(self):
         per_base = 10
         for seed, path, by_peer, by_us in self.bases(scale(2, 50)):

@@ -262,9 +262,18 @@ class Sequence:
         shrink = ["--shrink"] if sectors < len(self.model) else []
         if shrink and self.bitmaps:
             return
-        self.img(self.hand(), "resize", "-q", *shrink, *self.image(), str(sectors * SECTOR))
-        self.model = self.model[:sectors] + bytearray(max(0, sectors - len(self.model)))
-        self.size = sectors * SECTOR
+        hand = self.hand()
+        self.img(hand, "resize", "-q", *shrink, *self.image(), str(sectors * SECTOR))
+        end, self.size = len(self.model), sectors * SECTOR
+        self.model = self.model[:sectors] + bytearray(max(0, sectors - end))
+        if hand == "peer" and sectors > end:  # it shows what an earlier, larger size left behind in the last cluster
+            raw = self.test.path("content.raw")
+            self.img("peer", "convert", "-O", "raw", *self.image(), raw)
+            with open(raw, "rb") as file:
+                file.seek(end * SECTOR)
+                left = file.read(-end * SECTOR % self.cluster)[::SECTOR]
+            self.model[end : end + len(left)] = left
+            os.unlink(raw)
 
     def amend(self):
         if self.snapshots or self.bitmaps or self.features & {"version-2", "data-file", "data-file-raw", "zstd"}:
