@@ -156,7 +156,8 @@ void coroutine_fn census_count_snapshots(struct qcow2_census *census)
     uint64_t start = header->snapshots_offset;
     uint64_t at = 0;
     if (header->snapshot_count == 0) {
-        if (!is_aligned(start, census->image->cluster_size) || start > INT64_MAX) { /* others do not open such an image */
+        if (!is_aligned(start, census->image->cluster_size) ||
+            start > INT64_MAX) { /* others do not open such an image */
             census_corruption(census, "The header shows no snapshots, at a place that cannot be");
             census->snapshots_broken = true;
         }
