@@ -200,7 +200,11 @@ static int coroutine_fn native_open(const char *path, unsigned flags, struct fil
 static int close_work(void *argument)
 {
     struct native_file *file = argument;
+    struct flock all = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
 
+    /* The kernel's ring may hold on to the description a moment longer than its last request: who opens the file next
+     * must not find our locks. */
+    fcntl(file->fd, F_OFD_SETLK, &all);
     close(file->fd);
     return 0;
 }
