@@ -223,12 +223,61 @@ static int coroutine_fn bitmap_begin_change(struct bitmap *bitmap, struct error 
     return code;
 }
 
-int coroutine_fn bitmap_remove(struct bitmap *bitmap, struct error **err)
+int coroutine_fn bitmap_change_begin(struct bitmap *bitmap, enum bitmap_keep keep, struct bitmap_before *ret,
+                                     struct error **err)
+{
+    struct dirty *other = NULL;
+    int code = bitmap_begin_change(bitmap, err);
+    if (code == 0) {
+        code = keep == BITMAP_COPIED ? dirty_copy(bitmap->dirty, node_bytes(bitmap->node), &other)
+                                     : dirty_create(node_bytes(bitmap->node), bitmap->granularity, &other);
+        if (code < 0) {
+            error_set_errno(err, code, "No memory for bitmap '%s'", bitmap->name);
+        }
+    }
+    if (code == 0) {
+        ret->dirty = bitmap->dirty;
+        bitmap->dirty = other;
+    }
+    return code;
+}
+
+void bitmap_change_undo(struct bitmap *bitmap, struct bitmap_before *before)
+{
+    if (before->dirty) {
+        dirty_destroy(bitmap->dirty);
+        bitmap->dirty = g_steal_pointer(&before->dirty);
+    }
+}
+
+void bitmap_change_done(struct bitmap_before *before)
+{
+    g_clear_pointer(&before->dirty, dirty_destroy);
+}
+
+int coroutine_fn bitmap_remove_begin(struct bitmap *bitmap, struct list **ret_place, struct error **err)
 {
     int code = bitmap_check(bitmap, BITMAP_ALLOW_INCONSISTENT, err);
     if (code == 0 && bitmap->persistent) {
         code = keeper(bitmap->node)->bitmap_remove(bitmap->node, bitmap, err);
     }
+    if (code == 0) {
+        *ret_place = bitmap->link.prev;
+        list_remove(&bitmap->link);
+    }
+    return code;
+}
+
+void bitmap_remove_undo(struct bitmap *bitmap, struct list *place)
+{
+    list_prepend(place, &bitmap->link);
+    bitmap->changed = bitmap->persistent;
+}
+
+int coroutine_fn bitmap_remove(struct bitmap *bitmap, struct error **err)
+{
+    struct list *place;
+    int code = bitmap_remove_begin(bitmap, &place, err);
     if (code == 0) {
         bitmap_forget(bitmap);
     }
@@ -246,8 +295,12 @@ int coroutine_fn bitmap_clear(struct bitmap *bitmap, struct error **err)
 
 int coroutine_fn bitmap_set_enabled(struct bitmap *bitmap, bool enabled, struct error **err)
 {
-    int code = bitmap_begin_change(bitmap, err);
+    int code = bitmap_check(bitmap, BITMAP_ALLOW_READ_ONLY, err);
+    if (code == 0 && (!bitmap->persistent || bitmap->node->writable)) {
+        code = bitmap_begin_change(bitmap, err);
+    }
     if (code == 0) {
+        bitmap->changed |= bitmap->persistent && bitmap->enabled != enabled;
         bitmap->enabled = enabled;
     }
     return code;

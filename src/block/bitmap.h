@@ -56,11 +56,27 @@ int coroutine_fn bitmap_add(struct node *node, const struct bitmap_config *confi
 /* Also from the image. */
 int coroutine_fn bitmap_remove(struct bitmap *bitmap, struct error **err);
 int coroutine_fn bitmap_clear(struct bitmap *bitmap, struct error **err);
-/* enabled or not; for a persistent one also in the image. */
+/* enabled or not; for a persistent one also in the image. Of a read-only image it is changed in memory alone, and gets
+ * into the image if that becomes writable before it is closed. */
 int coroutine_fn bitmap_set_enabled(struct bitmap *bitmap, bool enabled, struct error **err);
 /* Marks in `to` what is dirty in `from`, which may belong to another node of the same size and have another
  * granularity. The node of `from` is drained too, or `from` is disabled. */
 int coroutine_fn bitmap_merge(struct bitmap *to, struct bitmap *from, struct error **err);
+/* For a change that may have to be taken back (bitmap_action.c), while the node stays drained: what the bitmap has
+ * recorded is kept in *ret, and it goes on with a copy, or empty. Checks, and tells the image, as all changes do.
+ * Then one of undo and done. */
+enum bitmap_keep { BITMAP_COPIED, BITMAP_EMPTIED };
+struct bitmap_before {
+    struct dirty *dirty;
+};
+int coroutine_fn bitmap_change_begin(struct bitmap *bitmap, enum bitmap_keep keep, struct bitmap_before *ret,
+                                     struct error **err);
+void bitmap_change_undo(struct bitmap *bitmap, struct bitmap_before *before);
+void bitmap_change_done(struct bitmap_before *before);
+/* Takes it out of the image and the list: then bitmap_forget(), or undo, which puts it back behind *ret_place (one that
+ * is inconsistent is not stored again). */
+int coroutine_fn bitmap_remove_begin(struct bitmap *bitmap, struct list **ret_place, struct error **err);
+void bitmap_remove_undo(struct bitmap *bitmap, struct list *place);
 /* Writes persistent bitmaps into the image, now; they go on recording. Nothing to do: 0. */
 int coroutine_fn bitmaps_store(struct node *node, struct error **err);
 

@@ -2,6 +2,7 @@
 /* Dirty bitmaps of nodes: what may be done when, what requests record, and a random walk against a model. */
 #include "base/seeded.h"
 #include "block/bitmap.h"
+#include "block/bitmap_action.h"
 #include "block/dirty.h"
 #include "block/memory_node.h"
 
@@ -294,6 +295,87 @@ static void test_growing(void)
     in_coroutine(growing_body);
 }
 
+/* --- actions --- */
+
+static char *describe(const struct node *node)
+{
+    GString *text = g_string_new(NULL);
+    list_for_each (link, &node->bitmaps) {
+        const struct bitmap *bitmap = container_of(link, struct bitmap, link);
+        uint64_t offset, bytes;
+        g_string_append_printf(text, "%s%s:", bitmap->name, bitmap->enabled ? "" : "(off)");
+        for (uint64_t at = 0; bitmap_next(bitmap, at, &offset, &bytes); at = offset + bytes) {
+            g_string_append_printf(text, "%" G_GUINT64_FORMAT "+%" G_GUINT64_FORMAT ",", offset, bytes);
+        }
+        g_string_append_c(text, ' ');
+    }
+    return g_string_free(text, FALSE);
+}
+
+/* One of each kind, each leaning on those before it; the last one fails if `last` names no bitmap. */
+static int coroutine_fn run_all(struct graph *graph, const char *last)
+{
+    struct block_dirty_bitmap_add make = {.node = "n", .name = "made", .has_granularity = true, .granularity = 512};
+    struct block_dirty_bitmap a = {.node = "n", .name = "a"}, b = {.node = "n", .name = "b"};
+    struct block_dirty_bitmap made = {.node = "n", .name = "made"}, other = {.node = "m", .name = "other"};
+    struct block_dirty_bitmap final = {.node = "n", .name = (char *)last};
+    struct block_dirty_bitmap_or_str local = {.kind = BLOCK_DIRTY_BITMAP_OR_STR_LOCAL, .u.local = "a"};
+    struct block_dirty_bitmap_or_str external = {.kind = BLOCK_DIRTY_BITMAP_OR_STR_EXTERNAL, .u.external = &other};
+    struct block_dirty_bitmap_or_str *sources[] = {&local, &external};
+    struct block_dirty_bitmap_merge merge = {
+        .node = "n", .target = "made", .bitmaps = {.count = G_N_ELEMENTS(sources), .items = sources}};
+    struct action actions[7];
+    auto_error error = NULL;
+    bitmap_add_action(&actions[0], &make);
+    bitmap_merge_action(&actions[1], &merge);
+    bitmap_clear_action(&actions[2], &a);
+    bitmap_remove_action(&actions[3], &b);
+    bitmap_disable_action(&actions[4], &made);
+    bitmap_enable_action(&actions[5], &other);
+    bitmap_clear_action(&actions[6], &final);
+    int code = actions_run(graph, actions, G_N_ELEMENTS(actions), &error);
+    g_assert((code < 0) == (error != NULL));
+    return code;
+}
+
+static void coroutine_fn actions_body(void *unused)
+{
+    struct graph *graph = graph_create();
+    struct node *n = memory_node(graph, "n", NULL);
+    struct node *m = memory_node(graph, "m", NULL);
+    graph_lock(graph);
+    add(n, "a", 512, false);
+    add(n, "b", 4096, false);
+    struct bitmap *c = add(n, "c", 1024, false);
+    add(m, "other", 2048, true);
+    bitmaps_mark(n, 1000, 100);
+    dirty_mark(bitmap_find(m, "other")->dirty, 8192, 1);
+    graph_unlock(graph);
+
+    g_autofree char *before_n = describe(n), *before_m = describe(m);
+    g_assert_cmpint(run_all(graph, "none"), ==, -ENOENT);
+    g_autofree char *after_n = describe(n), *after_m = describe(m);
+    g_assert_cmpstr(before_n, ==, after_n);
+    g_assert_cmpstr(before_m, ==, after_m);
+
+    bitmap_busy_begin(c);
+    g_assert_cmpint(run_all(graph, "c"), ==, -EBUSY);
+    bitmap_busy_end(c);
+    g_autofree char *again_n = describe(n);
+    g_assert_cmpstr(before_n, ==, again_n);
+
+    g_assert_cmpint(run_all(graph, "c"), ==, 0);
+    g_autofree char *done_n = describe(n), *done_m = describe(m);
+    g_assert_cmpstr(done_n, ==, "a: c: made(off):512+1024,8192+2048, ");
+    g_assert_cmpstr(done_m, ==, "other:8192+2048, ");
+    memory_end(graph);
+}
+
+static void test_actions(void)
+{
+    in_coroutine(actions_body);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -301,5 +383,6 @@ int main(int argc, char **argv)
     g_test_add_func("/block/bitmap/requests", test_requests);
     g_test_add_func("/block/bitmap/random", test_random);
     g_test_add_func("/block/bitmap/growing", test_growing);
+    g_test_add_func("/block/bitmap/actions", test_actions);
     return g_test_run();
 }

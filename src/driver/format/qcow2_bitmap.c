@@ -125,14 +125,15 @@ static int coroutine_fn load_bits(struct qcow2 *image, const struct qcow2_bitmap
     return code;
 }
 
-static void coroutine_fn load_record(struct qcow2 *image, struct qcow2_bitmap_record *record, struct budget *budget)
+static void coroutine_fn load_record(struct qcow2 *image, struct qcow2_bitmap_record *record, const char *name,
+                                     struct budget *budget)
 {
     struct node *node = image->node;
     uint64_t granularity = UINT64_C(1) << record->granularity_bits;
     bool inconsistent = record->flags & QCOW2_BITMAP_IN_USE;
     uint64_t bytes = inconsistent ? 0 : saved_bytes(image, granularity);
     bool fits = bytes <= BITS_BYTES_MAX - budget->bits;
-    int code = bitmap_restore(node, record->name, granularity, record->flags & QCOW2_BITMAP_AUTO, inconsistent || !fits,
+    int code = bitmap_restore(node, name, granularity, record->flags & QCOW2_BITMAP_AUTO, inconsistent || !fits,
                               &record->bitmap);
     if (inconsistent) {
         return;
@@ -144,8 +145,7 @@ static void coroutine_fn load_record(struct qcow2 *image, struct qcow2_bitmap_re
         code = -ENOMEM;
     }
     if (code < 0) {
-        g_message("qcow2 image of node '%s': bitmap '%s' cannot be used: %s", node->name, record->name,
-                  g_strerror(-code));
+        g_message("qcow2 image of node '%s': bitmap '%s' cannot be used: %s", node->name, name, g_strerror(-code));
         dirty_destroy(g_steal_pointer(&record->bitmap->dirty));
     }
 }
@@ -162,12 +162,15 @@ void coroutine_fn qcow2_bitmaps_load(struct qcow2 *image)
     }
     image->bitmaps = records;
     image->autoclear_kept |= records->len ? QCOW2_AUTOCLEAR_BITMAPS : 0; /* the bit is true, and stays so */
-    g_autoptr(GHashTable) names = g_hash_table_new(g_str_hash, g_str_equal);
+    g_autoptr(GHashTable) names = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
     for (unsigned i = 0; i < records->len && !image->node->check_only; i++) {
         struct qcow2_bitmap_record *record = records->pdata[i];
+        /* Nobody can ask for a name that is no text, so it is known by its legible form. */
+        g_autofree char *name = g_utf8_make_valid(record->name, -1);
         /* Of two with one name the second is only kept. */
-        if (qcow2_bitmap_record_is_known(record) && g_hash_table_add(names, record->name)) {
-            load_record(image, record, &budget);
+        if (qcow2_bitmap_record_is_known(record) && strlen(name) <= BITMAP_NAME_MAX &&
+            g_hash_table_add(names, g_strdup(name))) {
+            load_record(image, record, name, &budget);
         }
     }
 }
@@ -217,7 +220,8 @@ static int coroutine_fn mark_all(struct qcow2 *image, bool recording_only)
     int code = 0;
     for (unsigned i = 0; code == 0 && i < image->bitmaps->len; i++) {
         struct qcow2_bitmap_record *record = image->bitmaps->pdata[i];
-        bool wanted = record->flags & QCOW2_BITMAP_AUTO || (!recording_only && record->bitmap);
+        const struct bitmap *bitmap = record->bitmap;
+        bool wanted = record->flags & QCOW2_BITMAP_AUTO || (bitmap && (!recording_only || bitmap->changed));
         code = wanted ? mark_in_use(image, record) : 0;
     }
     return code == 0 ? settle_marks(image) : code;
@@ -307,7 +311,7 @@ static void coroutine_fn drop_bits(struct qcow2 *image, const struct qcow2_bitma
 {
     if (shown && (!table || !can_be_freed(image, record, table))) {
         g_message("qcow2 image of node '%s': what bitmap '%s' had used is not free: its table makes no sense",
-                  image->node->name, record->name);
+                  image->node->name, record->bitmap ? record->bitmap->name : "");
         return;
     }
     for (uint32_t i = 0; table && i < record->table_entries; i++) {
