@@ -206,6 +206,16 @@ int coroutine_fn backend_block_status(struct backend *backend, struct node *base
     return r;
 }
 
+void coroutine_fn backend_enter(struct backend *backend)
+{
+    gate_enter(&backend->gate);
+}
+
+void backend_leave(struct backend *backend)
+{
+    gate_leave(&backend->gate);
+}
+
 /* --- size --- */
 
 int coroutine_fn backend_truncate_locked(struct backend *backend, uint64_t size, struct error **err)

@@ -10,6 +10,7 @@
  * 3. An edge that comes or goes may give operations a role more or less (a new overlay): their claims follow in the
  *    same step.
  * 4. edge->granted never exceeds what was claimed, but for two cases with their reason in the table.
+ * 5. A job filter's target edge is like a root edge: what it may do, its job's operation has claimed there.
  *
  * Changes of shape that can be refused or undone are transaction.c's; it uses edge_link() and edge_unlink() alone.
  */
@@ -42,15 +43,15 @@ static const struct standing_claim standing_claims[][2] = {
      * own, if it may write, its driver says (filtered_claim). */
     [EDGE_FILTERED] = {{"filtered edge", ACCESS_READ_METADATA, 0, ACCESS_ALL},
                        {"filtered edge", ACCESS_READ_METADATA, 0, ACCESS_ALL}},
+    /* Its job's operation claims for it, and graph_attach_target_locked() grants it that. */
+    [EDGE_TARGET] = {{"target edge", 0, 0, 0}, {"target edge", 0, 0, 0}},
 };
 
 const char *edge_role_name(enum edge_role role)
 {
-    static const char *const names[] = {[EDGE_FILE] = "file",
-                                        [EDGE_DATA] = "data",
-                                        [EDGE_BACKING] = "backing",
-                                        [EDGE_FILTERED] = "filtered",
-                                        [EDGE_ROOT] = "root"};
+    static const char *const names[] = {
+        [EDGE_FILE] = "file",         [EDGE_DATA] = "data",     [EDGE_BACKING] = "backing",
+        [EDGE_FILTERED] = "filtered", [EDGE_TARGET] = "target", [EDGE_ROOT] = "root"};
     return names[role];
 }
 
@@ -87,6 +88,8 @@ static struct edge **edge_shortcut(const struct edge *edge)
         return &edge->parent->backing;
     case EDGE_FILTERED:
         return &edge->parent->filtered;
+    case EDGE_TARGET:
+        return &edge->parent->target;
     case EDGE_ROOT:
         break;
     }
@@ -136,7 +139,8 @@ bool edge_is_container(const struct edge *edge)
 
 static unsigned edge_claim(const struct edge *edge, const struct standing_claim *standing, struct access_claim *ret)
 {
-    if (edge->role == EDGE_ROOT || !edge->child || (edge->parent->stale && !edge_is_container(edge))) {
+    if (edge->role == EDGE_ROOT || edge->role == EDGE_TARGET || !edge->child ||
+        (edge->parent->stale && !edge_is_container(edge))) {
         return 0;
     }
     const struct node *shown = edge_shown(edge);
@@ -164,7 +168,7 @@ struct access_holder *edge_holder_create(const struct edge *edge)
 
 void edge_update_granted(struct edge *edge)
 {
-    if (edge->role != EDGE_ROOT) {
+    if (edge->role != EDGE_ROOT && edge->role != EDGE_TARGET) {
         edge->granted = edge_standing(edge)->granted;
     }
 }

@@ -180,6 +180,17 @@ int coroutine_fn graph_create_node(struct graph *graph, const struct driver *dri
     return 0;
 }
 
+int graph_attach_target_locked(const struct operation *operation, struct node *filter, struct node *target,
+                               struct error **err)
+{
+    g_assert(filter->job_filter);
+    int r = edge_attach(filter, EDGE_TARGET, node_head(target), NULL, err);
+    if (r == 0) {
+        filter->target->granted = operation_granted(operation, target);
+    }
+    return r;
+}
+
 int coroutine_fn graph_insert_filter_locked(struct graph *graph, const struct operation *operation, struct node *filter,
                                             struct node *over, struct error **err)
 {

@@ -137,6 +137,10 @@ int coroutine_fn graph_insert_filter_locked(struct graph *graph, const struct op
                                             struct node *over, struct error **err);
 int coroutine_fn graph_remove_filter_locked(struct graph *graph, const struct operation *operation, struct node *filter,
                                             struct error **err);
+/* Gives a job's filter its second edge, to `target`'s head, where its job's data go; it may do there what `operation`
+ * holds. It goes when the filter closes. graph->lock is held, and nobody uses the filter yet. */
+int graph_attach_target_locked(const struct operation *operation, struct node *filter, struct node *target,
+                               struct error **err);
 /* Makes a node of a job's own (a filter): state and driver given, no options. One reference, the caller's. */
 int coroutine_fn graph_create_node(struct graph *graph, const struct driver *driver, const char *name,
                                    const char *opened_for, struct node **ret, struct error **err);

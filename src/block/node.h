@@ -31,6 +31,7 @@ enum edge_role {
     EDGE_DATA,     /* a second one: qcow2's external data file, the log of blklogwrites, what blkverify compares with */
     EDGE_BACKING,  /* where data come from that the parent has not */
     EDGE_FILTERED, /* what a filter shows */
+    EDGE_TARGET,   /* where the job of a job filter puts its data */
     EDGE_ROOT,     /* a backend's */
 };
 
@@ -69,6 +70,7 @@ struct node {
     struct edge *data;
     struct edge *backing;
     struct edge *filtered;
+    struct edge *target;
     struct limits limits;
     atomic_uint_fast64_t size; /* bytes */
     unsigned references;       /* monitor's, edges', operations' */

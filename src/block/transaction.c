@@ -126,7 +126,8 @@ void transaction_end_operation(struct transaction *transaction, struct operation
 static bool is_nobodys(const struct edge *edge)
 {
     const struct node *parent = edge->parent;
-    return !parent || parent->stale || (edge->role == EDGE_FILTERED && parent->job_filter) ||
+    return !parent || parent->stale ||
+           ((edge->role == EDGE_FILTERED || edge->role == EDGE_TARGET) && parent->job_filter) ||
            list_is_empty(&parent->parents);
 }
 
@@ -262,15 +263,31 @@ static void undo_all(struct transaction *transaction)
 
 /* --- roles follow --- */
 
-/* Operations whose backend moved are bound to where it is now. */
+/* What moved is this edge: a backend above it, also through filters, may see another image now. Then what it follows is
+ * bound to that one. */
+static void follow_edge(struct transaction *transaction, const struct edge *edge)
+{
+    const struct backend *backend = edge->backend;
+    if (backend && backend->operation && !backend->operation->ended) {
+        struct node *seen = node_beneath_filters(backend->root.child);
+        struct node *bound = backend->operation->bound[backend->variable];
+        if (!bound || node_beneath_filters(bound) != seen) {
+            transaction_rebind(transaction, backend->operation, backend->variable, seen);
+        }
+    }
+    if (edge->parent && edge->role == EDGE_FILTERED) {
+        list_for_each (link, &edge->parent->parents) {
+            follow_edge(transaction, container_of(link, struct edge, child_link));
+        }
+    }
+}
+
 static void follow_backends(struct transaction *transaction)
 {
     unsigned count = transaction->steps->len;
     for (unsigned i = 0; i < count; i++) {
-        const struct step *step = step_at(transaction, i);
-        const struct backend *backend = step->kind == STEP_MOVE ? step->edge->backend : NULL;
-        if (backend && backend->operation && !backend->operation->ended) {
-            transaction_rebind(transaction, backend->operation, backend->variable, node_beneath_filters(step->to));
+        if (step_at(transaction, i)->kind == STEP_MOVE) {
+            follow_edge(transaction, step_at(transaction, i)->edge);
         }
     }
     do_recorded(transaction);

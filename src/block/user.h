@@ -48,6 +48,10 @@ int coroutine_fn backend_flush(struct backend *backend);
 /* Of the whole chain below (base NULL), or down to, not including, `base`. */
 int coroutine_fn backend_block_status(struct backend *backend, struct node *base, uint64_t offset, uint64_t bytes,
                                       struct extent *ret);
+/* For who makes one request of several: from the one to the other he is inside, as a driver is during a request, and
+ * does I/O on backend_edge() or on edges of nodes that it reaches. A drain waits for him. */
+void coroutine_fn backend_enter(struct backend *backend);
+void backend_leave(struct backend *backend);
 /* Grows (needs `attributes`) or shrinks (needs `write-beneath` too) the node, under a drain of its own; what a growth
  * adds reads as zeroes. Filters above it and their backends follow. Control thread. */
 int coroutine_fn backend_truncate(struct backend *backend, uint64_t size, struct error **err);

@@ -14,7 +14,9 @@
  * 4. With config.ordered, launched pieces are numbered and begin to write in the order of their numbers: who has read
  *    waits for its turn, and hands it on just before its last write. Every piece hands it on, also one that fails or
  * has nothing to write; locks of `busy` are asked for in the same order, so nobody waits in a circle.
- * 5. A cancel is seen at the next look at `control`, and nothing sleeps through one: each wait is woken by it.
+ * 5. Where others write to the target as well (config.target_edge), what a piece does was decided or found out under
+ * its lock: data are read there, zeroes looked at again.
+ * 6. A cancel is seen at the next look at `control`, and nothing sleeps through one: each wait is woken by it.
  *
  * It knows no job and no graph; it opens, closes and flushes nothing.
  */
@@ -22,6 +24,7 @@
 #include "base/list.h"
 #include "base/size.h"
 #include "block/dirty.h"
+#include "block/node.h"
 #include "block/user.h"
 #include "loop/file.h"
 #include "loop/sync.h"
@@ -278,18 +281,33 @@ static struct copy_run piece_run(struct copy_piece *piece, uint64_t at)
     return run;
 }
 
+/* To the target, by whichever way leads there. */
+static int coroutine_fn target_write(const struct copy_config *config, uint64_t offset, uint64_t bytes,
+                                     struct buffers from, unsigned flags)
+{
+    return config->target_edge ? edge_write(config->target_edge, offset, bytes, from, flags)
+                               : backend_write(config->target, offset, bytes, from, flags);
+}
+
+static int coroutine_fn target_write_zeroes(const struct copy_config *config, uint64_t offset, uint64_t bytes,
+                                            unsigned flags)
+{
+    flags &= ~REQUEST_COMPRESSED;
+    return config->target_edge ? edge_write_zeroes(config->target_edge, offset, bytes, flags)
+                               : backend_write_zeroes(config->target, offset, bytes, flags);
+}
+
 static int coroutine_fn piece_write_run(struct copy_piece *piece, uint64_t at, struct copy_run run)
 {
     const struct copy_config *config = &piece->copy->config;
     struct iovec iov = {(char *)piece->buffer + at, run.bytes};
     if (run.kind == RUN_DATA) {
-        return backend_write(config->target, piece->offset + at, run.bytes, buffers_one(&iov), config->write_flags);
+        return target_write(config, piece->offset + at, run.bytes, buffers_one(&iov), config->write_flags);
     }
     if (run.kind == RUN_SHOWN || config->target_is_zero) {
         return 0;
     }
-    return backend_write_zeroes(config->target, piece->offset + at, run.bytes,
-                                config->write_flags & ~REQUEST_COMPRESSED);
+    return target_write_zeroes(config, piece->offset + at, run.bytes, config->write_flags);
 }
 
 /* Can the next piece be written beside this one's last write? */
@@ -334,11 +352,39 @@ static int coroutine_fn piece_read(struct copy_piece *piece)
 {
     const struct copy_config *config = &piece->copy->config;
     struct iovec iov = {piece->buffer, piece->bytes};
-    int result = config->read ? config->read(config->argument, piece->offset, piece->bytes, buffers_one(&iov))
-                              : backend_read(config->source, piece->offset, piece->bytes, buffers_one(&iov), 0);
+    struct buffers to = buffers_one(&iov);
+    int result = config->read          ? config->read(config->argument, piece->offset, piece->bytes, to)
+                 : config->target_edge ? edge_read(backend_edge(config->source), piece->offset, piece->bytes, to, 0)
+                                       : backend_read(config->source, piece->offset, piece->bytes, to, 0);
     if (result == 0 && config->shown) {
         iov.iov_base = piece_shown(piece);
         result = config->shown(config->argument, piece->offset, piece->bytes, buffers_one(&iov));
+    }
+    return result;
+}
+
+static int coroutine_fn zero_run(const struct copy_config *config, uint64_t offset, uint64_t bytes)
+{
+    unsigned flags = config->write_flags | (config->pin_zeroes ? 0 : REQUEST_MAY_UNMAP);
+    return config->target_is_zero ? 0 : target_write_zeroes(config, offset, bytes, flags);
+}
+
+/* They were found before the piece had its place: what is none any more is dirty again. */
+static int coroutine_fn piece_zero_again(struct copy_piece *piece, bool *ret_reading)
+{
+    struct copy *copy = piece->copy;
+    struct node *source = backend_edge(copy->config.source)->child;
+    struct extent extent;
+    int result = 0;
+    for (uint64_t at = 0; at < piece->bytes && result == 0; at += extent.bytes) {
+        uint64_t offset = piece->offset + at;
+        result = chain_block_status(source, NULL, offset, piece->bytes - at, &extent);
+        *ret_reading = result < 0;
+        if (result == 0 && extent.flags & EXTENT_ZERO) {
+            result = zero_run(&copy->config, offset, extent.bytes);
+        } else if (result == 0) {
+            dirty_mark(copy->dirty, offset, extent.bytes);
+        }
     }
     return result;
 }
@@ -350,10 +396,8 @@ static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
     if (piece->kind == COPY_ZERO) {
         turn_wait(piece);
         turn_pass(piece);
-        return config->target_is_zero ? 0
-                                      : backend_write_zeroes(config->target, piece->offset, piece->bytes,
-                                                             (config->write_flags & ~REQUEST_COMPRESSED) |
-                                                                 (config->pin_zeroes ? 0 : REQUEST_MAY_UNMAP));
+        return config->target_edge && piece->copy->dirty ? piece_zero_again(piece, ret_reading)
+                                                         : zero_run(config, piece->offset, piece->bytes);
     }
     int result = piece_read(piece);
     if (result < 0) {
@@ -398,12 +442,18 @@ static void piece_entry(void *argument)
     struct copy_piece *piece = argument;
     struct copy *copy = piece->copy;
     struct range_hold hold;
+    if (copy->config.target_edge) {
+        backend_enter(copy->config.source);
+    }
     range_lock_acquire(&copy->busy, &hold, piece->offset, piece->bytes, false);
     bool reading;
     int result = piece_move(piece, &reading);
     turn_wait(piece);
     turn_pass(piece);
     range_lock_release(&copy->busy, &hold);
+    if (copy->config.target_edge) {
+        backend_leave(copy->config.source);
+    }
     copy_buffer_put(copy, piece->buffer);
     piece->buffer = NULL;
     copy->in_flight--;

@@ -17,6 +17,7 @@
 struct backend;
 struct copy;
 struct dirty;
+struct edge;
 struct range_lock;
 
 /* How a running copy is told to stop, to rest and to go slower. Zero-initialise but for `rest`. */
@@ -52,7 +53,12 @@ struct copy_config {
     struct copy_control *control;
     struct backend *source; /* NULL: `read` takes its place */
     struct backend *target; /* NULL: nothing is written, `differs` is told */
-    uint64_t alignment;     /* of pieces, rounded outward: the target's unit where it matters, else 1 */
+    /* If not NULL, data go by this edge, of a node that `source` reaches, and each piece is one request of `source`: it
+     * is inside from before it takes its place in copy_busy() until it has written. So who waits for it inside a
+     * request of his own (a filter that writes both sides) is never waited for by a drain that holds the piece up.
+     * Zeroes of copy_dirty() are looked at once more in there: others who lock may have written since. */
+    struct edge *target_edge;
+    uint64_t alignment; /* of pieces, rounded outward: the target's unit where it matters, else 1 */
     /* Aligned runs of zeroes inside data are written as zeroes: in units of zero_alignment (at least 512; 0: zeroes are
      * written like other data). Between data in one piece a run needs zero_minimum bytes (0: one unit). */
     uint64_t zero_alignment, zero_minimum;
