@@ -5,10 +5,12 @@
  *
  * 1. graph->lock is held from the first plan to the end of the last commit or revert: no other operation sees, or gets
  *    its claims in, the middle.
- * 2. What has been drained for one action stays drained until the end. A write that was acknowledged before the end is
- *    in what every action sees; one that was not may be in none: the cut over all nodes is one point in time, though
- *    they are drained one after the other.
- * 3. Every action whose apply succeeded gets exactly one of commit and revert, and each action its clean.
+ * 2. What has been drained for one action stays drained until the end. So the cut over all nodes is one point in time,
+ *    though they are drained one after the other: a write that came after another was acknowledged is not in what one
+ *    action finds if that other is missing in what another action finds.
+ * 3. All gates that can be foreseen are closed before the first request in flight is waited for: users of several
+ *    disks are held up for as long as the slowest request takes, not for all of them together.
+ * 4. Every action whose apply succeeded gets exactly one of commit and revert, and each action its clean.
  */
 #include "block/action.h"
 #include <errno.h>
@@ -29,39 +31,75 @@ static int coroutine_fn action_step(struct action *action,
 static int coroutine_fn action_apply(struct action *action, struct drain *drain, struct error **err)
 {
     int result = action_step(action, action->kind->plan, err);
-    if (result < 0) {
-        return result;
+    if (result == 0) {
+        graph_drain_begin(action->graph, (struct node *const *)action->touched->pdata, action->touched->len, NULL,
+                          drain);
+        result = action_step(action, action->kind->apply, err);
     }
-    graph_drain_begin(action->graph, (struct node *const *)action->touched->pdata, action->touched->len, NULL, drain);
-    return action_step(action, action->kind->apply, err);
+    if (result < 0) {
+        graph_drain_end(drain);
+    }
+    return result;
 }
 
-/* graph->lock is held. */
-static int coroutine_fn actions_apply(struct graph *graph, struct action *actions, unsigned count, struct error **err)
+/* What is near to the actions, all at once. One action alone drains what it needs by itself. */
+static void coroutine_fn actions_drain(struct graph *graph, const struct action *actions, unsigned count,
+                                       struct drain *drain)
 {
-    g_autofree struct drain *drains = g_new0(struct drain, count);
-    unsigned applied = 0;
-    int result = 0;
-    while (result == 0 && applied < count) {
-        result = action_apply(&actions[applied], &drains[applied], err);
-        applied += result == 0;
-    }
-    if (result == 0) {
-        for (unsigned i = 0; i < count; i++) {
-            if (actions[i].kind->commit) {
-                actions[i].kind->commit(&actions[i]);
+    g_autoptr(GPtrArray) nodes = g_ptr_array_new();
+    for (unsigned i = 0; count > 1 && i < count; i++) {
+        for (const char *const *name = actions[i].near; name && *name; name++) {
+            struct node *node = graph_find(graph, *name);
+            if (node) {
+                g_ptr_array_add(nodes, node);
             }
         }
-    } else {
-        while (applied-- > 0) {
-            if (actions[applied].kind->revert) {
-                actions[applied].kind->revert(&actions[applied]);
-            }
+    }
+    graph_drain_begin(graph, (struct node *const *)nodes->pdata, nodes->len, NULL, drain);
+}
+
+static void coroutine_fn actions_commit(struct action *actions, unsigned count, struct drain *drains)
+{
+    for (unsigned i = 0; i < count; i++) {
+        if (actions[i].kind->commit) {
+            actions[i].kind->commit(&actions[i]);
         }
     }
     for (unsigned i = count; i-- > 0;) {
         graph_drain_end(&drains[i]);
     }
+}
+
+/* The drain of an action, which may have found backends that one before it has made, ends before that one is reverted.
+ */
+static void coroutine_fn actions_revert(struct action *actions, unsigned applied, struct drain *drains)
+{
+    while (applied-- > 0) {
+        if (actions[applied].kind->revert) {
+            actions[applied].kind->revert(&actions[applied]);
+        }
+        graph_drain_end(&drains[applied]);
+    }
+}
+
+static int coroutine_fn actions_run_locked(struct graph *graph, struct action *actions, unsigned count,
+                                           struct error **err)
+{
+    g_autofree struct drain *drains = g_new0(struct drain, count);
+    struct drain near;
+    unsigned applied = 0;
+    int result = 0;
+    actions_drain(graph, actions, count, &near);
+    while (result == 0 && applied < count) {
+        result = action_apply(&actions[applied], &drains[applied], err);
+        applied += result == 0;
+    }
+    if (result == 0) {
+        actions_commit(actions, count, drains);
+    } else {
+        actions_revert(actions, applied, drains);
+    }
+    graph_drain_end(&near);
     return result;
 }
 
@@ -96,7 +134,7 @@ int coroutine_fn actions_run(struct graph *graph, struct action *actions, unsign
     }
     if (result == 0) {
         graph_lock(graph);
-        result = actions_apply(graph, actions, count, err);
+        result = actions_run_locked(graph, actions, count, err);
         graph_unlock(graph);
     }
     actions_clean(actions, count);

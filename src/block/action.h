@@ -14,19 +14,32 @@
 struct action;
 
 /*
- * One kind of action. actions_run() calls the members in this order; each may be NULL, and may yield.
+ * One kind of action. Each member may be NULL, and may yield. actions_run() calls them in this order:
  *
- *   prepare  what is slow and nobody sees: creates and opens files. graph->lock is not held. A failure ends the run.
+ * - prepare: what is slow and nobody sees: creates and opens files. graph->lock is not held. A failure ends the run.
+ *
  * Then, graph->lock held, for one action after the other, so that each finds what those before it did:
- *   plan     finds out what the arguments mean in this graph; gives the nodes to be drained, action_drain(). Changes
- *            nothing.
- *   apply    these nodes are drained, and stay so until the end of the run: takes the claims and makes every change
- * that can fail. Quick: users wait. When it fails it has taken back what it did itself. When one has failed, those
- * before it, in reverse order: revert   takes back what apply did. Still locked and drained. Else, when all have been
- * applied, in order, locked and drained: commit   what cannot fail; job_start(). The point in time of all of them lies
- * between the last apply and this. At the end always, for each action, in order, the lock given back: clean    frees
- * action->state, whatever has been called before (also if nothing was). The dry run calls plan and preview, graph->lock
- * held, then clean. preview  the decision alone, as operation_preview().
+ *
+ * - plan: finds out what the arguments mean in this graph; gives the nodes to be drained, action_drain(). Changes
+ *   nothing.
+ * - apply: these nodes are drained, and stay so until the end of the run: takes the claims and makes every change that
+ *   can fail. Quick: users wait. When it fails it has taken back what it did itself.
+ *
+ * When one has failed, those before it, in reverse order, still locked and drained:
+ *
+ * - revert: takes back what apply did.
+ *
+ * Else, when all have been applied, in order, locked and drained:
+ *
+ * - commit: what cannot fail; job_start(). The point in time of all of them lies between the last apply and this.
+ *
+ * At the end always, for each action, in order, the lock given back and nothing drained:
+ *
+ * - clean: frees action->state, whatever has been called before (also if nothing was).
+ *
+ * The dry run calls plan and preview, graph->lock held, then clean.
+ *
+ * - preview: the decision alone, as operation_preview().
  */
 struct action_kind {
     const char *name;
@@ -44,6 +57,10 @@ struct action {
     struct graph *graph;
     void *state;        /* the kind's; made by whoever makes the action */
     GPtrArray *touched; /* struct node, references; actions_run()'s */
+    /* Names of nodes that it will probably touch, ended by NULL; or NULL. Where there are several actions these are
+     * drained all at once before the first: so the waits for requests in flight do not add up. No promise: names that
+     * nobody has are passed over, and plan() says what is needed. Borrowed. */
+    const char *const *near;
 };
 
 /* In plan: `node` will be drained for apply, with everything from which requests reach it. */

@@ -29,16 +29,28 @@ struct backend *backend_create(struct graph *graph, const char *owner)
     return backend;
 }
 
-void coroutine_fn backend_destroy(struct backend *backend)
+static void backend_free(struct backend *backend)
 {
-    if (!backend) {
-        return;
-    }
-    backend_detach(backend);
     list_remove(&backend->graph_link);
     gate_destroy(&backend->gate);
     g_free(backend->owner);
     g_free(backend);
+}
+
+void coroutine_fn backend_destroy(struct backend *backend)
+{
+    if (backend) {
+        backend_detach(backend);
+        backend_free(backend);
+    }
+}
+
+void coroutine_fn backend_destroy_locked(struct backend *backend)
+{
+    if (backend) {
+        backend_detach_locked(backend);
+        backend_free(backend);
+    }
 }
 
 int coroutine_fn backend_attach_locked(struct backend *backend, struct node *node, unsigned granted, struct error **err)
@@ -76,10 +88,9 @@ void backend_follow(struct backend *backend, struct operation *operation, unsign
     backend->variable = variable;
 }
 
-void coroutine_fn backend_detach(struct backend *backend)
+void coroutine_fn backend_detach_locked(struct backend *backend)
 {
     struct node *node = NULL;
-    graph_lock(backend->graph);
     gate_close(&backend->gate);
     gate_settle(&backend->gate);
     if (backend->root.child) {
@@ -90,6 +101,12 @@ void coroutine_fn backend_detach(struct backend *backend)
     backend->operation = NULL;
     gate_open(&backend->gate);
     node_unref(node);
+}
+
+void coroutine_fn backend_detach(struct backend *backend)
+{
+    graph_lock(backend->graph);
+    backend_detach_locked(backend);
     graph_unlock(backend->graph);
 }
 

@@ -102,13 +102,17 @@ struct transaction *graph_begin(struct graph *graph, const char *subject);
 /* Whose transaction it is. graph_commit() tests what it holds in the old shape: `graph` on a node whose edge changes,
  * some claim on the node that an edge will lead to, and on a node that becomes stale. No claim is needed for edges of
  * job filters, of stale images and of images that nobody stands on; nor for root edges, which are their users'.
- * A user's filter goes along with what it shows: `graph` is not asked for. */
+ * A user's filter goes along with what it shows: `graph` is not asked for. Nor is it for an edge that moves between an
+ * image and a job filter over that same image: neither view nor header changes. */
 void transaction_by(struct transaction *transaction, const struct operation *operation);
 /* edge->child becomes `to`. */
 void transaction_move_edge(struct transaction *transaction, struct edge *edge, struct node *to);
 /* Moves every parent edge of `from` (but for edges of `except_parent`) to `to`: root edges and overlays. */
 void transaction_move_parents(struct transaction *transaction, struct node *from, struct node *to,
                               struct node *except_parent);
+/* The same, but a root edge stays where its owner does not follow it (backend_follow()): a job goes on with the node
+ * that it was asked for. */
+void transaction_move_users(struct transaction *transaction, struct node *from, struct node *to);
 /* Takes the edge away. */
 void transaction_detach(struct transaction *transaction, struct edge *edge);
 /* Gives `parent` a new child edge; *ret (may be NULL) is valid after the commit. */

@@ -86,6 +86,16 @@ void transaction_move_parents(struct transaction *transaction, struct node *from
     }
 }
 
+void transaction_move_users(struct transaction *transaction, struct node *from, struct node *to)
+{
+    list_for_each (link, &from->parents) {
+        struct edge *edge = container_of(link, struct edge, child_link);
+        if (edge->role != EDGE_ROOT || edge->backend->operation) {
+            transaction_move_edge(transaction, edge, to);
+        }
+    }
+}
+
 void transaction_detach(struct transaction *transaction, struct edge *edge)
 {
     g_assert(edge->role != EDGE_ROOT);
@@ -131,6 +141,34 @@ static bool is_nobodys(const struct edge *edge)
            list_is_empty(&parent->parents);
 }
 
+/* The node that a stack of filters will show; one of them may be attached by this transaction. */
+static const struct node *will_show(const struct transaction *transaction, const struct node *node)
+{
+    bool found = true;
+    while (found && node->driver->kind == DRIVER_FILTER) {
+        found = node->filtered != NULL;
+        if (found) {
+            node = node->filtered->child;
+        }
+        for (unsigned i = 0; !found && i < transaction->steps->len; i++) {
+            const struct step *step = step_at((struct transaction *)transaction, i);
+            if (step->kind == STEP_ATTACH && step->edge->parent == node && step->edge->role == EDGE_FILTERED) {
+                node = step->to;
+                found = true;
+            }
+        }
+    }
+    return node;
+}
+
+/* Onto a job filter, or off it, with the same image beneath. */
+static bool steps_over_job_filter(const struct transaction *transaction, const struct step *step)
+{
+    const struct node *from = step->edge->child, *to = step->to;
+    return step->kind == STEP_MOVE && (from->job_filter || to->job_filter) &&
+           will_show(transaction, from) == will_show(transaction, to);
+}
+
 static int enforce_step(const struct transaction *transaction, const struct step *step, struct error **err)
 {
     const struct operation *operation = transaction->operation;
@@ -140,7 +178,8 @@ static int enforce_step(const struct transaction *transaction, const struct step
     case STEP_ATTACH:
     case STEP_DETACH:
         if (!is_nobodys(step->edge)) {
-            if (step->edge->role != EDGE_FILTERED) { /* a filter has no header: its edge goes along like a user's */
+            /* A filter has no header: its edge goes along like a user's. */
+            if (step->edge->role != EDGE_FILTERED && !steps_over_job_filter(transaction, step)) {
                 r = enforce_claim(operation, step->edge->parent, ACCESS_GRAPH, "changing an edge", err);
             }
             if (r == 0 && step->to && !step->to->job_filter) {

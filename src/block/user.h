@@ -31,6 +31,9 @@ void backend_follow(struct backend *backend, struct operation *operation, unsign
 void coroutine_fn backend_detach(struct backend *backend);
 /* Waits for its requests, detaches, frees. Accepts NULL. */
 void coroutine_fn backend_destroy(struct backend *backend);
+/* The same for a caller who holds graph->lock; no drain has closed the backend. */
+void coroutine_fn backend_detach_locked(struct backend *backend);
+void coroutine_fn backend_destroy_locked(struct backend *backend);
 struct node *backend_node(const struct backend *backend); /* the root edge's child, or NULL */
 struct edge *backend_edge(struct backend *backend);
 /* Called on the control thread after the node's size or the attached node changed; may be NULL. */
