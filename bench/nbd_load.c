@@ -34,12 +34,12 @@
 #define RECEIVE_ROOM (4u * 1024 * 1024)
 #define CONNECTIONS_MAX 64u
 
-enum mode { MODE_FILL, MODE_READ, MODE_WRITE };
+enum mode { MODE_FILL, MODE_READ, MODE_WRITE, MODE_MIXED };
 
 static struct {
     const char *socket_path, *host, *port, *export;
     enum mode mode;
-    bool random, structured, verify;
+    bool random, structured, verify, until_input_ends;
     uint32_t bytes, depth, connections;
     double seconds;
     uint64_t seed;
@@ -50,7 +50,7 @@ struct slot {
     uint64_t offset;
     double sent;
     uint8_t *payload; /* writes */
-    bool busy;
+    bool busy, write;
 };
 
 struct connection {
@@ -282,9 +282,10 @@ static bool choose_offset(struct connection *connection, uint64_t *ret)
     return true;
 }
 
-static bool is_write(void)
+/* Mixed: a toss for each request. */
+static bool choose_write(struct connection *connection)
 {
-    return config.mode != MODE_READ;
+    return config.mode == MODE_MIXED ? mix(&connection->random_state) & 1 : config.mode != MODE_READ;
 }
 
 static void prepare_payload(struct slot *slot)
@@ -293,7 +294,7 @@ static void prepare_payload(struct slot *slot)
 
     for (uint32_t at = 0; at < config.bytes; at += BLOCK) {
         block_stamp(slot->payload + at, slot->offset + at, seed);
-        if (config.mode == MODE_WRITE) {
+        if (config.mode != MODE_FILL) {
             atomic_store_explicit(&written[(slot->offset + at) / BLOCK], 1, memory_order_relaxed);
         }
     }
@@ -339,14 +340,15 @@ static void send_requests(struct connection *connection)
         headers++;
         slot->sent = time;
         slot->busy = true;
+        slot->write = choose_write(connection);
         *header = (struct nbd_request_header){htobe32(NBD_REQUEST_MAGIC),
                                               0,
-                                              htobe16(is_write() ? NBD_CMD_WRITE : NBD_CMD_READ),
+                                              htobe16(slot->write ? NBD_CMD_WRITE : NBD_CMD_READ),
                                               htobe64(index),
                                               htobe64(slot->offset),
                                               htobe32(config.bytes)};
         connection->iov[iovs++] = (struct iovec){header, sizeof(*header)};
-        if (is_write()) {
+        if (slot->write) {
             prepare_payload(slot);
             connection->iov[iovs++] = (struct iovec){slot->payload, config.bytes};
         }
@@ -377,7 +379,10 @@ static void slot_done(struct connection *connection, uint64_t cookie, double tim
 static void check_data(const uint8_t *data, uint64_t offset, uint64_t bytes)
 {
     for (uint64_t at = 0; at + BLOCK <= bytes; at += BLOCK) {
-        block_check(data + at, offset + at, NULL, false);
+        /* Mixed: the image may hold anything that this run has not written. */
+        if (config.mode != MODE_MIXED || atomic_load(&written[(offset + at) / BLOCK])) {
+            block_check(data + at, offset + at, config.mode == MODE_MIXED ? &config.seed : NULL, false);
+        }
     }
 }
 
@@ -385,13 +390,16 @@ static void check_data(const uint8_t *data, uint64_t offset, uint64_t bytes)
 static size_t take_simple(struct connection *connection, const uint8_t *bytes, size_t have, double time)
 {
     const struct nbd_simple_reply *reply = (const void *)bytes;
-    size_t whole = sizeof(*reply) + (is_write() ? 0 : config.bytes);
-    uint64_t cookie = be64toh(reply->cookie);
+    size_t whole = sizeof(*reply);
 
     errno = 0;
-    if (have < sizeof(*reply)) {
+    if (have < whole) {
         return 0;
     }
+    uint64_t cookie = be64toh(reply->cookie);
+    bool write = slot_of(connection, cookie)->write;
+
+    whole += write ? 0 : config.bytes;
     if (reply->error) {
         errno = (int)be32toh(reply->error);
         die("the server answered with an error");
@@ -399,7 +407,7 @@ static size_t take_simple(struct connection *connection, const uint8_t *bytes, s
     if (have < whole) {
         return 0;
     }
-    if (!is_write()) {
+    if (!write) {
         check_data(bytes + sizeof(*reply), slot_of(connection, cookie)->offset, config.bytes);
     }
     slot_done(connection, cookie, time);
@@ -515,7 +523,7 @@ static void connection_prepare(struct connection *connection, unsigned index)
     connection->latencies_us = g_malloc0_n(LATENCY_BUCKETS, sizeof(uint32_t));
     for (unsigned i = 0; i < config.depth; i++) {
         connection->free_slots[connection->free_count++] = config.depth - 1 - i;
-        if (is_write()) {
+        if (config.mode != MODE_READ) {
             connection->slots[i].payload = g_malloc(config.bytes);
             for (uint32_t at = 0; at < config.bytes; at += BLOCK) {
                 memcpy(connection->slots[i].payload + at, pattern, BLOCK);
@@ -577,18 +585,21 @@ static double percentile_us(struct connection *connections, uint64_t total, doub
 static void usage(void)
 {
     fputs(
-        "usage: nbd_load --unix PATH | --tcp HOST:PORT  --export NAME  --mode fill|read|write  [--random]\n"
-        "                [--block BYTES] [--depth N] [--connections N] [--seconds S] [--seed N] [--simple] [--verify]\n"
-        "fill writes the whole export once; --verify reads all of it back after a run and compares every byte\n",
+        "usage: nbd_load --unix PATH | --tcp HOST:PORT  --export NAME  --mode fill|read|write|mixed\n"
+        "                [--random] [--block BYTES] [--depth N] [--connections N] [--seconds S | --until-input-ends]\n"
+        "                [--seed N] [--simple] [--verify]\n"
+        "fill writes the whole export once; mixed reads and writes one at a time, whatever the export holds;\n"
+        "--until-input-ends says `connected` first; --verify reads all of it back after a run and compares every "
+        "byte\n",
         stderr);
     exit(1);
 }
 
 static void parse_mode(const char *name)
 {
-    static const char *const names[] = {"fill", "read", "write"};
+    static const char *const names[] = {"fill", "read", "write", "mixed"};
 
-    for (unsigned i = 0; i < 3; i++) {
+    for (unsigned i = 0; i < G_N_ELEMENTS(names); i++) {
         if (strcmp(names[i], name) == 0) {
             config.mode = (enum mode)i;
             return;
@@ -600,9 +611,19 @@ static void parse_mode(const char *name)
 static void parse_options(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"unix", 1, 0, 'u'},    {"tcp", 1, 0, 't'},   {"export", 1, 0, 'e'}, {"mode", 1, 0, 'm'},
-        {"random", 0, 0, 'r'},  {"block", 1, 0, 'b'}, {"depth", 1, 0, 'd'},  {"connections", 1, 0, 'c'},
-        {"seconds", 1, 0, 's'}, {"seed", 1, 0, 'S'},  {"simple", 0, 0, 'p'}, {"verify", 0, 0, 'v'},
+        {"unix", 1, 0, 'u'},
+        {"tcp", 1, 0, 't'},
+        {"export", 1, 0, 'e'},
+        {"mode", 1, 0, 'm'},
+        {"random", 0, 0, 'r'},
+        {"block", 1, 0, 'b'},
+        {"depth", 1, 0, 'd'},
+        {"connections", 1, 0, 'c'},
+        {"seconds", 1, 0, 's'},
+        {"seed", 1, 0, 'S'},
+        {"simple", 0, 0, 'p'},
+        {"verify", 0, 0, 'v'},
+        {"until-input-ends", 0, 0, 'i'},
         {0, 0, 0, 0},
     };
     int option;
@@ -650,13 +671,18 @@ static void parse_options(int argc, char **argv)
         case 'v':
             config.verify = true;
             break;
+        case 'i':
+            config.until_input_ends = true;
+            break;
         default:
             usage();
         }
     }
     if ((!config.socket_path && !config.host) || config.bytes % BLOCK || !config.bytes ||
         config.bytes > REQUEST_BYTES_MAX || !config.depth || config.depth > DEPTH_MAX || !config.connections ||
-        config.connections > CONNECTIONS_MAX || !config.seed || strlen(config.export) > NBD_STRING_MAX) {
+        config.connections > CONNECTIONS_MAX || !config.seed ||
+        (config.mode == MODE_MIXED && (config.depth > 1 || config.connections > 1 || config.verify)) ||
+        strlen(config.export) > NBD_STRING_MAX) {
         usage();
     }
 }
@@ -687,7 +713,13 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < config.connections; i++) {
         pthread_create(&connections[i].thread, NULL, connection_run, &connections[i]);
     }
-    if (config.mode != MODE_FILL) {
+    if (config.until_input_ends) {
+        printf("connected\n");
+        fflush(stdout);
+        while (getchar() != EOF) {
+        }
+        atomic_store(&stop, true);
+    } else if (config.mode != MODE_FILL) {
         struct timespec time = {(time_t)config.seconds,
                                 (long)((config.seconds - (double)(time_t)config.seconds) * 1e9)};
 
