@@ -188,10 +188,10 @@ class LikeThePeer(TestCase):
         return path
 
     def trace(self, events):
-        """Events with what does not depend on the clock."""
+        """Events with what does not depend on the clock, and without what the peer does not say."""
         result = []
         for event in events:
-            data = {k: v for k, v in event.get("data", {}).items() if k not in ("offset", "len")}
+            data = {k: v for k, v in event.get("data", {}).items() if k not in ("offset", "len", "target-state")}
             if {"offset", "len"} <= set(event.get("data", {})):
                 data["done"] = event["data"]["offset"] == event["data"]["len"]
             result.append((event["event"], data))

@@ -247,7 +247,7 @@ static void record_event(json_t *event, void *argument)
     const char *device = json_string_value(json_object_get(data, "device"));
     GString *line = g_string_new(name);
     g_string_append_printf(line, " %s", id ? id : device);
-    const char *const members[] = {"status", "operation", "action", "error"};
+    const char *const members[] = {"status", "operation", "action", "error", "target-state"};
     for (unsigned i = 0; i < G_N_ELEMENTS(members); i++) {
         const char *value = json_string_value(json_object_get(data, members[i]));
         if (value) {

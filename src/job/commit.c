@@ -115,12 +115,17 @@ static int coroutine_fn commit_zero_tail(struct commit *commit)
         if (job->control.cancelled) {
             return -ECANCELED;
         }
+        if (job->control.pauses) {
+            job->control.rest(&job->control);
+            continue;
+        }
         uint64_t bytes = min_u64(end - at, TAIL_PIECE);
         int result = backend_write_zeroes(commit->target, at, bytes, REQUEST_MAY_UNMAP);
-        if (result < 0) {
-            return result;
+        if (result == 0) {
+            at += bytes;
+        } else if (!job_retries(job, false, result, NULL)) {
+            return job->control.cancelled ? -ECANCELED : result;
         }
-        at += bytes;
     }
     return 0;
 }
@@ -151,10 +156,9 @@ static int coroutine_fn commit_scan(struct commit *commit)
         int result = backend_block_status(commit->source, commit->base, commit->scanned, commit->size - commit->scanned,
                                           &extent);
         if (result < 0) {
-            if (job_failed(job, true, result) == COPY_FAIL) {
-                return result;
+            if (!job_retries(job, true, result, NULL)) {
+                return job->control.cancelled ? -ECANCELED : result;
             }
-            job_idle(job, READY_LOOK_NS);
             continue;
         }
         if (extent.flags & EXTENT_ALLOCATED) {
@@ -197,7 +201,8 @@ static int coroutine_fn commit_run_active(struct commit *commit)
 static int coroutine_fn commit_run(struct job *job, struct error **err)
 {
     struct commit *commit = job->state;
-    return commit->active ? commit_run_active(commit) : commit_run_middle(commit);
+    int result = commit->active ? commit_run_active(commit) : commit_run_middle(commit);
+    return result < 0 ? result : job_flush(job, commit->target, err);
 }
 
 /* --- the end --- */
@@ -360,9 +365,10 @@ static int coroutine_fn commit_finish_drained(struct commit *commit, struct erro
 static int coroutine_fn commit_prepare(struct job *job, struct error **err)
 {
     struct commit *commit = job->state;
-    int result = commit->active ? commit_converge(commit) : 0;
-    if (result == 0) {
-        result = commit_flush(commit, err);
+    int result = 0;
+    if (commit->active) {
+        result = commit_converge(commit);
+        result = result < 0 ? result : commit_flush(commit, err);
     }
     if (result == 0) {
         result = commit_lock(commit, err);
@@ -418,12 +424,18 @@ static void coroutine_fn commit_clean(struct job *job)
     commit_destroy(commit);
 }
 
+static enum job_target_state commit_target_state(struct job *job)
+{
+    return job->result == 0 ? JOB_TARGET_STATE_COMPLETE : JOB_TARGET_STATE_PARTIAL;
+}
+
 static const struct job_policy commit_policy = {
     .type = JOB_TYPE_COMMIT,
     .run = commit_run,
     .prepare = commit_prepare,
     .clean = commit_clean,
     .progress = commit_progress,
+    .target_state = commit_target_state,
 };
 
 /* Finds top and base as the arguments name them. */
@@ -602,10 +614,12 @@ static int coroutine_fn commit_prepare_graph(struct commit *commit, const struct
 
 static void commit_launch(struct commit *commit, struct jobs *jobs, const struct block_commit_args *args)
 {
+    enum blockdev_on_error on_error = args->has_on_error ? args->on_error : BLOCKDEV_ON_ERROR_REPORT;
     struct job_config config = {
         .id = args->job_id,
         .speed = args->has_speed ? args->speed : 0,
-        .on_error = args->has_on_error ? args->on_error : BLOCKDEV_ON_ERROR_REPORT,
+        .on_source_error = on_error,
+        .on_target_error = on_error,
         .auto_finalize = !args->has_auto_finalize || args->auto_finalize,
         .auto_dismiss = !args->has_auto_dismiss || args->auto_dismiss,
     };

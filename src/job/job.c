@@ -13,11 +13,15 @@
  *    BLOCK_JOB_READY,] waiting, pending, [BLOCK_JOB_PENDING,] BLOCK_JOB_COMPLETED, concluded, null; a failed or
  *    cancelled job goes through aborting in place of waiting and pending.
  *
- * What a job does to the graph is in commit.c and stream.c; moving data is copy/'s.
+ * 6. A job that ends emits one of BLOCK_JOB_COMPLETED and BLOCK_JOB_CANCELLED, once, whatever was asked of it.
+ *
+ * What a job does to the graph is in commit.c and stream.c; moving data is copy/'s; ending together is group.c's.
  */
 #include "access/queue.h"
 #include "base/size.h"
 #include "block/graph.h"
+#include "block/user.h"
+#include "job/group.h"
 #include "job/policy.h"
 #include "job/state.h"
 #include "loop/loop.h"
@@ -26,7 +30,6 @@
 #include <glib.h>
 
 #define JOBS_MAX 256
-#define LONG_NS ((int64_t)3600 * 1000 * 1000 * 1000)
 
 struct jobs {
     struct list list; /* struct job, in order of creation */
@@ -83,6 +86,9 @@ struct job *jobs_find_or_error(struct jobs *jobs, const char *id, struct error *
 struct job *jobs_find_block_or_error(struct jobs *jobs, const char *id, struct error **err)
 {
     struct job *job = jobs_find(jobs, id);
+    if (job && job->policy->plain) {
+        job = NULL;
+    }
     if (!job) {
         error_set_class(err, ERROR_DEVICE_NOT_ACTIVE, -ENOENT, "Block job '%s' not found", id);
     }
@@ -124,12 +130,15 @@ int job_percent(void *argument)
     return job->total ? (int)((unsigned __int128)job->done * 100 / job->total) : -1;
 }
 
-static void job_emit_end(struct job *job, bool cancelled)
+static void job_emit_end(struct job *job, bool cancelled, bool has_state, enum job_target_state state)
 {
     enum job_type type = job->policy->type;
-    int64_t total = (int64_t)job->total, done = (int64_t)job->done;
-    job_emit(job, cancelled ? event_block_job_cancelled(type, job->id, total, done, job->speed)
-                            : event_block_job_completed(type, job->id, total, done, job->speed, job->error));
+    int64_t total = (int64_t)job->total, done = (int64_t)job->done, speed = job->speed;
+    if (!job->policy->plain) {
+        job_emit(job, cancelled
+                          ? event_block_job_cancelled(type, job->id, total, done, speed, has_state, state)
+                          : event_block_job_completed(type, job->id, total, done, speed, job->error, has_state, state));
+    }
 }
 
 void job_ready(struct job *job)
@@ -178,7 +187,7 @@ static void coroutine_fn job_rest(struct copy_control *control)
     g_assert(before == JOB_STATUS_RUNNING || before == JOB_STATUS_READY);
     job_set_status(job, before == JOB_STATUS_READY ? JOB_STATUS_STANDBY : JOB_STATUS_PAUSED);
     while (control->pauses && !control->cancelled) {
-        loop_sleep_ns(&control->sleep, LONG_NS);
+        loop_sleep_ns(&control->sleep, JOB_LONG_NS);
     }
     job_set_status(job, before);
 }
@@ -191,7 +200,8 @@ struct job *job_create(struct jobs *jobs, const struct job_policy *policy, const
     job->policy = policy;
     job->control.rest = job_rest;
     job->speed = config->speed;
-    job->on_error = config->on_error;
+    job->on_source_error = config->on_source_error;
+    job->on_target_error = config->on_target_error;
     job->auto_finalize = config->auto_finalize;
     job->auto_dismiss = config->auto_dismiss;
     job->holds = 1;
@@ -200,7 +210,9 @@ struct job *job_create(struct jobs *jobs, const struct job_policy *policy, const
     speed_set(&job->control.speed, (uint64_t)config->speed, loop_now_ns());
     list_append(&jobs->list, &job->link);
     jobs->count++;
-    job_set_status(job, JOB_STATUS_CREATED);
+    if (config->group) {
+        job_group_join(config->group, job);
+    }
     return job;
 }
 
@@ -214,13 +226,18 @@ static void job_unhold(struct job *job)
     }
 }
 
+static void job_forget(struct job *job)
+{
+    list_remove(&job->link);
+    job->jobs->count--;
+    job_unhold(job);
+}
+
 /* The job is concluded and leaves. */
 static void job_remove(struct job *job)
 {
     job_set_status(job, JOB_STATUS_NULL);
-    list_remove(&job->link);
-    job->jobs->count--;
-    job_unhold(job);
+    job_forget(job);
 }
 
 /* Waits for the end, whichever it is. */
@@ -235,20 +252,41 @@ static void coroutine_fn job_wait(struct job *job)
     job_unhold(job);
 }
 
-/* Waiting and pending: until the user, or auto-finalize, wants the last step. */
+/* Waiting and pending: until the others of its group are there too, and the user, or auto-finalize, wants the last
+ * step. */
 static int coroutine_fn job_await_finalize(struct job *job)
 {
     job_set_status(job, JOB_STATUS_WAITING);
-    job_set_status(job, JOB_STATUS_PENDING);
-    if (!job->auto_finalize) {
-        job_emit(job, event_block_job_pending(job->policy->type, job->id));
-    }
     job->idle = true;
-    while (!job->auto_finalize && !job->finalize_asked && !job->control.cancelled) {
-        loop_sleep_ns(&job->control.sleep, LONG_NS);
+    int result = job_group_meet(job);
+    if (result == 0) {
+        job_set_status(job, JOB_STATUS_PENDING);
+        if (!job->auto_finalize && !job->policy->plain) {
+            job_emit(job, event_block_job_pending(job->policy->type, job->id));
+        }
+        while (!job_group_is_finalized(job) && !job->control.cancelled) {
+            loop_sleep_ns(&job->control.sleep, JOB_LONG_NS);
+        }
+        result = job->control.cancelled ? -ECANCELED : job_group_take_turn(job);
     }
     job->idle = false;
-    return job->control.cancelled ? -ECANCELED : 0;
+    return result;
+}
+
+/* The last step, in agreement with the others of the group. */
+static int coroutine_fn job_last_step(struct job *job, struct error **err)
+{
+    int result = job_await_finalize(job);
+    if (result == 0) {
+        result = job->policy->prepare(job, err);
+        if (result == 0) {
+            result = job_group_agree(job);
+        }
+        if (result == 0 && job->policy->commit) {
+            job->policy->commit(job);
+        }
+    }
+    return result;
 }
 
 static void job_note_error(struct job *job, int result, struct error *error)
@@ -261,9 +299,11 @@ static void job_note_error(struct job *job, int result, struct error *error)
 static void coroutine_fn job_end(struct job *job, bool cancelled)
 {
     job_update_progress(job);
+    bool has_state = job->policy->target_state;
+    enum job_target_state state = has_state ? job->policy->target_state(job) : JOB_TARGET_STATE_UNCHANGED;
     job->policy->clean(job);
     job->state = NULL;
-    job_emit_end(job, cancelled);
+    job_emit_end(job, cancelled, has_state, state);
     job_set_status(job, JOB_STATUS_CONCLUDED);
     job->idle = true;
     bool dismiss = job->auto_dismiss || job->jobs->closing;
@@ -287,12 +327,11 @@ static void job_entry(void *argument)
         result = job->left_error;
     }
     if (result == 0) {
-        result = job->control.cancelled ? -ECANCELED : job_await_finalize(job);
-    }
-    if (result == 0) {
-        result = job->policy->prepare(job, &error);
+        result = job->control.cancelled ? -ECANCELED : job_last_step(job, &error);
     }
     job_note_error(job, result, error);
+    job->result = result;
+    job_group_leave(job);
     if (result < 0) {
         job_set_status(job, JOB_STATUS_ABORTING);
         if (job->policy->abort) {
@@ -304,8 +343,22 @@ static void job_entry(void *argument)
 
 void job_start(struct job *job)
 {
+    job_set_status(job, JOB_STATUS_CREATED);
     job_set_status(job, JOB_STATUS_RUNNING);
     loop_spawn(loop_self(), job_entry, job);
+}
+
+void job_discard(struct job *job)
+{
+    g_assert(job->status == JOB_STATUS_UNDEFINED);
+    job_group_leave(job);
+    job->holds++;
+    co_mutex_lock(&job->ended_mutex);
+    job->concluded = true;
+    co_queue_wake_all(&job->ended);
+    co_mutex_unlock(&job->ended_mutex);
+    job_forget(job);
+    job_unhold(job);
 }
 
 void coroutine_fn job_idle(struct job *job, int64_t duration_ns)
@@ -321,17 +374,18 @@ void coroutine_fn job_idle(struct job *job, int64_t duration_ns)
 
 /* --- errors --- */
 
-static enum block_error_action job_error_action(const struct job *job, int error)
+static enum block_error_action job_error_action(const struct job *job, bool reading, int error)
 {
     if (job->status == JOB_STATUS_PENDING) {
         return BLOCK_ERROR_ACTION_REPORT; /* users are held up: no time to wait for somebody */
     }
-    switch (job->on_error) {
+    switch (reading ? job->on_source_error : job->on_target_error) {
     case BLOCKDEV_ON_ERROR_IGNORE:
         return BLOCK_ERROR_ACTION_IGNORE;
     case BLOCKDEV_ON_ERROR_STOP:
         return BLOCK_ERROR_ACTION_STOP;
     case BLOCKDEV_ON_ERROR_ENOSPC:
+    case BLOCKDEV_ON_ERROR_AUTO:
         return error == -ENOSPC ? BLOCK_ERROR_ACTION_STOP : BLOCK_ERROR_ACTION_REPORT;
     default:
         return BLOCK_ERROR_ACTION_REPORT;
@@ -344,7 +398,7 @@ enum copy_verdict job_failed(void *argument, bool reading, int error)
     if (job->control.cancelled) {
         return COPY_FAIL;
     }
-    enum block_error_action action = job_error_action(job, error);
+    enum block_error_action action = job_error_action(job, reading, error);
     if (action == BLOCK_ERROR_ACTION_STOP && job->io_status != BLOCK_DEVICE_IO_STATUS_OK) {
         return COPY_PAUSE; /* others of the same flock */
     }
@@ -366,6 +420,39 @@ enum copy_verdict job_failed(void *argument, bool reading, int error)
     default:
         return COPY_FAIL;
     }
+}
+
+bool coroutine_fn job_retries(struct job *job, bool reading, int error, bool *ret_leave)
+{
+    enum copy_verdict verdict = job_failed(job, reading, error);
+    if (ret_leave) {
+        *ret_leave = verdict == COPY_LEAVE;
+    }
+    if (job->control.cancelled || verdict == COPY_FAIL || (verdict == COPY_LEAVE && ret_leave)) {
+        return false;
+    }
+    if (job->control.pauses) {
+        job_rest(&job->control);
+    } else {
+        job_idle(job, JOB_RETRY_NS);
+    }
+    return !job->control.cancelled;
+}
+
+int coroutine_fn job_flush(struct job *job, struct backend *target, struct error **err)
+{
+    int result;
+    while ((result = backend_flush(target)) < 0) {
+        bool leave;
+        if (job_retries(job, false, result, &leave)) {
+            continue;
+        }
+        if (leave || job->control.cancelled) {
+            return leave ? 0 : -ECANCELED;
+        }
+        return error_set_errno(err, result, "Cannot flush node '%s'", backend_node(target)->name);
+    }
+    return 0;
 }
 
 /* --- verbs --- */
@@ -422,6 +509,9 @@ int job_cancel(struct job *job, bool force, struct error **err)
         return result;
     }
     bool ready = job->status == JOB_STATUS_READY || job->status == JOB_STATUS_STANDBY;
+    if (job->beyond) {
+        return 0; /* it has lost the race, and will be told so by BLOCK_JOB_COMPLETED */
+    }
     if (ready && !force) {
         job->end_asked = true;
         job_end_user_pause(job);
@@ -459,12 +549,21 @@ int job_complete(struct job *job, struct error **err)
     return result;
 }
 
+int coroutine_fn job_change(struct job *job, const struct block_job_change_options *options, struct error **err)
+{
+    int result = job_check_verb(job, JOB_VERB_CHANGE, err);
+    if (result == 0 && !job->policy->change) {
+        result = error_set(err, -ENOTSUP, "Job '%s' has nothing that could be changed", job->id);
+    }
+    return result < 0 ? result : job->policy->change(job, options, err);
+}
+
 int coroutine_fn job_finalize(struct job *job, struct error **err)
 {
     int result = job_check_verb(job, JOB_VERB_FINALIZE, err);
     if (result == 0) {
         job->finalize_asked = true;
-        copy_control_wake(&job->control);
+        job_group_wake(job);
         job_wait(job);
     }
     return result;
@@ -486,6 +585,9 @@ struct job_info_list *jobs_query(struct jobs *jobs)
     struct job_info_list *list = g_new0(struct job_info_list, 1);
     list_for_each (link, &jobs->list) {
         struct job *job = container_of(link, struct job, link);
+        if (job->status == JOB_STATUS_UNDEFINED) {
+            continue;
+        }
         struct job_info *info = g_new0(struct job_info, 1);
         job_update_progress(job);
         info->id = g_strdup(job->id);
@@ -504,6 +606,9 @@ struct block_job_info_list *jobs_query_block(struct jobs *jobs)
     struct block_job_info_list *list = g_new0(struct block_job_info_list, 1);
     list_for_each (link, &jobs->list) {
         struct job *job = container_of(link, struct job, link);
+        if (job->status == JOB_STATUS_UNDEFINED || job->policy->plain) {
+            continue;
+        }
         struct block_job_info *info = g_new0(struct block_job_info, 1);
         bool resting = job->status == JOB_STATUS_PAUSED || job->status == JOB_STATUS_STANDBY;
         job_update_progress(job);
@@ -532,6 +637,8 @@ void coroutine_fn jobs_cancel_all_and_wait(struct jobs *jobs)
         struct job *job = container_of(link, struct job, link);
         if (job_state_takes(job->status, JOB_VERB_CANCEL)) {
             job_cancel(job, true, NULL);
+        } else if (job->status == JOB_STATUS_UNDEFINED) {
+            job->control.cancelled = true; /* if it is started at all */
         }
     }
     while (!list_is_empty(&jobs->list)) {

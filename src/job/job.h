@@ -12,6 +12,7 @@
  * Jobs, for who commands them: the monitor's handlers, the shutdown. Control thread only. How jobs are started stands
  * in commit.h and stream.h, how one is implemented in policy.h.
  */
+struct block_job_change_options;
 struct graph;
 struct job;
 struct jobs;
@@ -37,6 +38,8 @@ int job_resume(struct job *job, struct error **err);
 int job_cancel(struct job *job, bool force, struct error **err);
 int job_set_speed(struct job *job, int64_t bytes_per_second, struct error **err);
 int job_complete(struct job *job, struct error **err);
+/* block-job-change. The options' type must be the job's. */
+int coroutine_fn job_change(struct job *job, const struct block_job_change_options *options, struct error **err);
 /* Returns when the last step is done, well or not. */
 int coroutine_fn job_finalize(struct job *job, struct error **err);
 int job_dismiss(struct job *job, struct error **err);

@@ -63,8 +63,8 @@ static struct job *job_of(struct test_bench *bench)
 
 #define S(status) "JOB_STATUS_CHANGE j " status
 #define STARTED S("created") "; " S("running")
-#define FINISHED S("waiting") "; " S("pending") "; BLOCK_JOB_COMPLETED j; " S("concluded") "; " S("null")
-#define CANCELLED S("aborting") "; BLOCK_JOB_CANCELLED j; " S("concluded") "; " S("null")
+#define FINISHED S("waiting") "; " S("pending") "; BLOCK_JOB_COMPLETED j complete; " S("concluded") "; " S("null")
+#define CANCELLED(state) S("aborting") "; BLOCK_JOB_CANCELLED j " state "; " S("concluded") "; " S("null")
 
 /* Each test body runs in a coroutine. */
 static void run(gconstpointer body)
@@ -165,7 +165,7 @@ static void active_cancel_soft(void *unused)
 
 static void active_cancel_forced(void *unused)
 {
-    end_ready(true, false, CANCELLED);
+    end_ready(true, false, CANCELLED("partial"));
 }
 
 static void manual_steps(void *unused)
@@ -187,7 +187,7 @@ static void manual_steps(void *unused)
                               "waiting") "; " S("pending") "; BLOCK_JOB_PENDING j");
     expect_error(job_pause(job, &error), "Job 'j' in state 'pending' cannot accept command verb 'pause'");
     g_assert_cmpint(job_finalize(job, NULL), ==, 0);
-    expect_events(&bench, "BLOCK_JOB_COMPLETED j; " S("concluded"));
+    expect_events(&bench, "BLOCK_JOB_COMPLETED j complete; " S("concluded"));
     expect_error(job_cancel(job, true, &error), "Job 'j' in state 'concluded' cannot accept command verb 'cancel'");
     g_assert_cmpint(job_dismiss(job, NULL), ==, 0);
     expect_events(&bench, S("null"));
@@ -203,7 +203,7 @@ static void cancel_while_pending(void *unused)
     g_autofree char *begun = bench_events(&bench);
     g_assert_cmpint(job_cancel(job_of(&bench), true, NULL), ==, 0);
     bench_await(&bench, "j", JOB_STATUS_NULL);
-    expect_events(&bench, CANCELLED);
+    expect_events(&bench, CANCELLED("intact"));
     g_assert_true(node_backing(bench.nodes[2]) == bench.nodes[1]);
     g_assert_cmpstr(bench_disk_backing(bench.nodes[2]), ==, "a.img");
     bench_close(&bench);
@@ -231,7 +231,7 @@ static void throttled_pause_and_cancel(void *unused)
     g_assert_cmpint(job_cancel(job, true, NULL), ==, 0);
     bench_await(&bench, "j", JOB_STATUS_NULL);
     g_assert_cmpint(loop_clock_ns() - before, <, 500000000);
-    expect_events(&bench, S("paused") "; " S("running") "; " CANCELLED);
+    expect_events(&bench, S("paused") "; " S("running") "; " CANCELLED("intact"));
     bench_close(&bench);
 }
 
@@ -327,7 +327,7 @@ static void expect_failing_stream(enum blockdev_on_error on_error, int fault, co
     bench_close(&bench);
 }
 
-#define FAILED(error) S("aborting") "; BLOCK_JOB_COMPLETED j " error "; " S("concluded") "; " S("null")
+#define FAILED(error) S("aborting") "; BLOCK_JOB_COMPLETED j " error " intact; " S("concluded") "; " S("null")
 
 static void errors_of_a_stream(void *unused)
 {

@@ -38,7 +38,7 @@ static const unsigned leads_to[JOB_STATUS_COUNT] = {
     [JOB_STATUS_NULL] = 0,
 };
 
-#define WHILE_RUNNING (V(CANCEL) | V(PAUSE) | V(RESUME) | V(SET_SPEED))
+#define WHILE_RUNNING (V(CANCEL) | V(PAUSE) | V(RESUME) | V(SET_SPEED) | V(CHANGE))
 static const unsigned takes[JOB_STATUS_COUNT] = {
     [JOB_STATUS_UNDEFINED] = 0,
     [JOB_STATUS_CREATED] = WHILE_RUNNING,
@@ -56,7 +56,7 @@ static const unsigned takes[JOB_STATUS_COUNT] = {
 static const char *const verb_names[] = {
     [JOB_VERB_CANCEL] = "cancel",       [JOB_VERB_PAUSE] = "pause",       [JOB_VERB_RESUME] = "resume",
     [JOB_VERB_SET_SPEED] = "set-speed", [JOB_VERB_COMPLETE] = "complete", [JOB_VERB_FINALIZE] = "finalize",
-    [JOB_VERB_DISMISS] = "dismiss",
+    [JOB_VERB_DISMISS] = "dismiss",     [JOB_VERB_CHANGE] = "change",
 };
 G_STATIC_ASSERT(G_N_ELEMENTS(leads_to) == JOB_STATUS_COUNT && G_N_ELEMENTS(takes) == JOB_STATUS_COUNT);
 G_STATIC_ASSERT(G_N_ELEMENTS(verb_names) == JOB_VERB_COUNT);

@@ -14,6 +14,7 @@ enum job_verb {
     JOB_VERB_COMPLETE,
     JOB_VERB_FINALIZE,
     JOB_VERB_DISMISS,
+    JOB_VERB_CHANGE,
     JOB_VERB_COUNT
 };
 /* May a job go from one state to the other? */

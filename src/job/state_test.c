@@ -68,6 +68,7 @@ static void verbs_are_where_they_make_sense(void)
         bool running = job_state_takes(status, JOB_VERB_PAUSE);
         g_assert_true(job_state_takes(status, JOB_VERB_RESUME) == running);
         g_assert_true(job_state_takes(status, JOB_VERB_SET_SPEED) == running);
+        g_assert_true(job_state_takes(status, JOB_VERB_CHANGE) == running);
         g_assert_true(job_state_takes(status, JOB_VERB_COMPLETE) ==
                       (status == JOB_STATUS_READY || status == JOB_STATUS_STANDBY));
         g_assert_true(job_state_takes(status, JOB_VERB_FINALIZE) == (status == JOB_STATUS_PENDING));

@@ -95,7 +95,8 @@ static void stream_progress(struct job *job, uint64_t *ret_done, uint64_t *ret_t
 static int coroutine_fn stream_run(struct job *job, struct error **err)
 {
     struct stream *stream = job->state;
-    return copy_range(stream->copy, 0, stream->size, false);
+    int result = copy_range(stream->copy, 0, stream->size, false);
+    return result < 0 ? result : job_flush(job, stream->backend, err);
 }
 
 /* --- the end --- */
@@ -209,6 +210,11 @@ static void coroutine_fn stream_clean(struct job *job)
     stream_destroy(stream);
 }
 
+static enum job_target_state stream_target_state(struct job *job)
+{
+    return job->result == 0 ? JOB_TARGET_STATE_COMPLETE : JOB_TARGET_STATE_INTACT;
+}
+
 static const struct job_policy stream_policy = {
     .type = JOB_TYPE_STREAM,
     .ignore_leaves = true,
@@ -216,6 +222,7 @@ static const struct job_policy stream_policy = {
     .prepare = stream_prepare,
     .clean = stream_clean,
     .progress = stream_progress,
+    .target_state = stream_target_state,
 };
 
 static int stream_check_args(const struct block_stream_args *args, struct error **err)
@@ -350,10 +357,12 @@ static int coroutine_fn stream_prepare_graph(struct stream *stream, const char *
 static void stream_launch(struct stream *stream, struct jobs *jobs, const char *id,
                           const struct block_stream_args *args)
 {
+    enum blockdev_on_error on_error = args->has_on_error ? args->on_error : BLOCKDEV_ON_ERROR_REPORT;
     struct job_config config = {
         .id = id,
         .speed = args->has_speed ? args->speed : 0,
-        .on_error = args->has_on_error ? args->on_error : BLOCKDEV_ON_ERROR_REPORT,
+        .on_source_error = on_error,
+        .on_target_error = on_error,
         .auto_finalize = !args->has_auto_finalize || args->auto_finalize,
         .auto_dismiss = !args->has_auto_dismiss || args->auto_dismiss,
     };

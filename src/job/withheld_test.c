@@ -31,7 +31,7 @@ static unsigned refusals; /* that were logged */
 static int coroutine_fn end_of_job(struct test_bench *bench)
 {
     bench_await(bench, "j", JOB_STATUS_NULL);
-    bool good = g_ptr_array_find_with_equal_func(bench->events, "BLOCK_JOB_COMPLETED j", g_str_equal, NULL);
+    bool good = g_ptr_array_find_with_equal_func(bench->events, "BLOCK_JOB_COMPLETED j complete", g_str_equal, NULL);
     return good ? 0 : -EPERM;
 }
 
