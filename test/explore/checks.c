@@ -21,7 +21,7 @@
 /* Nobody promises anything of these any more. */
 static bool is_promised(const struct world *world, int image)
 {
-    return !world->pictures[image].stale && !world->pictures[image].forgotten;
+    return !world->pictures[image].stale && !world->pictures[image].forgotten && !world->pictures[image].idle;
 }
 
 /* Compares all of an image with its picture. `where` is for the message. */
@@ -29,7 +29,7 @@ static void compare(struct world *world, const struct picture *picture, const ch
                     uint64_t size, bool flushed_only)
 {
     const struct view *view = picture->view;
-    struct view_look look = view_look_now(view);
+    struct view_look look = view_look_now();
     uint64_t bytes = MIN(size, view->size);
     look.flushed_only = flushed_only;
     if (view->unknown) {
@@ -43,6 +43,9 @@ static void compare(struct world *world, const struct picture *picture, const ch
                         (unsigned)view->size);
     }
     g_autofree char *difference = view_compare(view, &look, 0, bytes, shown);
+    if (!difference && view->until) {
+        difference = view_compare_moment(view, &look, bytes, shown);
+    }
     if (difference) {
         world_violation(world, "image %s %s: %s", picture->name, where, difference);
     }
@@ -93,7 +96,7 @@ static void check_link(struct world *world, const struct picture *picture, struc
 
 void coroutine_fn check_graph(struct world *world)
 {
-    for (unsigned i = 0; i < world->topology->count; i++) {
+    for (unsigned i = 0; i < world->picture_count; i++) {
         const struct picture *picture = &world->pictures[i];
         struct node *node = world_node(world, (int)i);
         if (!is_promised(world, (int)i) || !node) {
@@ -110,7 +113,7 @@ static void check_header(struct world *world, const struct picture *picture)
 {
     g_autofree char *path = NULL;
     image_backing(world->sim, picture->path, &path);
-    const char *wanted = picture->below == NO_IMAGE ? NULL : world->pictures[picture->below].path;
+    const char *wanted = picture->named == NO_IMAGE ? NULL : world->pictures[picture->named].path;
     if (g_strcmp0(path, wanted) != 0) {
         world_violation(world, "the header of image %s names %s instead of %s", picture->name, path ? path : "nothing",
                         wanted ? wanted : "nothing");
@@ -119,12 +122,12 @@ static void check_header(struct world *world, const struct picture *picture)
 
 void check_disks(struct world *world, const struct disk_rules *rules)
 {
-    for (unsigned i = 0; i < world->topology->count; i++) {
+    for (unsigned i = 0; i < world->picture_count; i++) {
         if (world->pictures[i].stale) {
             sim_disk_remove(world->sim, world->pictures[i].path);
         }
     }
-    for (unsigned i = 0; i < world->topology->count; i++) {
+    for (unsigned i = 0; i < world->picture_count; i++) {
         const struct picture *picture = &world->pictures[i];
         if (!is_promised(world, (int)i)) {
             continue;
@@ -163,7 +166,7 @@ static struct node *coroutine_fn open_from_file(struct world *world, struct grap
 
 void coroutine_fn check_reopened(struct world *world, const struct disk_rules *rules)
 {
-    for (unsigned i = 0; i < world->topology->count; i++) {
+    for (unsigned i = 0; i < world->picture_count; i++) {
         const struct picture *picture = &world->pictures[i];
         if (!is_promised(world, (int)i)) {
             continue;

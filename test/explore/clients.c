@@ -25,14 +25,14 @@ struct client {
     struct view *view;
     struct loop *loop;
     bool writable, exclusive, stop;
-    uint64_t since; /* of the view's clock */
+    uint64_t since; /* view_clock() */
     unsigned writes;
     struct co_group workers;
 };
 
 static struct view_look client_look(const struct client *client)
 {
-    struct view_look look = view_look_now(client->view);
+    struct view_look look = view_look_now();
     if (client->exclusive) {
         look.alone = client->actor->number;
         look.alone_since = client->since;
@@ -91,7 +91,7 @@ static void coroutine_fn client_write(struct client *client, uint64_t offset, ui
 
 static void coroutine_fn client_flush(struct client *client)
 {
-    uint64_t mark = view_flush_mark(client->view);
+    uint64_t mark = view_flush_mark();
     int code = backend_flush(client->backend);
     if (code < 0) {
         client_failed(client, "flush", code);
@@ -192,7 +192,7 @@ int coroutine_fn client_start(struct actor *actor, bool writable, bool exclusive
         world_forget_above(world, actor->move->upper);
     }
     client->view = view_ref(world->pictures[actor->move->upper].view);
-    client->since = client->view->clock;
+    client->since = view_clock();
     actor->client = client;
     for (unsigned i = 0; i < WORKERS && world->schedule->mode != MODE_VERDICT; i++) {
         co_group_enter(&client->workers);

@@ -29,12 +29,6 @@
 
 /* --- jobs --- */
 
-/* Mostly as fast as it goes; else so slow that it takes some milliseconds. */
-static int64_t draw_speed(struct world *world)
-{
-    return world_chance(world, 50) ? 0 : (int64_t)(world->cluster * (200 + world_below(world, 2000)));
-}
-
 static enum job_status status_of(struct actor *actor)
 {
     enum job_status status = JOB_STATUS_NULL;
@@ -110,7 +104,7 @@ static int coroutine_fn commit_begin(struct actor *actor, struct error **err)
         .device = (char *)world->pictures[actor->move->upper].name,
         .base_node = (char *)world->pictures[actor->move->lower].name,
         .has_speed = true,
-        .speed = draw_speed(world),
+        .speed = world_speed(world),
         .has_auto_finalize = true,
     };
     world->pictures[actor->move->lower].may_grow = true;
@@ -118,9 +112,31 @@ static int coroutine_fn commit_begin(struct actor *actor, struct error **err)
     return commit_start(world->jobs, &args, err);
 }
 
+/* What leant on top leans on base; what nobody has open is nobody's. */
+static void commit_relink(struct world *world, int top, int base)
+{
+    for (unsigned i = 0; i < world->picture_count; i++) {
+        struct picture *picture = &world->pictures[i];
+        bool leans = !picture->stale && picture->below != NO_IMAGE;
+        if (leans && !world_node(world, (int)i)) {
+            const struct picture *below = &world->pictures[picture->below];
+            picture->forgotten |= below->stale || below->forgotten;
+        } else if (leans && picture->below == top) {
+            world_link(world, (int)i, base);
+            picture->named = base;
+        }
+    }
+}
+
+static void commit_failed(struct actor *actor);
+
 static void commit_done(struct actor *actor)
 {
     struct world *world = actor->world;
+    if (actor->stays && actor->asked) {
+        commit_failed(actor);
+        return;
+    }
     if (actor->settled) {
         return;
     }
@@ -136,16 +152,13 @@ static void commit_done(struct actor *actor)
         world->pictures[at].stale = true;
         world->pictures[at].moved_to = actor->move->lower;
     }
-    for (unsigned i = 0; i < world->topology->count; i++) {
-        struct picture *picture = &world->pictures[i];
-        bool leans = !picture->stale && picture->below != NO_IMAGE;
-        if (leans && !world_node(world, (int)i)) {
-            const struct picture *below = &world->pictures[picture->below];
-            picture->forgotten |= below->stale || below->forgotten;
-        } else if (leans && picture->below == actor->move->upper) {
-            picture->below = actor->move->lower;
-        }
-    }
+    commit_relink(world, actor->move->upper, actor->move->lower);
+}
+
+static bool commit_moved(const struct actor *actor)
+{
+    struct node *top = world_node(actor->world, actor->move->upper);
+    return actor->verdict == VERDICT_ADMITTED && !(actor->stays && actor->asked) && (!top || top->stale);
 }
 
 /* What is in base, and what shows it, is a mixture from now on. */
@@ -169,6 +182,20 @@ static bool stream_fits(const struct topology *topology, int upper, int lower)
     return below != NO_IMAGE && lower != below && topology_is_above(topology, upper, lower);
 }
 
+/* The role of its bottom follows the model as it follows the graph; world_link(). */
+static void stream_bind(struct actor *actor)
+{
+    struct world *world = actor->world;
+    int lower = actor->move->lower;
+    while (lower != NO_IMAGE && world->pictures[lower].stale) {
+        lower = world->pictures[lower].moved_to;
+    }
+    actor->bottom = actor->move->upper;
+    while (world->pictures[actor->bottom].below != lower && world->pictures[actor->bottom].below != NO_IMAGE) {
+        actor->bottom = world->pictures[actor->bottom].below;
+    }
+}
+
 static int coroutine_fn stream_begin(struct actor *actor, struct error **err)
 {
     struct world *world = actor->world;
@@ -177,25 +204,29 @@ static int coroutine_fn stream_begin(struct actor *actor, struct error **err)
         .device = (char *)world->pictures[actor->move->upper].name,
         .base_node = actor->move->lower == NO_IMAGE ? NULL : (char *)world->pictures[actor->move->lower].name,
         .has_speed = true,
-        .speed = draw_speed(world),
+        .speed = world_speed(world),
         .has_auto_finalize = true,
     };
-    return stream_start(world->jobs, &args, err);
+    int code = stream_start(world->jobs, &args, err);
+    world_catch_up(world);
+    if (code == 0) {
+        stream_bind(actor);
+    }
+    return code;
 }
 
-/* Where another stream into the same image has gone further down, that stays. */
 static void stream_done(struct actor *actor)
 {
     struct world *world = actor->world;
-    struct picture *picture = &world->pictures[actor->move->upper];
-    int lower = actor->move->lower, at = picture->below;
-    while (lower != NO_IMAGE && world->pictures[lower].stale) {
-        lower = world->pictures[lower].moved_to;
-    }
-    while (at != NO_IMAGE && at != lower) {
-        at = world->pictures[at].below;
-    }
-    picture->below = at == lower ? lower : picture->below;
+    int below = world->pictures[actor->bottom].below;
+    actor->bottom = NO_IMAGE;
+    world_link(world, actor->move->upper, below);
+    world->pictures[actor->move->upper].named = below;
+}
+
+static void stream_failed(struct actor *actor)
+{
+    actor->bottom = NO_IMAGE;
 }
 
 /* --- exports --- */
@@ -302,17 +333,55 @@ static int coroutine_fn change_backing_begin(struct actor *actor, struct error *
 /* --- the table --- */
 
 static const struct move_kind kinds[] = {
-    {"commit", MOVE_JOB, commit_fits, true, ">", commit_begin, job_live, commit_done, commit_failed},
-    {"stream", MOVE_JOB, stream_fits, true, "..", stream_begin, job_live, stream_done, NULL},
-    {"export-ro", MOVE_CLIENT, any_image, false, "", export_ro_begin, client_live, NULL, NULL},
-    {"export-ro-sh", MOVE_CLIENT, any_image, false, "", export_ro_shared_begin, client_live, NULL, NULL},
-    {"export-rw", MOVE_CLIENT, any_image, false, "", export_rw_begin, client_live, NULL, NULL},
-    {"export-rw-sh", MOVE_CLIENT, any_image, false, "", export_rw_shared_begin, client_live, NULL, NULL},
-    {"resize", MOVE_COMMAND, any_image, false, "", grow_begin, NULL, resize_done, NULL, &block_resize_claims, 0},
-    {"shrink", MOVE_COMMAND, any_image, false, "", shrink_begin, NULL, resize_done, NULL, &block_resize_claims,
-     CLAIM_IF_SHRINK},
-    {"cbf", MOVE_COMMAND, has_backing, false, "", change_backing_begin, NULL, NULL, NULL, &change_backing_file_claims,
-     0},
+    {.name = "commit",
+     .sort = MOVE_JOB,
+     .fits = commit_fits,
+     .pair = true,
+     .separator = ">",
+     .start = commit_begin,
+     .live = job_live,
+     .done = commit_done,
+     .failed = commit_failed,
+     .moved = commit_moved},
+    {.name = "stream",
+     .sort = MOVE_JOB,
+     .fits = stream_fits,
+     .pair = true,
+     .separator = "..",
+     .start = stream_begin,
+     .live = job_live,
+     .done = stream_done,
+     .failed = stream_failed},
+    {.name = "export-ro", .sort = MOVE_CLIENT, .fits = any_image, .start = export_ro_begin, .live = client_live},
+    {.name = "export-ro-sh",
+     .sort = MOVE_CLIENT,
+     .fits = any_image,
+     .start = export_ro_shared_begin,
+     .live = client_live},
+    {.name = "export-rw", .sort = MOVE_CLIENT, .fits = any_image, .start = export_rw_begin, .live = client_live},
+    {.name = "export-rw-sh",
+     .sort = MOVE_CLIENT,
+     .fits = any_image,
+     .start = export_rw_shared_begin,
+     .live = client_live},
+    {.name = "resize",
+     .sort = MOVE_COMMAND,
+     .fits = any_image,
+     .start = grow_begin,
+     .done = resize_done,
+     .claims = &block_resize_claims},
+    {.name = "shrink",
+     .sort = MOVE_COMMAND,
+     .fits = any_image,
+     .start = shrink_begin,
+     .done = resize_done,
+     .claims = &block_resize_claims,
+     .conditions = CLAIM_IF_SHRINK},
+    {.name = "cbf",
+     .sort = MOVE_COMMAND,
+     .fits = has_backing,
+     .start = change_backing_begin,
+     .claims = &change_backing_file_claims},
 };
 
 /* --- moves on a topology --- */

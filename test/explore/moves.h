@@ -13,6 +13,10 @@
 struct actor;
 struct claim_table;
 
+/* What a move needs besides the topology's images: an empty image that leans on nothing, or one whose header names the
+ * upper image. */
+enum move_target { TARGET_NONE, TARGET_EMPTY, TARGET_OVERLAY };
+
 struct move_kind {
     const char *name;
     enum { MOVE_JOB, MOVE_CLIENT, MOVE_COMMAND } sort;
@@ -28,6 +32,9 @@ struct move_kind {
     void (*done)(struct actor *actor);
     /* What an end that was not good means for the model. May be NULL. */
     void (*failed)(struct actor *actor);
+    /* Does the graph show that it has moved those who use its images, whatever it has said yet? May be NULL. */
+    bool (*moved)(const struct actor *actor);
+    enum move_target target;
     /* Of a command: what it claims while it lasts, on its one image, so that it can be held in mid-course. */
     const struct claim_table *claims;
     unsigned conditions; /* CLAIM_IF_ bits */

@@ -43,14 +43,14 @@ static struct actor *actor_by_id(struct world *world, const char *id)
 static void actor_end(struct actor *actor, enum actor_end end, const char *error)
 {
     const struct move_kind *kind = actor->move->kind;
-    bool done = end == ACTOR_DONE && !(actor->stays && actor->asked);
     actor->end = end;
     actor->error = g_strdup(error);
     actor->world->result->ended_well += end == ACTOR_DONE;
     actor->world->result->cancelled += end == ACTOR_CANCELLED;
     actor->world->result->failed += end == ACTOR_FAILED && !actor->world->result->cut;
-    if (done ? kind->done != NULL : kind->failed != NULL) {
-        (done ? kind->done : kind->failed)(actor);
+    void (*follow)(struct actor * actor) = end == ACTOR_DONE ? kind->done : kind->failed;
+    if (follow) {
+        follow(actor);
     }
 }
 
@@ -174,6 +174,7 @@ static void add_actor(struct world *world, const struct move *move, bool compani
     struct actor *actor = &world->actors[world->actor_count];
     *actor = (struct actor){.world = world, .move = move, .number = world->actor_count++, .companion = companion};
     g_snprintf(actor->id, sizeof(actor->id), "%s%u", companion ? "guest" : "op", actor->number);
+    actor->target = actor->bottom = NO_IMAGE;
     actor->start_ns = (int64_t)world_below(world, START_WITHIN);
     for (unsigned i = 0; i < G_N_ELEMENTS(actor->linger_ns); i++) {
         actor->linger_ns[i] = world_chance(world, 40) ? 0 : (int64_t)world_below(world, LINGER);
@@ -227,7 +228,7 @@ static void draw_fault(struct world *world)
 
 static void draw_room(struct world *world)
 {
-    const struct picture *picture = &world->pictures[world_below(world, world->topology->count)];
+    const struct picture *picture = &world->pictures[world_below(world, world->picture_count)];
     uint64_t bytes;
     g_free(sim_disk_get(world->sim, picture->path, &bytes));
     sim_disk_set_room(world->sim, picture->path, bytes + world_below(world, 4 * world->cluster));
@@ -245,21 +246,20 @@ static void draw_faults(struct world *world)
 static void lift_faults(struct world *world)
 {
     sim_faults_clear(world->sim);
-    for (unsigned i = 0; i < world->topology->count; i++) {
+    for (unsigned i = 0; i < world->picture_count; i++) {
         sim_disk_set_room(world->sim, world->pictures[i].path, UINT64_MAX);
     }
 }
 
-/* A commit that was on its way: has it moved its users? The memory of the world that ended tells. */
-static void settle_commits(struct world *world)
+/* Who was on its way: has it moved its users? The memory of the world that ended tells. */
+static void settle_moves(struct world *world)
 {
     for (unsigned i = 0; i < world->actor_count; i++) {
         struct actor *actor = &world->actors[i];
-        if (actor->move->kind->sort != MOVE_JOB || actor->verdict != VERDICT_ADMITTED || actor->end != ACTOR_RUNS) {
+        if (actor->move->kind->sort == MOVE_CLIENT || !actor->begun || actor->end != ACTOR_RUNS) {
             continue;
         }
-        struct node *top = world_node(world, actor->move->upper);
-        bool moved = actor->move->kind->failed && (!top || top->stale);
+        bool moved = actor->move->kind->moved && actor->move->kind->moved(actor);
         actor_end(actor, moved ? ACTOR_DONE : ACTOR_FAILED, NULL);
     }
 }
@@ -276,7 +276,7 @@ static void after_cut(struct sim *sim, void *argument)
     struct world *world = argument;
     struct loop *loop;
     world->result->cut = true;
-    settle_commits(world);
+    settle_moves(world);
     world->sim = sim;
     check_disks(world, &cut_rules);
     g_assert(loop_create(ENGINE_SIM, &loop, NULL) == 0);
@@ -387,6 +387,7 @@ void schedule_run(const struct schedule *schedule, struct result *result)
     world_make_images(&world);
     make_loops(&world);
     draw_actors(&world);
+    world_make_targets(&world);
     if (schedule->mode == MODE_CUT) {
         sim_cut_power(world.sim, schedule->at, after_cut, &world);
     }

@@ -7,6 +7,8 @@
  * 1. Writes in flight do not overlap (view_write_begin() refuses), so the order of begin is the order of a byte's
  *    history.
  * 2. A write that failed may show or not, for ever, until one over it is acknowledged.
+ * 3. A frozen view is a copy of the history up to a moment that is known to lie between two readings of the clock. Of
+ *    the writes of that time each may show or not, but those that do must be all that one moment has.
  *
  * Content is made of words of 8 bytes: a tag that names the writer, and the word's own place. So a wrong byte says
  * whose it is and whether it lies where it belongs.
@@ -75,6 +77,13 @@ static char *content_explain(const unsigned char *seen, uint64_t offset, uint64_
 
 /* --- the view --- */
 
+static uint64_t now = 1;
+
+uint64_t view_clock(void)
+{
+    return now;
+}
+
 static void write_free(void *argument)
 {
     struct view_write *write = argument;
@@ -89,7 +98,6 @@ struct view *view_create(unsigned char *initial, uint64_t size)
     view->size = size;
     view->initial = initial;
     view->writes = g_ptr_array_new_with_free_func(write_free);
-    view->clock = 1;
     return view;
 }
 
@@ -121,6 +129,25 @@ void view_resize(struct view *view, uint64_t size)
     }
 }
 
+struct view *view_freeze(const struct view *view, uint64_t since, bool settled)
+{
+    struct view *frozen = view_create(g_malloc(view->size + 1), view->size);
+    memcpy(frozen->initial, view->initial, view->size);
+    frozen->since = since;
+    frozen->until = now;
+    frozen->unknown = view->unknown;
+    for (guint i = 0; i < view->writes->len; i++) {
+        const struct view_write *from = view->writes->pdata[i];
+        struct view_write *write = g_new(struct view_write, 1);
+        *write = *from;
+        write->data = g_memdup2(from->data, from->bytes);
+        write->ended = true; /* whose end is still to come was not acknowledged at that moment */
+        write->flushed |= settled && write->acknowledged;
+        g_ptr_array_add(frozen->writes, write);
+    }
+    return frozen;
+}
+
 struct view_write *view_write_begin(struct view *view, unsigned writer, uint64_t offset, uint64_t bytes,
                                     const unsigned char *data)
 {
@@ -135,7 +162,7 @@ struct view_write *view_write_begin(struct view *view, unsigned writer, uint64_t
     write->offset = offset;
     write->bytes = bytes;
     write->data = data ? g_memdup2(data, bytes) : g_malloc0(bytes);
-    write->begun = ++view->clock;
+    write->begun = ++now;
     g_ptr_array_add(view->writes, write);
     return write;
 }
@@ -143,12 +170,12 @@ struct view_write *view_write_begin(struct view *view, unsigned writer, uint64_t
 void view_write_end(struct view *view, struct view_write *write, bool good)
 {
     write->ended = true;
-    write->acknowledged = good ? ++view->clock : 0;
+    write->acknowledged = good ? ++now : 0;
 }
 
-uint64_t view_flush_mark(const struct view *view)
+uint64_t view_flush_mark(void)
 {
-    return view->clock;
+    return now;
 }
 
 void view_flushed(struct view *view, uint64_t mark)
@@ -161,14 +188,16 @@ void view_flushed(struct view *view, uint64_t mark)
 
 /* --- looking --- */
 
-struct view_look view_look_now(const struct view *view)
+struct view_look view_look_now(void)
 {
-    return (struct view_look){.since = view->clock, .alone = VIEW_NOBODY};
+    return (struct view_look){.since = now, .alone = VIEW_NOBODY};
 }
 
-static bool write_must_show(const struct view_look *look, const struct view_write *write)
+static bool write_must_show(const struct view *view, const struct view_look *look, const struct view_write *write)
 {
-    return look->flushed_only ? write->flushed : write->acknowledged && write->acknowledged <= look->since;
+    bool settled = look->flushed_only ? write->flushed : write->acknowledged && write->acknowledged <= look->since;
+    bool older = view->until && write->begun <= view->until;
+    return settled && (!older || write->acknowledged <= view->since);
 }
 
 static bool write_is_foreign(const struct view_look *look, const struct view_write *write)
@@ -186,7 +215,7 @@ static bool byte_may_be(const struct view *view, const struct view_look *look, u
         if (write->data[at - write->offset] == seen) {
             return true;
         }
-        if (write_must_show(look, write)) {
+        if (write_must_show(view, look, write)) {
             return false;
         }
     }
@@ -205,7 +234,7 @@ static char *expected_at(const struct view *view, const struct view_look *look, 
         const struct view_write *write = view->writes->pdata[i];
         for (uint64_t j = 0; j < WORD; j++) {
             if (start + j >= write->offset && start + j - write->offset < write->bytes &&
-                write_must_show(look, write) && !write_is_foreign(look, write)) {
+                write_must_show(view, look, write) && !write_is_foreign(look, write)) {
                 word[j] = write->data[start + j - write->offset];
             }
         }
@@ -224,4 +253,51 @@ char *view_compare(const struct view *view, const struct view_look *look, uint64
         }
     }
     return NULL;
+}
+
+/* --- one moment --- */
+
+/* Is it of the time in which the moment lies? */
+static bool is_doubtful(const struct view *view, const struct view_write *write)
+{
+    return write->begun <= view->until && (write->begun > view->since || write->acknowledged > view->since);
+}
+
+static bool moment_fits(struct view *view, const struct view_look *look, uint64_t moment, uint64_t bytes,
+                        const unsigned char *seen)
+{
+    bool fits = true;
+    uint64_t since = view->since;
+    GPtrArray *all = view->writes, *before = g_ptr_array_new();
+    for (guint i = 0; i < all->len; i++) {
+        const struct view_write *write = all->pdata[i];
+        if (write->begun <= moment || write->begun > view->until) {
+            g_ptr_array_add(before, all->pdata[i]);
+        }
+    }
+    view->since = moment;
+    view->writes = before;
+    for (guint i = 0; fits && i < all->len; i++) {
+        const struct view_write *write = all->pdata[i];
+        uint64_t end = MIN(write->offset + write->bytes, bytes);
+        for (uint64_t at = write->offset; fits && is_doubtful(view, write) && at < end; at++) {
+            fits = byte_may_be(view, look, at, seen[at]);
+        }
+    }
+    view->writes = all;
+    view->since = since;
+    g_ptr_array_free(before, TRUE);
+    return fits;
+}
+
+char *view_compare_moment(const struct view *view, const struct view_look *look, uint64_t bytes,
+                          const unsigned char *seen)
+{
+    struct view copy = *view;
+    for (uint64_t moment = view->since; moment <= view->until; moment++) {
+        if (moment_fits(&copy, look, moment, bytes, seen)) {
+            return NULL;
+        }
+    }
+    return g_strdup("it does not show one moment: a later write is there and an earlier one is not");
 }

@@ -59,6 +59,11 @@ void coroutine_fn world_sleep(int64_t duration_ns)
     loop_sleep_ns(&sleep, duration_ns);
 }
 
+int64_t world_speed(struct world *world)
+{
+    return world_chance(world, 50) ? 0 : (int64_t)(world->cluster * (200 + world_below(world, 2000)));
+}
+
 /* --- images --- */
 
 struct draft {
@@ -108,7 +113,7 @@ static void make_image(struct world *world, unsigned index, unsigned cluster_bit
     uint64_t bytes;
     g_autofree unsigned char *file = image_build(&plan, &bytes);
     picture->name = world->topology->images[index].name;
-    picture->below = below;
+    picture->below = picture->named = below;
     picture->moved_to = NO_IMAGE;
     g_snprintf(picture->path, sizeof(picture->path), "/%s.img", picture->name);
     sim_disk_set(world->sim, picture->path, file, bytes);
@@ -124,10 +129,44 @@ void world_make_images(struct world *world)
     uint64_t clusters = CLUSTERS_MIN + world_below(world, CLUSTERS_MAX - CLUSTERS_MIN);
     uint64_t usual = clusters * world->cluster - world_below(world, world->cluster - 1);
     bool same = world_chance(world, 65) || world->schedule->mode == MODE_VERDICT;
+    world->cluster_bits = cluster_bits;
+    world->picture_count = world->topology->count;
     for (unsigned i = 0; i < world->topology->count; i++) {
         uint64_t size = usual + world_below(world, 3 * world->cluster) - 2 * world->cluster;
         size = same ? usual : (size + SIM_SECTOR - 1) / SIM_SECTOR * SIM_SECTOR;
         make_image(world, i, cluster_bits, MIN(size, CLUSTERS_MAX * world->cluster));
+    }
+}
+
+/* An empty image as long as what it is for. That of a snapshot names it in its header already. */
+static void make_target(struct world *world, struct actor *actor)
+{
+    static const char *const names[] = {"t0", "t1", "t2", "t3"};
+    static const enum image_cluster nothing[CLUSTERS_MAX];
+    enum move_target kind = actor->move->kind->target;
+    const struct picture *subject = &world->pictures[actor->move->upper];
+    actor->target = (int)world->picture_count++;
+    struct picture *picture = &world->pictures[actor->target];
+    *picture = (struct picture){.name = names[actor->number], .below = NO_IMAGE, .moved_to = NO_IMAGE, .idle = true};
+    picture->named = kind == TARGET_OVERLAY ? actor->move->upper : NO_IMAGE;
+    struct image_plan plan = {.backing = kind == TARGET_OVERLAY ? subject->path + 1 : NULL,
+                              .size = subject->view->size,
+                              .cluster_bits = world->cluster_bits,
+                              .clusters = nothing};
+    uint64_t bytes;
+    g_autofree unsigned char *file = image_build(&plan, &bytes);
+    g_snprintf(picture->path, sizeof(picture->path), "/%s.img", picture->name);
+    sim_disk_set(world->sim, picture->path, file, bytes);
+    picture->view = view_create(g_malloc0(plan.size + 1), plan.size);
+    picture->view->unknown = true;
+}
+
+void world_make_targets(struct world *world)
+{
+    for (unsigned i = 0; i < world->actor_count; i++) {
+        if (world->actors[i].move->kind->target != TARGET_NONE) {
+            make_target(world, &world->actors[i]);
+        }
     }
 }
 
@@ -172,6 +211,9 @@ void coroutine_fn world_open_graph(struct world *world)
             add_image(world, (int)i);
         }
     }
+    for (unsigned i = world->topology->count; i < world->picture_count; i++) {
+        add_image(world, (int)i);
+    }
 }
 
 void coroutine_fn world_close_graph(struct world *world)
@@ -186,7 +228,7 @@ struct node *world_node(struct world *world, int image)
     return image == NO_IMAGE ? NULL : graph_find(world->graph, world->pictures[image].name);
 }
 
-static bool leans_on(const struct world *world, int upper, int lower)
+bool world_leans_on(const struct world *world, int upper, int lower)
 {
     while (upper != NO_IMAGE && upper != lower) {
         upper = world->pictures[upper].below;
@@ -194,10 +236,27 @@ static bool leans_on(const struct world *world, int upper, int lower)
     return upper == lower;
 }
 
+void world_link(struct world *world, int image, int below)
+{
+    bool within[ACTORS_MAX];
+    for (unsigned i = 0; i < world->actor_count; i++) {
+        const struct actor *actor = &world->actors[i];
+        within[i] = actor->bottom != NO_IMAGE && world_leans_on(world, actor->move->upper, image) &&
+                    world_leans_on(world, image, actor->bottom);
+    }
+    world->pictures[image].below = below;
+    for (unsigned i = 0; i < world->actor_count; i++) {
+        struct actor *actor = &world->actors[i];
+        if (within[i] && !world_leans_on(world, image, actor->bottom)) {
+            actor->bottom = image;
+        }
+    }
+}
+
 void world_forget_above(struct world *world, int image)
 {
-    for (int i = 0; i < (int)world->topology->count; i++) {
-        world->pictures[i].forgotten |= i != image && leans_on(world, i, image) && !world_node(world, i);
+    for (int i = 0; i < (int)world->picture_count; i++) {
+        world->pictures[i].forgotten |= i != image && world_leans_on(world, i, image) && !world_node(world, i);
     }
 }
 
@@ -205,10 +264,9 @@ void world_catch_up(struct world *world)
 {
     for (unsigned i = 0; i < world->actor_count; i++) {
         struct actor *actor = &world->actors[i];
-        bool commit = actor->move->kind->failed != NULL && actor->verdict == VERDICT_ADMITTED;
-        const struct node *top = commit && !actor->settled ? world_node(world, actor->move->upper) : NULL;
-        if (top && top->stale && !world->pictures[actor->move->upper].stale) {
-            actor->move->kind->done(actor);
+        const struct move_kind *kind = actor->move->kind;
+        if (kind->moved && actor->begun && !actor->settled && actor->end == ACTOR_RUNS && kind->moved(actor)) {
+            kind->done(actor);
         }
     }
 }
@@ -276,7 +334,7 @@ char *world_fingerprint(struct world *world)
         g_string_append_printf(text, "job %s\n", jobs->items[i]->id);
     }
     job_info_list_free(jobs);
-    for (unsigned i = 0; i < world->topology->count; i++) {
+    for (unsigned i = 0; i < world->picture_count; i++) {
         uint64_t bytes;
         g_autofree unsigned char *disk = sim_disk_get(world->sim, world->pictures[i].path, &bytes);
         g_autofree char *digest = g_compute_checksum_for_data(G_CHECKSUM_SHA256, disk, bytes);

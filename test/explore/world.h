@@ -23,7 +23,9 @@ struct picture {
     char path[16];    /* of its disk */
     struct view *view;
     int below;      /* what it leans on, or NO_IMAGE */
+    int named;      /* what its header names */
     int moved_to;   /* when stale: where its content is now */
+    bool idle;      /* a target that nobody has asked anything of yet */
     bool stale;     /* its file may be deleted */
     bool forgotten; /* nobody had it open any more when what it leant on changed: nobody could stand up for it */
     bool may_grow, may_shrink; /* somebody has begun to change its size, and may not have got further */
@@ -50,7 +52,11 @@ struct actor {
     bool cancelled;    /* a cancel was taken */
     int64_t cancel_ns; /* or 0: is not cancelled */
     char *error;
-    uint64_t size; /* of a resize */
+    uint64_t size;       /* of a resize */
+    int target;          /* image of its own, or NO_IMAGE */
+    int bottom;          /* of a stream: the lowest image of its range */
+    uint64_t since;      /* view_clock() before what decides which moment a copy or snapshot shows */
+    struct view *moment; /* of a backup: what its target is to show */
     struct client *client;
 };
 #define ACTORS_MAX (SCHEDULE_MOVES_MAX + COMPANIONS_MAX)
@@ -65,8 +71,10 @@ struct world {
     unsigned io_count;
     struct graph *graph;
     struct jobs *jobs;
-    struct picture pictures[TOPOLOGY_IMAGES_MAX];
+    struct picture pictures[TOPOLOGY_IMAGES_MAX + SCHEDULE_MOVES_MAX]; /* the topology's images, then targets */
+    unsigned picture_count;
     uint64_t cluster;
+    unsigned cluster_bits;
     bool nested; /* opened by the leaf, images below read-only until somebody needs them */
     struct actor actors[ACTORS_MAX];
     unsigned actor_count;
@@ -82,16 +90,23 @@ uint64_t world_random(struct world *world);
 uint64_t world_below(struct world *world, uint64_t limit);
 bool world_chance(struct world *world, unsigned percent);
 void coroutine_fn world_sleep(int64_t duration_ns);
+/* Of a job: mostly as fast as it goes; else so slow that it takes some milliseconds. */
+int64_t world_speed(struct world *world);
 #define MICROSECOND ((int64_t)1000)
 
-/* Disks with seeded images, and the model of them. */
+/* Disks with seeded images, and the model of them; then a target for each move that needs one. */
 void world_make_images(struct world *world);
+void world_make_targets(struct world *world);
 void coroutine_fn world_open_graph(struct world *world);
 void coroutine_fn world_close_graph(struct world *world);
 struct node *world_node(struct world *world, int image); /* NULL: is not in the graph any more */
-/* A commit is followed by the model when it says that it has ended; whoever begins something just before that, but
+/* A move is followed by the model when it says that it has ended; whoever begins something just before that, but
  * after the graph has changed, calls this first. */
 void world_catch_up(struct world *world);
+/* In the model, the image leans on `below` from now on: a stream whose bottom is cut off by that has a new one. */
+void world_link(struct world *world, int image, int below);
+/* Does `upper` lean on `lower`, directly or not, or is it the same? */
+bool world_leans_on(const struct world *world, int upper, int lower);
 /* Whatever leans on the image and is not open any more is forgotten: the image is about to change. */
 void world_forget_above(struct world *world, int image);
 /* May requests fail in this schedule, so that what was not flushed may be lost? */
