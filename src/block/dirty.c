@@ -155,33 +155,57 @@ uint64_t dirty_size(const struct dirty *dirty)
     return dirty->size;
 }
 
-/* The first clear bit at or after `from`, or the number of regions. */
-static uint64_t dirty_find_clear(const struct dirty *dirty, uint64_t from)
+/* The first clear bit in [from, to), or `to`. */
+static uint64_t dirty_find_clear(const struct dirty *dirty, uint64_t from, uint64_t to)
 {
-    while (from < dirty->regions) {
+    while (from < to) {
         uint64_t word = ~atomic_load_explicit(&dirty->words[from / 64], memory_order_acquire);
         word &= UINT64_MAX << (from % 64);
         if (word) {
-            return min_u64(align_down(from, 64) + (unsigned)__builtin_ctzll(word), dirty->regions);
+            return min_u64(align_down(from, 64) + (unsigned)__builtin_ctzll(word), to);
         }
         from = align_down(from, 64) + 64;
     }
-    return dirty->regions;
+    return to;
+}
+
+bool dirty_next_within(const struct dirty *dirty, uint64_t from, uint64_t to, uint64_t *ret_offset, uint64_t *ret_bytes)
+{
+    to = min_u64(to, dirty->size);
+    if (from >= to || dirty_bytes(dirty) == 0) {
+        return false;
+    }
+    uint64_t last = div_up(to, dirty_granularity(dirty));
+    uint64_t first = dirty_find(dirty, from >> dirty->shift, last);
+    if (first == last) {
+        return false;
+    }
+    uint64_t end = dirty_find_clear(dirty, first, last);
+    *ret_offset = max_u64(first << dirty->shift, from);
+    *ret_bytes = min_u64(end << dirty->shift, to) - *ret_offset;
+    return true;
 }
 
 bool dirty_next(const struct dirty *dirty, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes)
 {
-    if (from >= dirty->size || dirty_bytes(dirty) == 0) {
-        return false;
+    return dirty_next_within(dirty, from, dirty->size, ret_offset, ret_bytes);
+}
+
+void dirty_unmark(struct dirty *dirty, uint64_t offset, uint64_t bytes)
+{
+    if (bytes == 0 || offset >= dirty->size) {
+        return;
     }
-    uint64_t first = dirty_find(dirty, from >> dirty->shift, dirty->regions);
-    if (first == dirty->regions) {
-        return false;
+    uint64_t end = bytes > dirty->size - offset ? dirty->size : offset + bytes;
+    uint64_t first = offset >> dirty->shift, last = (end - 1) >> dirty->shift;
+    for (uint64_t word = first / 64; word <= last / 64; word++) {
+        uint64_t mask = dirty_mask(word == first / 64 ? first % 64 : 0, word == last / 64 ? last % 64 : 63);
+        uint64_t before = atomic_fetch_and_explicit(&dirty->words[word], ~mask, memory_order_acq_rel);
+        int flipped = __builtin_popcountll(mask & before);
+        if (flipped) {
+            atomic_fetch_sub_explicit(&dirty->count, flipped, memory_order_acq_rel);
+        }
     }
-    uint64_t end = dirty_find_clear(dirty, first);
-    *ret_offset = max_u64(first << dirty->shift, from);
-    *ret_bytes = min_u64(end << dirty->shift, dirty->size) - *ret_offset;
-    return true;
 }
 
 void dirty_clear(struct dirty *dirty)

@@ -25,6 +25,11 @@ void dirty_mark(struct dirty *dirty, uint64_t offset, uint64_t bytes);
 bool dirty_take(struct dirty *dirty, uint64_t from, uint64_t max_bytes, uint64_t *ret_offset, uint64_t *ret_bytes);
 /* The next run of dirty regions at or after `from`, to the end of the last of them or of the bitmap. False: none. */
 bool dirty_next(const struct dirty *dirty, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes);
+/* The same, of those regions that touch [from, to), cut off at `to`; it does not look further. */
+bool dirty_next_within(const struct dirty *dirty, uint64_t from, uint64_t to, uint64_t *ret_offset,
+                       uint64_t *ret_bytes);
+/* Any thread, beside marks and unmarks of other regions: the regions that touch [offset, offset + bytes) are clean. */
+void dirty_unmark(struct dirty *dirty, uint64_t offset, uint64_t bytes);
 /* Any thread: bytes in dirty regions (a whole region each). Exact when nobody marks. */
 uint64_t dirty_bytes(const struct dirty *dirty);
 uint64_t dirty_size(const struct dirty *dirty);

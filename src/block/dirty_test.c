@@ -31,6 +31,20 @@ static void agrees_with_a_model(void)
                     uint64_t from = at * granularity, to = min_u64(from + granularity, size);
                     model[at] |= bytes && offset < to && offset + bytes > from && offset < size;
                 }
+            } else if (g_random_int_range(0, 2)) {
+                uint64_t offset = align_down(g_random_int_range(0, 1 << 24), granularity);
+                uint64_t bytes = g_random_int_range(0, 1 << 18), found, length;
+                dirty_unmark(dirty, offset, bytes);
+                for (uint64_t at = offset / granularity; at < regions && at * granularity < offset + bytes; at++) {
+                    model[at] = false;
+                }
+                uint64_t to = offset + bytes + 1, first = offset / granularity;
+                while (first < regions && first * granularity < to && !model[first]) {
+                    first++;
+                }
+                bool any = dirty_next_within(dirty, offset, to, &found, &length);
+                g_assert_true(any == (first < regions && first * granularity < to));
+                g_assert_true(!any || (found == first * granularity && found + length <= to));
             } else {
                 uint64_t offset, bytes, most = g_random_int_range(0, 1 << 20);
                 uint64_t from = g_random_int_range(0, 1 << 24);

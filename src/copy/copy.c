@@ -40,9 +40,9 @@
 
 struct copy {
     struct copy_config config;
-    struct range_lock busy;
-    struct list resting; /* struct copy_piece, to be tried again */
-    struct list buffers; /* struct copy_buffer, unused */
+    struct range_lock own_busy, *busy; /* the second is the one that is used */
+    struct list resting;               /* struct copy_piece, to be tried again */
+    struct list buffers;               /* struct copy_buffer, unused */
     unsigned in_flight;
     uint64_t memory_used;
     uint64_t done;
@@ -112,7 +112,8 @@ struct copy *copy_create(const struct copy_config *config)
     if (own->zero_alignment) {
         own->zero_alignment = max_u64(own->zero_alignment, own->alignment);
     }
-    range_lock_init(&copy->busy);
+    range_lock_init(&copy->own_busy);
+    copy->busy = own->busy ? own->busy : &copy->own_busy;
     list_init(&copy->resting);
     list_init(&copy->buffers);
     list_init(&copy->in_line);
@@ -128,7 +129,7 @@ void copy_destroy(struct copy *copy)
     list_for_each_safe (link, &copy->buffers) {
         free(container_of(link, struct copy_buffer, link));
     }
-    range_lock_destroy(&copy->busy);
+    range_lock_destroy(&copy->own_busy);
     g_free(copy);
 }
 
@@ -139,7 +140,7 @@ uint64_t copy_done(const struct copy *copy)
 
 struct range_lock *copy_busy(struct copy *copy)
 {
-    return &copy->busy;
+    return copy->busy;
 }
 
 uint64_t copy_in_flight(const struct copy *copy)
@@ -407,6 +408,29 @@ static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
     return config->target ? piece_write(piece) : piece_compare(piece);
 }
 
+/* What is still to be moved of it, run by run. Its range is locked. */
+static int coroutine_fn piece_move_wanted(struct copy_piece *piece, bool *ret_reading)
+{
+    const struct copy_config *config = &piece->copy->config;
+    uint64_t offset = piece->offset, bytes = piece->bytes, end = offset + bytes;
+    int result = 0;
+    *ret_reading = false;
+    while (result == 0 && piece->offset < end) {
+        piece->bytes = end - piece->offset;
+        if (config->wanted && !config->wanted(config->argument, &piece->offset, &piece->bytes)) {
+            break;
+        }
+        result = piece_move(piece, ret_reading);
+        if (result == 0 && config->moved) {
+            config->moved(config->argument, piece->offset, piece->bytes);
+        }
+        piece->offset += piece->bytes;
+    }
+    piece->offset = offset;
+    piece->bytes = bytes;
+    return result;
+}
+
 static void piece_done(struct copy_piece *piece)
 {
     struct copy *copy = piece->copy;
@@ -445,12 +469,12 @@ static void piece_entry(void *argument)
     if (copy->config.target_edge) {
         backend_enter(copy->config.source);
     }
-    range_lock_acquire(&copy->busy, &hold, piece->offset, piece->bytes, false);
+    range_lock_acquire(copy->busy, &hold, piece->offset, piece->bytes, false);
     bool reading;
-    int result = piece_move(piece, &reading);
+    int result = piece_move_wanted(piece, &reading);
     turn_wait(piece);
     turn_pass(piece);
-    range_lock_release(&copy->busy, &hold);
+    range_lock_release(copy->busy, &hold);
     if (copy->config.target_edge) {
         backend_leave(copy->config.source);
     }

@@ -83,6 +83,13 @@ struct copy_config {
     /* Without target: `read` and `shown` differ at this offset and are the same before it in its piece. The copy ends
      * with -ECANCELED once the pieces before it have been looked at, which may report smaller offsets. */
     void (*differs)(void *argument, uint64_t offset);
+    /* The lock that copy_busy() gives, instead of one of the copy's own: with others who move the same things. */
+    struct range_lock *busy;
+    /* If not NULL: asked with the range of a piece locked: sets the first run in [*offset, *offset + *bytes), in units
+     * of `alignment`, that is still to be moved; false: none. The others are done. */
+    bool (*wanted)(void *argument, uint64_t *offset, uint64_t *bytes);
+    /* If not NULL: this has been moved; it is locked still. */
+    void (*moved)(void *argument, uint64_t offset, uint64_t bytes);
     /* A piece could not be read (or asked about), or written. */
     enum copy_verdict (*failed)(void *argument, bool reading, int error);
     void *argument;
