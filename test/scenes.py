@@ -40,9 +40,9 @@ COMMANDS = {
     "bitmap-add": "block-dirty-bitmap-add",
     "throttle": "block_set_io_throttle",
 }
-PLAYED = {"commit", "stream", "export-ro", "export-ro-sh", "export-rw", "export-rw-sh", "resize", "shrink", "cbf"}
+PLAYED = {"commit", "stream", "export-ro", "export-ro-sh", "export-rw", "export-rw-sh", "resize", "shrink", "cbf", "bitmap-add"}
 JOBS = {"commit", "stream"}
-AT_ONCE = {"resize", "shrink", "cbf"}
+AT_ONCE = {"resize", "shrink", "cbf", "bitmap-add"}
 
 with open(os.path.join(ROOT, "test", "data", "access-scenarios.json"), encoding="utf-8") as data:
     SCENARIOS = json.load(data)
@@ -198,6 +198,8 @@ def start(daemon, operation, name, topology="chain", **more):
         below = os.path.join(daemon.directory, f"{dict(TOPOLOGIES[topology])[node]}.qcow2")  # the same by another name
         arguments = {"device": head_of(topology, node), "image-node-name": node, "backing-file": below}
         daemon.qmp.execute("change-backing-file", arguments)
+    elif kind == "bitmap-add":
+        daemon.qmp.execute("block-dirty-bitmap-add", {"node": node, "name": name})
     else:
         exclusive = {} if kind.endswith("-sh") else {"exclusive": True}
         daemon.export(node, writable="-rw" in kind, name=name, export_id=name, **exclusive)

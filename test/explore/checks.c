@@ -105,6 +105,12 @@ void coroutine_fn check_graph(struct world *world)
         check_link(world, picture, node);
         look_through(world, picture, world->graph, node, "in the graph", world_has_faults(world));
     }
+    for (unsigned i = 0; i < world->actor_count; i++) {
+        struct actor *actor = &world->actors[i];
+        if (actor->end == ACTOR_DONE && actor->move->kind->check) {
+            actor->move->kind->check(actor);
+        }
+    }
 }
 
 /* --- the disks --- */

@@ -7,25 +7,24 @@
  *   stream X..Y  X leans on Y (or on what Y has been committed into); nobody shows anything else
  *   grow N       behind the old end N shows zeroes
  *   shrink N     what is cut off is gone
- *   export, cbf  nothing
+ *   export, cbf, bitmap-add
+ *                nothing
  *
  * The names of kinds are those of test/data/access-scenarios.json: an export without "-sh" is exclusive.
  */
 #include "test/explore/moves.h"
 #include "block/graph.h"
 #include "block/node.h"
-#include "job/change_backing.h"
 #include "job/commit.h"
-#include "job/resize.h"
 #include "job/stream.h"
 #include "schema/claims.h"
 #include "test/explore/clients.h"
+#include "test/explore/commands.h"
 #include "test/explore/world.h"
 #include <errno.h>
 #include <string.h>
 
 #define POLL_NS (15 * MICROSECOND)
-#define SECTOR 512
 
 /* --- jobs --- */
 
@@ -267,70 +266,12 @@ static void coroutine_fn client_live(struct actor *actor)
     client_finish(actor);
 }
 
-/* --- commands --- */
-
-static int coroutine_fn resize_begin(struct actor *actor, int64_t size, struct error **err)
-{
-    actor->size = (uint64_t)size;
-    struct picture *picture = &actor->world->pictures[actor->move->upper];
-    struct block_resize_args args = {.node_name = (char *)picture->name, .size = size};
-    return resize_node(actor->world->graph, &args, err);
-}
-
-static int64_t size_now(struct actor *actor)
-{
-    struct node *node = world_node(actor->world, actor->move->upper);
-    return node ? (int64_t)atomic_load(&node->size) : 0;
-}
-
-static int coroutine_fn grow_begin(struct actor *actor, struct error **err)
-{
-    actor->world->pictures[actor->move->upper].may_grow = true;
-    return resize_begin(actor, (size_now(actor) / SECTOR + 2) * SECTOR, err);
-}
-
-static int coroutine_fn shrink_begin(struct actor *actor, struct error **err)
-{
-    struct picture *picture = &actor->world->pictures[actor->move->upper];
-    struct picture before = *picture;
-    int64_t size = (size_now(actor) / SECTOR - 1) * SECTOR;
-    world_forget_above(actor->world, actor->move->upper);
-    picture->may_shrink = true;
-    picture->shrinks_to = (uint64_t)size;
-    int code = resize_begin(actor, size, err);
-    if (code == -EBUSY) {
-        picture->may_shrink = before.may_shrink;
-        picture->shrinks_to = before.shrinks_to;
-    }
-    return code;
-}
-
-static void resize_done(struct actor *actor)
-{
-    struct picture *picture = &actor->world->pictures[actor->move->upper];
-    if (!picture->stale) {
-        view_resize(picture->view, actor->size);
-    }
-}
+/* --- the table --- */
 
 static bool has_backing(const struct topology *topology, int upper, int lower)
 {
     return topology->images[upper].below != NO_IMAGE;
 }
-
-/* The name is chosen for what the image leans on at this moment. */
-static int coroutine_fn change_backing_begin(struct actor *actor, struct error **err)
-{
-    struct world *world = actor->world;
-    const struct picture *picture = &world->pictures[actor->move->upper];
-    struct node *node = world_node(world, actor->move->upper), *below = node ? node_backing(node) : NULL;
-    g_autofree char *name = g_strdup_printf("/%s.img", below ? below->name : "nothing");
-    struct change_backing_file_args args = {
-        .device = (char *)picture->name, .image_node_name = (char *)picture->name, .backing_file = name};
-    return change_backing_file(world->graph, &args, err);
-}
-
-/* --- the table --- */
 
 static const struct move_kind kinds[] = {
     {.name = "commit",
@@ -382,6 +323,11 @@ static const struct move_kind kinds[] = {
      .fits = has_backing,
      .start = change_backing_begin,
      .claims = &change_backing_file_claims},
+    {.name = "bitmap-add",
+     .sort = MOVE_COMMAND,
+     .fits = any_image,
+     .start = bitmap_add_begin,
+     .check = bitmap_add_check},
 };
 
 /* --- moves on a topology --- */

@@ -30,6 +30,8 @@ struct move_kind {
     void coroutine_fn (*live)(struct actor *actor);
     /* What a good end means for the model. May be NULL. */
     void (*done)(struct actor *actor);
+    /* Is what a good end left right, in the running graph, when all have come to their ends? May be NULL. */
+    void (*check)(struct actor *actor);
     /* What an end that was not good means for the model. May be NULL. */
     void (*failed)(struct actor *actor);
     /* Does the graph show that it has moved those who use its images, whatever it has said yet? May be NULL. */
