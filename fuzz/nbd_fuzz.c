@@ -16,6 +16,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
     OPTION("\x0a", "\x1d")         \
     "\0\0\0\2n0\0\0\0\1\0\0\0\x0f" \
     "base:allocation"
+#define BITMAP_CONTEXTS                              \
+    OPTION("\x0a", "\x4d")                           \
+    "\0\0\0\2bm\0\0\0\3\0\0\0\x0f"                   \
+    "base:allocation\0\0\0\x15qemu:allocation-depth" \
+    "\0\0\0\x13qemu:dirty-bitmap:b"
+#define GO_BITMAPS OPTION("\x07", "\x08") "\0\0\0\2bm\0\0"
 #define GO OPTION("\x07", "\x08") "\0\0\0\2n0\0\0"
 #define GO_READ_ONLY OPTION("\x07", "\x08") "\0\0\0\2ro\0\0"
 
@@ -34,6 +40,7 @@ static const struct prefix prefixes[] = {
     PREFIX(FLAGS GO_READ_ONLY),
     PREFIX(FLAGS STRUCTURED),
     PREFIX(FLAGS STRUCTURED CONTEXT GO),
+    PREFIX(FLAGS STRUCTURED BITMAP_CONTEXTS GO_BITMAPS),
 };
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

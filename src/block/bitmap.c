@@ -351,16 +351,22 @@ uint64_t bitmap_count(const struct bitmap *bitmap)
     return bitmap->dirty ? dirty_bytes(bitmap->dirty) + align_up(unseen_tail(bitmap), bitmap->granularity) : 0;
 }
 
-bool bitmap_next(const struct bitmap *bitmap, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes)
+bool bitmap_next_within(const struct bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *ret_offset,
+                        uint64_t *ret_bytes)
 {
-    if (dirty_next(bitmap->dirty, from, ret_offset, ret_bytes)) {
+    if (dirty_next_within(bitmap->dirty, from, end, ret_offset, ret_bytes)) {
         return true;
     }
     uint64_t had = dirty_size(bitmap->dirty);
-    uint64_t end = had + unseen_tail(bitmap);
+    end = min_u64(end, had + unseen_tail(bitmap));
     *ret_offset = max_u64(from, had);
     *ret_bytes = end > *ret_offset ? end - *ret_offset : 0;
     return *ret_bytes > 0;
+}
+
+bool bitmap_next(const struct bitmap *bitmap, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes)
+{
+    return bitmap_next_within(bitmap, from, UINT64_MAX, ret_offset, ret_bytes);
 }
 
 static struct block_dirty_info *bitmap_describe(const struct bitmap *bitmap)

@@ -94,6 +94,9 @@ void bitmap_busy_end(struct bitmap *bitmap);
 uint64_t bitmap_count(const struct bitmap *bitmap);
 /* The next run of dirty bytes at or after `from`; false: none. Not for inconsistent ones. */
 bool bitmap_next(const struct bitmap *bitmap, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes);
+/* The same of what lies before `end`. Whoever made the bitmap busy may ask on any thread. */
+bool bitmap_next_within(const struct bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *ret_offset,
+                        uint64_t *ret_bytes);
 /* For query-named-block-nodes, newest first; block_dirty_info_list_free(). */
 struct block_dirty_info_list *bitmaps_describe(const struct node *node);
 

@@ -195,7 +195,7 @@ static int exports_check_writable(const struct block_export_options *options, co
 }
 
 /* All that the options decide, up to the claims; graph->lock is held. */
-static int exports_plan(const struct exports *exports, const struct block_export_options *options,
+static int exports_plan(struct exports *exports, const struct block_export_options *options,
                         struct operation_config *ret, struct loop **ret_loop, struct error **err)
 {
     struct node *node = graph_find_or_error(exports->config.graph, options->node_name, err);
@@ -204,9 +204,13 @@ static int exports_plan(const struct exports *exports, const struct block_export
     if (!node) {
         return -ENOENT;
     }
+    const struct export_type *type = export_type_find(options->type);
     r = exports_choose_loop(exports, options, ret_loop, err);
     if (r == 0) {
         r = exports_check_writable(options, node, err);
+    }
+    if (r == 0 && type->plan) {
+        r = type->plan(exports, options, node, err);
     }
     *ret = (struct operation_config){
         .kind = "export",
@@ -258,8 +262,11 @@ static int coroutine_fn export_open(struct export *export, const struct block_ex
 
     graph_lock(graph);
     int r = export_attach(export, options, err);
+    if (r == 0) {
+        r = export->type->open(export, options, err);
+    }
     graph_unlock(graph);
-    return r < 0 ? r : export->type->open(export, options, err);
+    return r;
 }
 
 int coroutine_fn exports_add(struct exports *exports, const struct block_export_options *options, struct error **err)

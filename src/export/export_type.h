@@ -16,6 +16,7 @@
  *    the backend is attached to does change: its clients ask for its size here, not there.
  */
 struct backend;
+struct node;
 struct operation;
 struct export_type;
 struct nbd_server;
@@ -42,12 +43,15 @@ struct export_type {
     enum block_export_type id;
     /* Could an export with these options be opened now? Changes nothing. */
     int (*check)(struct exports *exports, const struct block_export_options *options, struct error **err);
-    /* backend and loop are set: from now on there may be clients. */
+    /* May be NULL. The same with the graph, whose lock is held: `node` is what is to be exported. */
+    int (*plan)(struct exports *exports, const struct block_export_options *options, struct node *node,
+                struct error **err);
+    /* backend and loop are set: from now on there may be clients. graph->lock is held since `plan` succeeded. */
     int (*open)(struct export *export, const struct block_export_options *options, struct error **err);
     /* No new clients; those that are connected are disconnected, which may take until their requests are done. */
     void (*disconnect)(struct export *export);
-    /* No client is left. */
-    void (*close)(struct export *export);
+    /* No client is left. Takes graph->lock if it needs it. */
+    void coroutine_fn (*close)(struct export *export);
 };
 
 struct exports {

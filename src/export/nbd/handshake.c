@@ -22,12 +22,13 @@
 
 struct handshake {
     struct nbd_client *client;
-    bool fixed, no_zeroes; /* what the client said */
-    char *status_export;   /* base:allocation was chosen for the export of this name, or NULL */
-    uint32_t option;       /* the present one */
-    const uint8_t *data;   /* its data, from here on not yet parsed */
-    size_t left;           /* bytes of it */
-    GByteArray *out;       /* its replies */
+    bool fixed, no_zeroes;    /* what the client said */
+    uint64_t contexts_of;     /* the serial number of the export of which contexts were chosen, or 0 */
+    struct nbd_choice choice; /* these */
+    uint32_t option;          /* the present one */
+    const uint8_t *data;      /* its data, from here on not yet parsed */
+    size_t left;              /* bytes of it */
+    GByteArray *out;          /* its replies */
 };
 
 /* What an option's handler says. */
@@ -137,8 +138,9 @@ static void choose(struct handshake *handshake, struct nbd_export *chosen)
     struct nbd_client *client = handshake->client;
 
     nbd_client_choose(client, chosen);
-    client->status =
-        client->structured && handshake->status_export && strcmp(handshake->status_export, chosen->name) == 0;
+    if (client->structured && handshake->contexts_of == chosen->serial) {
+        client->choice = handshake->choice;
+    }
 }
 
 /* The only option of clients that are not "fixed": answered without a header, or by hanging up. */
@@ -257,30 +259,42 @@ static int coroutine_fn option_structured_reply(struct handshake *handshake)
     return reply_ack(handshake);
 }
 
-/* Reads the queries; does one of them, or the lack of any, name base:allocation? False: malformed. */
-static bool take_queries(struct handshake *handshake, bool listing, bool *ret_allocation)
+/* Reads the queries, and chooses of the export's contexts those that they name; listing, none names all. False:
+ * malformed. `contexts` NULL: there is no such export. */
+static bool take_queries(struct handshake *handshake, bool listing, const struct nbd_contexts *contexts,
+                         struct nbd_choice *ret)
 {
     uint32_t count;
 
+    *ret = (struct nbd_choice){0};
     if (!take_u32(handshake, &count)) {
         return false;
     }
-    *ret_allocation = listing && count == 0;
+    if (contexts && listing && count == 0) {
+        nbd_contexts_choose(contexts, "", 0, true, ret);
+    }
     for (uint32_t i = 0; i < count; i++) {
-        g_autofree char *query = NULL;
         const char *text;
         uint32_t bytes;
 
         if (!take_string(handshake, &text, &bytes)) {
             return false;
         }
-        query = g_strndup(text, bytes);
-        if (strlen(query) != bytes) {
-            continue;
+        if (contexts && bytes) {
+            nbd_contexts_choose(contexts, text, bytes, listing, ret);
         }
-        *ret_allocation |= strcmp(query, NBD_CONTEXT_ALLOCATION) == 0 || (listing && strcmp(query, "base:") == 0);
     }
     return handshake->left == 0;
+}
+
+static void reply_context(struct handshake *handshake, const struct nbd_context *context)
+{
+    g_autoptr(GByteArray) data = g_byte_array_new();
+    uint32_t id = htobe32(context->id);
+
+    g_byte_array_append(data, (const uint8_t *)&id, sizeof(id));
+    g_byte_array_append(data, (const uint8_t *)context->name, (guint)strlen(context->name));
+    reply_add(handshake, NBD_REP_META_CONTEXT, data->data, data->len);
 }
 
 /* NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
@@ -289,33 +303,33 @@ static int coroutine_fn option_meta_context(struct handshake *handshake)
     bool listing = handshake->option == NBD_OPT_LIST_META_CONTEXT;
     const char *name;
     uint32_t name_bytes;
-    bool allocation;
+    struct nbd_export *export;
+    struct nbd_choice choice;
 
     if (!listing) {
-        /* Whatever comes of it, the earlier choice is gone. */
-        g_clear_pointer(&handshake->status_export, g_free);
+        handshake->contexts_of = 0; /* whatever comes of it, the earlier choice is gone */
     }
     if (!handshake->client->structured) {
         return reply_error(handshake, NBD_REP_ERR_INVALID, "structured replies must be negotiated first");
     }
-    if (!take_string(handshake, &name, &name_bytes) || !take_queries(handshake, listing, &allocation)) {
+    if (!take_string(handshake, &name, &name_bytes)) {
         return reply_error(handshake, NBD_REP_ERR_INVALID, "lengths that do not fit the option's length");
     }
-    struct nbd_export *export = nbd_server_find(handshake->client->server, name, name_bytes);
-
+    export = nbd_server_find(handshake->client->server, name, name_bytes);
+    if (!take_queries(handshake, listing, export ? &export->contexts : NULL, &choice)) {
+        return reply_error(handshake, NBD_REP_ERR_INVALID, "lengths that do not fit the option's length");
+    }
     if (!export) {
         return reply_unknown_export(handshake, name, name_bytes);
     }
-    if (allocation) {
-        struct {
-            uint32_t id;
-            char name[sizeof(NBD_CONTEXT_ALLOCATION) - 1];
-        } NBD_WIRE context = {htobe32(NBD_CONTEXT_ALLOCATION_ID), NBD_CONTEXT_ALLOCATION};
-
-        reply_add(handshake, NBD_REP_META_CONTEXT, &context, sizeof(context));
-        if (!listing) {
-            handshake->status_export = g_strdup(export->name);
+    for (unsigned i = 0; i < export->contexts.count; i++) {
+        if (nbd_choice_has(&choice, i)) {
+            reply_context(handshake, &export->contexts.items[i]);
         }
+    }
+    if (!listing) {
+        handshake->contexts_of = export->serial;
+        handshake->choice = choice;
     }
     return reply_ack(handshake);
 }
@@ -441,6 +455,5 @@ int coroutine_fn nbd_handshake(struct nbd_client *client)
     int r = negotiate(&handshake);
 
     g_byte_array_unref(handshake.out);
-    g_free(handshake.status_export);
     return r;
 }

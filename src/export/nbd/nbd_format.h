@@ -106,9 +106,13 @@ enum nbd_error {
     NBD_ESHUTDOWN = 108,
 };
 
+/* Contexts: what they are called, and the flags of their extents. The second and third are the peer's: how many images
+ * down the data are (0: nowhere, 1: in the uppermost), and whether a dirty bitmap has them. */
 #define NBD_CONTEXT_ALLOCATION "base:allocation"
-#define NBD_CONTEXT_ALLOCATION_ID 1u
+#define NBD_CONTEXT_DEPTH "qemu:allocation-depth"
+#define NBD_CONTEXT_BITMAP "qemu:dirty-bitmap:"
 enum nbd_state { NBD_STATE_HOLE = 1 << 0, NBD_STATE_ZERO = 1 << 1 };
+enum nbd_bitmap_state { NBD_STATE_DIRTY = 1 << 0 };
 
 #define NBD_WIRE __attribute__((packed))
 

@@ -284,15 +284,18 @@ void nbd_reply_data(struct nbd_request *request, const void *data, bool may_spli
     batch_add(request);
 }
 
-void nbd_reply_status(struct nbd_request *request, const void *extents, unsigned count)
+void nbd_reply_status_chunk(const struct nbd_request *request, void *to, uint32_t context, unsigned count, bool last)
 {
-    struct nbd_batch *batch = request->session->sender.filling;
-    struct nbd_chunk_status *reply = batch_header(batch, sizeof(*reply));
+    struct nbd_chunk_status *chunk = to;
     uint32_t bytes = count * (uint32_t)sizeof(struct nbd_status_extent);
 
-    batch_chunk(&reply->chunk, request, NBD_CHUNK_BLOCK_STATUS, true,
-                (uint32_t)sizeof(*reply) - (uint32_t)sizeof(reply->chunk) + bytes);
-    reply->context = htobe32(NBD_CONTEXT_ALLOCATION_ID);
-    batch_payload(batch, extents, bytes);
+    batch_chunk(&chunk->chunk, request, NBD_CHUNK_BLOCK_STATUS, last,
+                (uint32_t)sizeof(*chunk) - (uint32_t)sizeof(chunk->chunk) + bytes);
+    chunk->context = htobe32(context);
+}
+
+void nbd_reply_status(struct nbd_request *request, const void *chunks, size_t bytes)
+{
+    batch_payload(request->session->sender.filling, chunks, bytes);
     batch_add(request);
 }

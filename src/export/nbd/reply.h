@@ -51,8 +51,11 @@ void nbd_reply_simple(struct nbd_request *request, int error, const void *payloa
 void nbd_reply_error(struct nbd_request *request, int error, const char *message);
 /* NBD_CMD_READ with structured replies: `data` may be split into data and holes. */
 void nbd_reply_data(struct nbd_request *request, const void *data, bool may_split);
-/* `count` extents, big-endian, at `extents`. */
-void nbd_reply_status(struct nbd_request *request, const void *extents, unsigned count);
+/* Block status: `chunks` were made one behind the other by nbd_reply_status_chunk(), `bytes` in all. */
+void nbd_reply_status(struct nbd_request *request, const void *chunks, size_t bytes);
+/* Writes the head of a chunk with `count` extents of a context to `to`, which has room for struct nbd_chunk_status;
+ * they follow, big-endian. `last`: no chunk follows. */
+void nbd_reply_status_chunk(const struct nbd_request *request, void *to, uint32_t context, unsigned count, bool last);
 /* A request that succeeded and has nothing to say. */
 void nbd_reply_done(struct nbd_request *request);
 

@@ -15,9 +15,8 @@
 #include <errno.h>
 #include <glib.h>
 
-/* Extents in one block status reply, and how often the backend is asked for it. */
+/* Extents in one block status reply, of all contexts. */
 #define STATUS_EXTENTS_MAX 2048
-#define STATUS_QUESTIONS_MAX 16384
 /* NBD_CMD_CACHE is a hint: what it reads ahead at most, and in which pieces. */
 #define CACHE_MAX (64 * MiB)
 #define CACHE_PIECE (1 * MiB)
@@ -166,58 +165,34 @@ static void coroutine_fn run_write_zeroes(struct nbd_request *request)
                    backend_write_zeroes(request->session->config.backend, request->offset, request->bytes, flags));
 }
 
-static uint32_t status_flags(const struct extent *extent)
+/* All chosen contexts, a chunk each; returns how many bytes, or a negative errno. */
+static ssize_t coroutine_fn status_chunks(struct nbd_request *request, uint8_t *out, unsigned contexts, unsigned max)
 {
-    uint32_t flags = 0;
+    const struct nbd_session_config *config = &request->session->config;
+    uint8_t *to = out;
 
-    if (extent->flags & EXTENT_ZERO) {
-        flags |= NBD_STATE_ZERO;
-        if (!(extent->flags & EXTENT_DATA)) {
-            flags |= NBD_STATE_HOLE;
+    for (unsigned i = 0; i < config->contexts->count; i++) {
+        if (nbd_choice_has(&config->choice, i)) {
+            const struct nbd_context *context = &config->contexts->items[i];
+            struct nbd_status_extent *extents = (void *)(to + sizeof(struct nbd_chunk_status));
+            int r = nbd_context_status(context, config->backend, request->offset, request->bytes, extents, max);
+
+            if (r < 0) {
+                return r;
+            }
+            nbd_reply_status_chunk(request, to, context->id, (unsigned)r, --contexts == 0);
+            to = (uint8_t *)(extents + r);
         }
     }
-    return flags;
-}
-
-/* Fills out[]; returns how many extents, or a negative errno. */
-static int coroutine_fn status_collect(struct nbd_request *request, struct nbd_status_extent *out, unsigned max)
-{
-    uint64_t done = 0;
-    unsigned count = 0;
-    uint32_t last_flags = 0, last_bytes = 0;
-
-    for (unsigned questions = 0; done < request->bytes && questions < STATUS_QUESTIONS_MAX; questions++) {
-        struct extent extent;
-        int r = backend_block_status(request->session->config.backend, NULL, request->offset + done,
-                                     request->bytes - done, &extent);
-
-        if (r < 0) {
-            return r;
-        }
-        g_assert(extent.bytes > 0 && extent.bytes <= request->bytes - done);
-        uint32_t flags = status_flags(&extent);
-
-        if (count && flags == last_flags) {
-            last_bytes += (uint32_t)extent.bytes;
-        } else if (count == max) {
-            break;
-        } else {
-            count++;
-            last_flags = flags;
-            last_bytes = (uint32_t)extent.bytes;
-        }
-        out[count - 1] = (struct nbd_status_extent){htobe32(last_bytes), htobe32(flags)};
-        done += extent.bytes;
-    }
-    return (int)count;
+    return to - out;
 }
 
 static void coroutine_fn run_block_status(struct nbd_request *request)
 {
-    unsigned max = request->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : STATUS_EXTENTS_MAX;
-    int r;
+    unsigned contexts = nbd_choice_count(&request->session->config.choice);
+    ssize_t r;
 
-    if (!request->session->config.status) {
+    if (!contexts) {
         nbd_reply_error(request, -EINVAL, "no metadata context was negotiated");
         return;
     }
@@ -225,14 +200,16 @@ static void coroutine_fn run_block_status(struct nbd_request *request)
         nbd_reply_error(request, -EINVAL, "block status of no bytes");
         return;
     }
-    r = request_take_memory(request, max * sizeof(struct nbd_status_extent));
+    unsigned max = request->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : MAX(STATUS_EXTENTS_MAX / contexts, 16);
+    r = request_take_memory(request,
+                            contexts * (sizeof(struct nbd_chunk_status) + max * sizeof(struct nbd_status_extent)));
     if (r == 0) {
-        r = status_collect(request, request->memory, max);
+        r = status_chunks(request, request->memory, contexts, max);
     }
     if (r < 0) {
-        nbd_reply_error(request, r, NULL);
+        nbd_reply_error(request, (int)r, NULL);
     } else {
-        nbd_reply_status(request, request->memory, (unsigned)r);
+        nbd_reply_status(request, request->memory, (size_t)r);
     }
 }
 

@@ -10,6 +10,7 @@
  * What is spoken is in handshake.c and session.c.
  */
 #include "export/nbd/server.h"
+#include "block/graph.h"
 #include "export/export_type.h"
 #include "export/nbd/memory.h"
 #include "export/nbd/nbd_format.h"
@@ -106,7 +107,8 @@ static void client_transmit_run(void *argument)
         .backend = export->backend,
         .pool = client->pool->pool,
         .structured = client->structured,
-        .status = client->status,
+        .contexts = &client->chosen->contexts,
+        .choice = client->choice,
         .read_only = !export->writable,
         .writethrough = export->writethrough,
     };
@@ -234,6 +236,12 @@ static int nbd_export_check(struct exports *exports, const struct block_export_o
     return 0;
 }
 
+static int nbd_export_plan(struct exports *exports, const struct block_export_options *options, struct node *node,
+                           struct error **err)
+{
+    return nbd_contexts_check(options, node, err);
+}
+
 static int nbd_export_open(struct export *export, const struct block_export_options *options, struct error **err)
 {
     /* The caller has waited since the first check. */
@@ -246,6 +254,8 @@ static int nbd_export_open(struct export *export, const struct block_export_opti
 
     opened->server = export->exports->nbd_server;
     opened->export = export;
+    opened->serial = ++opened->server->serial;
+    nbd_contexts_open(&opened->contexts, options, graph_find(export->exports->config.graph, options->node_name));
     opened->name = g_strdup(export_name(options));
     opened->description = g_strdup(options->u.nbd.description);
     list_init(&opened->clients);
@@ -264,11 +274,12 @@ static void nbd_export_disconnect(struct export *export)
     }
 }
 
-static void nbd_export_close(struct export *export)
+static void coroutine_fn nbd_export_close(struct export *export)
 {
     struct nbd_export *closing = export->state;
 
     g_assert(list_is_empty(&closing->clients) && list_is_empty(&closing->link));
+    nbd_contexts_close(&closing->contexts);
     g_free(closing->name);
     g_free(closing->description);
     g_free(closing);
@@ -278,6 +289,7 @@ const struct export_type nbd_export_type = {
     .name = "nbd",
     .id = BLOCK_EXPORT_TYPE_NBD,
     .check = nbd_export_check,
+    .plan = nbd_export_plan,
     .open = nbd_export_open,
     .disconnect = nbd_export_disconnect,
     .close = nbd_export_close,

@@ -4,6 +4,7 @@
 
 #include "base/list.h"
 #include "export/export_type.h"
+#include "export/nbd/contexts.h"
 #include "loop/loop.h"
 #include "loop/sync.h"
 #include <stdbool.h>
@@ -25,7 +26,9 @@ struct nbd_export {
     struct nbd_server *server;
     struct export *export;
     char *name;
-    char *description;   /* or NULL */
+    char *description; /* or NULL */
+    uint64_t serial;   /* no two of a server have the same */
+    struct nbd_contexts contexts;
     struct list clients; /* struct nbd_client by export_link */
 };
 
@@ -37,6 +40,7 @@ struct nbd_server {
     struct list directory; /* struct nbd_export by link */
     struct list clients;   /* struct nbd_client by link */
     unsigned client_count;
+    uint64_t serial;            /* the last one given */
     struct list pools;          /* of loops that have clients */
     struct coroutine *acceptor; /* waits for a client to go, or NULL */
     struct loop_sleep pause;    /* the acceptor's, after an error */
@@ -52,7 +56,8 @@ struct nbd_client {
     struct loop_task gone;
     struct nbd_loop_pool *pool;
     struct nbd_export *chosen; /* referenced; NULL until chosen */
-    bool structured, status;   /* negotiated */
+    bool structured;           /* negotiated */
+    struct nbd_choice choice;  /* contexts of `chosen` */
 };
 
 /* A client has connected; takes the connection over. */

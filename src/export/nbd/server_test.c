@@ -31,6 +31,8 @@ struct scenario {
     const char *name, *sends, *hears;
 };
 
+#define SET_B "opt=10,33 str=bm u32=1 str=qemu:dirty-bitmap:b "
+#define B_SET "ctx:qemu:dirty-bitmap:b ack:10 "
 #define GO "hello info:3 info:0 ack:7 "
 #define GO_STRUCTURED "hello ack:8 info:3 info:0 ack:7 "
 static const struct scenario scenarios[] = {
@@ -42,7 +44,7 @@ static const struct scenario scenarios[] = {
     {"option data cut", "hi opt=7,100 zero=10", "hello"},
     {"abort", "hi opt=2", "hello ack:2"},
     {"abort, then more", "hi opt=2 go=n0", "hello ack:2"},
-    {"list", "hi opt=3", "hello server:n0 server:ro ack:3"},
+    {"list", "hi opt=3", "hello server:n0 server:ro server:bm ack:3"},
     {"list with data", "hi opt=3,4 u32=0 opt=2", "hello err:3 ack:2"},
     {"unknown option", "hi opt=99,5 zero=5 opt=2", "hello err:1 ack:2"},
     {"starttls", "hi opt=5 opt=2", "hello err:1 ack:2"},
@@ -77,6 +79,21 @@ static const struct scenario scenarios[] = {
     {"list contexts, name space", "hi sr opt=9,19 str=n0 u32=1 str=base: opt=2",
      "hello ack:8 ctx:base:allocation ack:9 ack:2"},
     {"list contexts, another", "hi sr opt=9,20 str=n0 u32=1 str=qemu:x opt=2", "hello ack:8 ack:9 ack:2"},
+    {"list contexts, nothing asked", "hi sr opt=9,14 str=n0 u32=1 str= opt=2", "hello ack:8 ack:9 ack:2"},
+    {"list contexts of bitmaps", "hi sr opt=9,10 str=bm u32=0 opt=2",
+     "hello ack:8 ctx:base:allocation ctx:qemu:allocation-depth ctx:qemu:dirty-bitmap:b ctx:qemu:dirty-bitmap:c ack:9 "
+     "ack:2"},
+    {"list contexts, the peer's name space", "hi sr opt=9,19 str=bm u32=1 str=qemu: opt=2",
+     "hello ack:8 ctx:qemu:allocation-depth ctx:qemu:dirty-bitmap:b ctx:qemu:dirty-bitmap:c ack:9 ack:2"},
+    {"list contexts, all bitmaps", "hi sr opt=9,32 str=bm u32=1 str=qemu:dirty-bitmap: opt=2",
+     "hello ack:8 ctx:qemu:dirty-bitmap:b ctx:qemu:dirty-bitmap:c ack:9 ack:2"},
+    {"list contexts, half of a name", "hi sr opt=9,31 str=bm u32=1 str=qemu:dirty-bitmap opt=2",
+     "hello ack:8 ack:9 ack:2"},
+    {"list contexts, one bitmap twice",
+     "hi sr opt=9,56 str=bm u32=2 str=qemu:dirty-bitmap:c str=qemu:dirty-bitmap:c opt=2",
+     "hello ack:8 ctx:qemu:dirty-bitmap:c ack:9 ack:2"},
+    {"list contexts, no such bitmap", "hi sr opt=9,33 str=bm u32=1 str=qemu:dirty-bitmap:d opt=2",
+     "hello ack:8 ack:9 ack:2"},
 
     {"request cut", "hi go=n0 u32=624988435", GO},
     {"request of a wrong magic", "hi go=n0 zero=28 req=3,0,0,0", GO},
@@ -113,6 +130,21 @@ static const struct scenario scenarios[] = {
      "hello ack:8 ctx:base:allocation ack:10 ack:10 info:3 info:0 ack:7 error:22"},
     {"block status", "hi sr ctx=n0 go=n0 req=7,8,0,1048576 req=7,0,0,0 req=7,0,1,1048576",
      "hello ack:8 ctx:base:allocation ack:10 info:3 info:0 ack:7 status:3=1048576 error:22 error:22"},
+    {"a bitmap", "hi sr " SET_B "go=bm req=7,0,0,1048576 req=7,8,0,1048576 req=7,0,65535,2 req=7,0,640000,65536",
+     "hello ack:8 " B_SET "info:3 info:0 ack:7 status:1=65536,0=458752,1=131072,0=393216 status:1=65536 "
+     "status:1=1,0=1 status:1=15360,0=50176"},
+    {"three contexts",
+     "hi sr opt=10,77 str=bm u32=3 str=qemu:dirty-bitmap:b str=base:allocation str=qemu:allocation-depth go=bm "
+     "req=7,0,0,131072 req=7,8,0,131072",
+     "hello ack:8 ctx:base:allocation ctx:qemu:allocation-depth ctx:qemu:dirty-bitmap:b ack:10 info:3 info:0 ack:7 "
+     "status:3=131072+ status:1=131072+ status:1=65536,0=65536 status:3=131072+ status:1=131072+ status:1=65536"},
+    {"a name space cannot be set", "hi sr opt=10,32 str=bm u32=1 str=qemu:dirty-bitmap: go=bm req=7,0,0,512",
+     "hello ack:8 ack:10 info:3 info:0 ack:7 error:22"},
+    {"a bitmap, then malformed queries",
+     "hi sr " SET_B "opt=10,37 str=bm u32=4294967295 str=qemu:dirty-bitmap:b u32=9 go=bm req=7,0,0,512",
+     "hello ack:8 " B_SET "err:3 info:3 info:0 ack:7 error:22"},
+    {"a bitmap of another export", "hi sr " SET_B "go=n0 req=7,0,0,512",
+     "hello ack:8 " B_SET "info:3 info:0 ack:7 error:22"},
     {"structured, read", "hi sr go=n0 req=0,0,0,4096 req=0,4,0,65536 req=0,0,0,0",
      GO_STRUCTURED "data:4096 data:65536 none"},
     {"structured, read of zeroes", "hi sr go=n0 req=0,0,0,1048576", GO_STRUCTURED "hole:1048576"},
@@ -520,7 +552,7 @@ static void refusals_run(void *argument)
     error_free(err);
 
     json_t *list = exports_query(bed->exports);
-    g_assert_cmpuint(json_array_size(list), ==, 2);
+    g_assert_cmpuint(json_array_size(list), ==, 3);
     json_decref(list);
 }
 

@@ -2,6 +2,7 @@
 #ifndef INTERLOCK_EXPORT_NBD_SESSION_H
 #define INTERLOCK_EXPORT_NBD_SESSION_H
 
+#include "export/nbd/contexts.h"
 #include "export/nbd/memory.h"
 #include "export/nbd/reply.h"
 #include "loop/coroutine.h"
@@ -26,8 +27,9 @@ struct nbd_session_config {
     struct backend *backend;
     const atomic_uint_fast64_t *size; /* of the export, bytes; may change */
     struct nbd_pool *pool;
-    bool structured; /* structured replies were negotiated */
-    bool status;     /* base:allocation was negotiated */
+    bool structured;                     /* structured replies were negotiated */
+    const struct nbd_contexts *contexts; /* the export's */
+    struct nbd_choice choice;            /* those of them that were negotiated */
     bool read_only;
     bool writethrough; /* every write as if it had FUA */
 };

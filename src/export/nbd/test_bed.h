@@ -2,6 +2,8 @@
 #ifndef INTERLOCK_EXPORT_NBD_TEST_BED_H
 #define INTERLOCK_EXPORT_NBD_TEST_BED_H
 
+#include "block/bitmap.h"
+#include "block/dirty.h"
 #include "block/driver.h"
 #include "block/graph.h"
 #include "driver/drivers.h"
@@ -17,7 +19,9 @@
 
 /*
  * For tests and fuzzing only: a whole NBD server over null-co nodes, fed with streams of bytes over socket pairs.
- * Exports: "n0" (writable, 1 MiB), "ro" (read-only, the same node, with a description).
+ * Exports: "n0" (writable, 1 MiB), "ro" (read-only, the same node, with a description), "bm" (read-only, another node
+ * of that size, with allocation depth and bitmaps "b", dirty from 0 to 64 KiB and from 512 KiB to 640 KiB, and "c",
+ * clean).
  */
 #define BED_SIZE (1024u * 1024)
 
@@ -51,14 +55,9 @@ static inline void bed_add_export(struct bed *bed, char *id, char *name, bool wr
     bed_assert(exports_add(bed->exports, &options, &err), err);
 }
 
-static inline void bed_start_run(void *argument)
+static inline struct node *bed_add_node(struct bed *bed, char *name)
 {
-    struct bed *bed = argument;
-    struct blockdev_options options = {.driver = BLOCKDEV_DRIVER_NULL_CO, .node_name = "n0"};
-    struct exports_config config = {.graph = bed->graph, .find_iothread = bed_find_iothread, .argument = bed};
-    g_autofree char *path = g_strdup_printf("/tmp/interlock-nbd-test-%d", (int)getpid());
-    struct address address = {.kind = ADDRESS_UNIX, .path = path};
-    struct nbd_server_config server = {.address = &address};
+    struct blockdev_options options = {.driver = BLOCKDEV_DRIVER_NULL_CO, .node_name = name};
     struct error *err = NULL;
     struct node *node;
 
@@ -66,10 +65,50 @@ static inline void bed_start_run(void *argument)
     options.u.null_co.size = BED_SIZE;
     options.u.null_co.has_read_zeroes = options.u.null_co.read_zeroes = true;
     bed_assert(graph_add(bed->graph, &options, &node, &err), err);
+    return node;
+}
+
+static inline void bed_add_bitmaps(struct bed *bed)
+{
+    struct node *node = bed_add_node(bed, "n1");
+    struct bitmap_config config = {.name = "b", .granularity = 65536, .disabled = true};
+    struct block_dirty_bitmap_or_str items[2] = {{.kind = BLOCK_DIRTY_BITMAP_OR_STR_LOCAL, .u.local = "b"},
+                                                 {.kind = BLOCK_DIRTY_BITMAP_OR_STR_LOCAL, .u.local = "c"}};
+    struct block_dirty_bitmap_or_str *list[2] = {&items[0], &items[1]};
+    struct block_export_options options = {.type = BLOCK_EXPORT_TYPE_NBD, .id = "e3", .node_name = "n1"};
+    struct bitmap *bitmap;
+    struct error *err = NULL;
+
+    graph_lock(bed->graph);
+    bed_assert(bitmap_add(node, &config, &bitmap, &err), err);
+    dirty_mark(bitmap->dirty, 0, 1);
+    dirty_mark(bitmap->dirty, 524288, 131072);
+    config.name = "c";
+    bed_assert(bitmap_add(node, &config, NULL, &err), err);
+    graph_unlock(bed->graph);
+    options.u.nbd.name = "bm";
+    options.u.nbd.allocation_depth = true;
+    options.u.nbd.has_bitmaps = true;
+    options.u.nbd.bitmaps.count = 2;
+    options.u.nbd.bitmaps.items = list;
+    bed_assert(exports_add(bed->exports, &options, &err), err);
+}
+
+static inline void bed_start_run(void *argument)
+{
+    struct bed *bed = argument;
+    struct exports_config config = {.graph = bed->graph, .find_iothread = bed_find_iothread, .argument = bed};
+    g_autofree char *path = g_strdup_printf("/tmp/interlock-nbd-test-%d", (int)getpid());
+    struct address address = {.kind = ADDRESS_UNIX, .path = path};
+    struct nbd_server_config server = {.address = &address};
+    struct error *err = NULL;
+
+    bed_add_node(bed, "n0");
     bed->exports = exports_create(&config);
     bed_assert(nbd_server_start(bed->exports, &server, &err), err);
     bed_add_export(bed, "e0", NULL, true, NULL);
     bed_add_export(bed, "e1", "ro", false, NULL);
+    bed_add_bitmaps(bed);
     if (bed->iothread) {
         bed_add_export(bed, "e2", "io", true, "thread");
     }
