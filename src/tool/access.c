@@ -175,6 +175,16 @@ void access_print_json(const json_t *json)
     free(text);
 }
 
+static int access_cancel(const struct access_options *options, int *ret_status, struct error **err)
+{
+    auto_client client = NULL;
+    int code = options->words[1] ? client_connect(options->qmp, &client, err)
+                                 : error_set(err, -EINVAL, "Say who is not to wait any more: access cancel ID");
+
+    return code ? code
+                : client_execute(client, "access-cancel", json_pack("{s:s}", "id", options->words[1]), NULL, err);
+}
+
 static const struct access_verb {
     const char *name, *parameters, *help;
     int (*run)(const struct access_options *options, int *ret_status, struct error **err);
@@ -182,6 +192,7 @@ static const struct access_verb {
     {"show", "", "who holds what on which node (what no verb means, too)", access_show},
     {"check", " COMMAND [KEY=VALUE...]",
      "would this command be admitted now? 0: yes, 1: refused, 2: it cannot be asked", access_check},
+    {"cancel", " ID", "let an operation that waits for its turn not wait any more", access_cancel},
     {"matrix", "", "which operations may run side by side, by the relation of their nodes (asks no daemon)",
      access_matrix},
 };
@@ -216,7 +227,7 @@ int tool_access(int argc, char **argv)
 
         g_string_append_printf(summary, "\n  %-30s %s", usage, verbs[i].help);
     }
-    code = tool_parse(&argc, &argv, own, "[VERB]", summary->str, &options.qmp, &err);
+    code = tool_parse(&argc, &argv, own, "[VERB]", summary->str, NULL, &options.qmp, &err);
     code = code ? code : run(&options, &status, &err);
     g_free(options.qmp);
     g_strfreev(options.words);

@@ -20,6 +20,8 @@ int access_matrix(const struct access_options *options, int *ret_status, struct 
 
 /* A line for each claim of an array as query-access has it. Merges clauses of one role in place. */
 void access_print_claims(json_t *claims);
+/* What access-check answered, in words. */
+void access_print_check(json_t *check);
 void access_print_json(const json_t *json);
 
 #endif

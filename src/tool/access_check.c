@@ -7,50 +7,10 @@
  * The exit status is the verdict: 0 admitted, 1 refused; 2 when the question could not be answered.
  */
 #include "tool/access.h"
+#include "tool/arguments.h"
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
-
-static json_t *value_read(const char *text)
-{
-    json_t *json = json_loads(text, JSON_DECODE_ANY, NULL);
-
-    return json ? json : json_string(text);
-}
-
-/* "server.type=unix" into {"server": {"type": "unix"}} */
-static int argument_add(json_t *arguments, const char *word, struct error **err)
-{
-    const char *equals = strchr(word, '=');
-
-    if (!equals || equals == word) {
-        return error_set(err, -EINVAL, "'%s' is not KEY=VALUE", word);
-    }
-    json_t *value = value_read(equals + 1);
-    g_autofree char *key = g_strndup(word, (size_t)(equals - word));
-    g_auto(GStrv) parts = g_strsplit(key, ".", -1);
-    unsigned count = g_strv_length(parts);
-
-    if (!value) {
-        return error_set(err, -EINVAL, "The value of '%s' is not UTF-8", key);
-    }
-    for (unsigned i = 0; i + 1 < count; i++) {
-        json_t *inner = json_object_get(arguments, parts[i]);
-
-        if (!inner) {
-            inner = json_object();
-            json_object_set_new(arguments, parts[i], inner);
-        }
-        arguments = inner;
-    }
-    if (!json_is_object(arguments) || json_object_get(arguments, parts[count - 1]) ||
-        json_object_set(arguments, parts[count - 1], value) < 0) {
-        json_decref(value);
-        return error_set(err, -EINVAL, "'%s' does not go with the arguments before it", word);
-    }
-    json_decref(value);
-    return 0;
-}
 
 static int arguments_read(char **words, json_t **ret, struct error **err)
 {
@@ -61,8 +21,8 @@ static int arguments_read(char **words, json_t **ret, struct error **err)
     if (!arguments) {
         return error_set(err, -EINVAL, "The arguments are not a JSON object");
     }
-    for (unsigned i = 0; !whole && words[i] && !code; i++) {
-        code = argument_add(arguments, words[i], err);
+    if (!whole) {
+        code = arguments_add(arguments, words, err);
     }
     if (code) {
         json_decref(arguments);
@@ -99,6 +59,15 @@ static void print_admitted(json_t *check)
     access_print_claims(json_object_get(check, "claims"));
 }
 
+void access_print_check(json_t *check)
+{
+    if (json_is_true(json_object_get(check, "admitted"))) {
+        print_admitted(check);
+    } else {
+        print_refusal(check);
+    }
+}
+
 int access_check(const struct access_options *options, int *ret_status, struct error **err)
 {
     auto_client client = NULL;
@@ -127,10 +96,8 @@ int access_check(const struct access_options *options, int *ret_status, struct e
     *ret_status = admitted ? 0 : 1;
     if (options->json) {
         access_print_json(check);
-    } else if (admitted) {
-        print_admitted(check);
     } else {
-        print_refusal(check);
+        access_print_check(check);
     }
     return 0;
 }

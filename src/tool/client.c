@@ -82,7 +82,8 @@ static char *take_line(struct client *client)
     return line;
 }
 
-/* Reads one message; NULL on time-out (*ret_code 0) or failure (negative errno). */
+/* Reads one message; NULL on time-out or, unless a reply is waited for (timeout_ms < 0), a signal (*ret_code 0), or on
+ * failure (negative errno). */
 static json_t *read_message(struct client *client, int timeout_ms, int *ret_code)
 {
     *ret_code = 0;
@@ -100,8 +101,13 @@ static json_t *read_message(struct client *client, int timeout_ms, int *ret_code
             }
             continue;
         }
-        if (poll(&ready, 1, timeout_ms) == 0) {
+        int polled = poll(&ready, 1, timeout_ms);
+
+        if (polled == 0 || (polled < 0 && errno == EINTR && timeout_ms >= 0)) {
             return NULL;
+        }
+        if (polled < 0 && errno == EINTR) {
+            continue;
         }
         got = read(client->fd, chunk, sizeof(chunk));
         if (got < 0 && errno == EINTR) {
@@ -251,4 +257,67 @@ json_t *client_wait_event(struct client *client, int timeout_ms, bool *ret_gone)
         return NULL;
     }
     return message;
+}
+
+json_t *client_take_event(struct client *client, const char *name, const char *key, const char *value)
+{
+    for (GList *at = client->events.head; at; at = at->next) {
+        json_t *event = at->data;
+
+        if (!g_strcmp0(json_string_value(json_object_get(event, "event")), name) &&
+            !g_strcmp0(json_string_value(json_object_get(json_object_get(event, "data"), key)), value)) {
+            g_queue_delete_link(&client->events, at);
+            return event;
+        }
+    }
+    return NULL;
+}
+
+bool client_listen(struct client *client, int timeout_ms)
+{
+    int code = 0;
+    json_t *message = client->failed ? NULL : read_message(client, timeout_ms, &code);
+
+    if (json_object_get(message, "event")) {
+        g_queue_push_tail(&client->events, message);
+    } else {
+        json_decref(message);
+    }
+    return !client->failed;
+}
+
+int client_knows(struct client *client, const char *command, bool *ret, struct error **err)
+{
+    auto_json commands = NULL;
+    int code = client_execute(client, "query-commands", NULL, &commands, err);
+    size_t index;
+    json_t *known;
+
+    *ret = false;
+    json_array_foreach(commands, index, known)
+    {
+        *ret = *ret || !g_strcmp0(json_string_value(json_object_get(known, "name")), command);
+    }
+    return code;
+}
+
+bool client_is_local(const struct client *client)
+{
+    struct sockaddr_storage peer;
+    socklen_t size = sizeof(peer);
+
+    return getpeername(client->fd, (struct sockaddr *)&peer, &size) == 0 && peer.ss_family == AF_UNIX;
+}
+
+char *client_folder(const struct client *client)
+{
+    struct ucred who;
+    socklen_t size = sizeof(who);
+
+    if (!client_is_local(client) || getsockopt(client->fd, SOL_SOCKET, SO_PEERCRED, &who, &size) < 0) {
+        return NULL;
+    }
+    g_autofree char *link = g_strdup_printf("/proc/%ld/cwd", (long)who.pid);
+
+    return g_file_read_link(link, NULL);
 }

@@ -237,7 +237,7 @@ int tool_graph(int argc, char **argv)
                                 {"svg", 0, 0, G_OPTION_ARG_FILENAME, &svg, "draw it to FILE (needs graphviz)", "FILE"},
                                 {NULL, 0, 0, 0, NULL, NULL, NULL}};
     struct error *err = NULL;
-    int code = tool_parse(&argc, &argv, own, NULL, "The picture of a running daemon's nodes.", &qmp, &err);
+    int code = tool_parse(&argc, &argv, own, NULL, "The picture of a running daemon's nodes.", NULL, &qmp, &err);
 
     code = code ? code : show(qmp, as_dot, svg, &err);
     return code ? tool_fail("interlock graph", err) : 0;

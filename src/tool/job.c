@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `interlock job list|wait|cancel|complete|pause|resume|finalize|dismiss`: the jobs of a running daemon. A client of
- * the monitor: each verb is one QMP command; the table of verbs below is also the help text. Waiting is progress.c's.
- * `list` needs no job; every other verb names one.
+ * `interlock job list|wait|cancel|complete|pause|resume|finalize|dismiss|set-speed|change`: the jobs of a running
+ * daemon. A client of the monitor: each verb is one QMP command; the table of verbs below is also the help text.
+ * Waiting is progress.c's. `list` needs no job; every other verb names one.
  */
+#include "base/size.h"
 #include "tool/client.h"
 #include "tool/progress.h"
 #include "tool/tool.h"
@@ -13,7 +14,7 @@
 #include <string.h>
 
 struct job_options {
-    char *qmp;
+    char *qmp, *copy_mode;
     gboolean force;
     char **words; /* verb and job names */
 };
@@ -48,7 +49,8 @@ static int job_list(struct client *client, const struct job_options *options, co
 
 static int job_wait(struct client *client, const struct job_options *options, const char *id, struct error **err)
 {
-    return progress_wait_jobs(client, options->words + 1, g_strv_length(options->words + 1), false, err);
+    progress_catch_interrupt();
+    return progress_wait_jobs(client, options->words + 1, g_strv_length(options->words + 1), PROGRESS_WAIT, err);
 }
 
 static int job_cancel(struct client *client, const struct job_options *options, const char *id, struct error **err)
@@ -83,6 +85,46 @@ static int job_finalize(struct client *client, const struct job_options *options
     return job_command(client, "job-finalize", id, err);
 }
 
+static int job_set_speed(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    const char *text = options->words[2];
+    uint64_t speed;
+
+    if (!text || size_parse(text, &speed) < 0) {
+        return error_set(err, -EINVAL, "Say how many bytes per second: job set-speed ID BYTES; 0: no limit");
+    }
+    return client_execute(client, "block-job-set-speed",
+                          json_pack("{s:s, s:I}", "device", id, "speed", (json_int_t)speed), NULL, err);
+}
+
+/* The type of a job goes with the change: it is asked for. */
+static int job_change(struct client *client, const struct job_options *options, const char *id, struct error **err)
+{
+    auto_json jobs = NULL;
+    const char *type = NULL;
+    size_t index;
+    json_t *job;
+
+    if (!options->copy_mode) {
+        return error_set(err, -EINVAL, "Say what to change: job change ID --copy-mode background|write-blocking");
+    }
+    int code = client_execute(client, "query-jobs", NULL, &jobs, err);
+
+    json_array_foreach(jobs, index, job)
+    {
+        if (!g_strcmp0(json_string_value(json_object_get(job, "id")), id)) {
+            type = json_string_value(json_object_get(job, "type"));
+        }
+    }
+    if (!code && !type) {
+        code = error_set(err, -ENOENT, "There is no job '%s'", id);
+    }
+    return code ? code
+                : client_execute(client, "block-job-change",
+                                 json_pack("{s:s, s:s, s:s}", "id", id, "type", type, "copy-mode", options->copy_mode),
+                                 NULL, err);
+}
+
 static const struct job_verb {
     const char *name;
     int (*run)(struct client *client, const struct job_options *options, const char *id, struct error **err);
@@ -97,6 +139,8 @@ static const struct job_verb {
     {"resume", job_resume, true, "go on after a pause or an error"},
     {"finalize", job_finalize, true, "let a pending job make its graph change"},
     {"dismiss", job_dismiss, true, "forget a concluded job"},
+    {"set-speed", job_set_speed, true, "ID BYTES: limit it to so many bytes per second (100M, 2G, ...); 0: no limit"},
+    {"change", job_change, true, "change how a mirror copies (--copy-mode)"},
 };
 
 static int job_run(const struct job_options *options, struct error **err)
@@ -124,6 +168,8 @@ int tool_job(int argc, char **argv)
     struct job_options options = {0};
     const GOptionEntry own[] = {
         {"force", 0, 0, G_OPTION_ARG_NONE, &options.force, "with cancel: at once, also when ready", NULL},
+        {"copy-mode", 0, 0, G_OPTION_ARG_STRING, &options.copy_mode,
+         "with change: background, or write-blocking: a guest's write waits until it is copied too", "MODE"},
         {G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_STRING_ARRAY, &options.words, NULL, NULL},
         {NULL, 0, 0, 0, NULL, NULL, NULL}};
     g_autoptr(GString) summary = g_string_new("Verbs:");
@@ -133,9 +179,15 @@ int tool_job(int argc, char **argv)
     for (unsigned i = 0; i < G_N_ELEMENTS(verbs); i++) {
         g_string_append_printf(summary, "\n  %-10s %s", verbs[i].name, verbs[i].help);
     }
-    code = tool_parse(&argc, &argv, own, "VERB [ID...]", summary->str, &options.qmp, &err);
+    code = tool_parse(&argc, &argv, own, "VERB [ID...]", summary->str, NULL, &options.qmp, &err);
     code = code ? code : job_run(&options, &err);
     g_free(options.qmp);
+    g_free(options.copy_mode);
     g_strfreev(options.words);
+    if (code == -EINTR) {
+        fprintf(stderr, "interlock job: the jobs go on; 'interlock job cancel' ends one\n");
+        error_free(err);
+        return 130;
+    }
     return code ? tool_fail("interlock job", err) : 0;
 }

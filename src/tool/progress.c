@@ -2,25 +2,36 @@
 /*
  * Waiting for jobs at the command line. A job's end is learnt from its events (JOB_STATUS_CHANGE to concluded or
  * null, BLOCK_JOB_COMPLETED with or without an error, BLOCK_JOB_CANCELLED); its progress from query-jobs, five times
- * a second. On a terminal each job has a line of its own, redrawn in place; elsewhere a line is printed for each tenth.
- * The functions here know no job types: whatever the daemon calls a job is shown.
+ * a second; and why one is paused from query-block-jobs and BLOCK_JOB_ERROR. On a terminal each job has a line of its
+ * own, redrawn in place; elsewhere a line is printed for each tenth and for each change between running, paused and
+ * ready. The functions here know no job types: whatever the daemon calls a job is shown.
+ *
+ * An interrupt (Ctrl-C) ends the waiting, never a job: the jobs are the daemon's, and go on. Whoever waited says so.
  */
 #include "tool/progress.h"
 #include "base/size.h"
 #include <errno.h>
 #include <glib.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #define BAR_WIDTH 30
+#define BAR_WIDTH_MIN 6
+#define LOOK_MS 200
 
 struct wait {
     const char *id;
     int last_tenth;
-    int64_t started_us;
-    uint64_t first_done; /* progress when we began to look */
-    bool seen, found, ended, cancelled, asked_to_complete;
+    char *last_state; /* what was printed last */
+    int64_t looked_us;
+    uint64_t last_done;
+    double rate;     /* bytes a second, smoothed */
+    unsigned pauses; /* how often in a row it was found paused */
+    bool seen, found, ended, cancelled, ready, told;
+    char *operation; /* what failed last: "read", "write" */
     char *failure;
     char *line; /* what a terminal shows of it */
 };
@@ -28,8 +39,28 @@ struct wait {
 struct waits {
     struct wait *jobs;
     unsigned count;
-    bool terminal, drawn, complete_when_ready;
+    bool terminal, drawn;
+    enum progress_at_ready at_ready;
 };
+
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int number)
+{
+    interrupted = 1;
+}
+
+void progress_catch_interrupt(void)
+{
+    const struct sigaction action = {.sa_handler = on_interrupt};
+
+    sigaction(SIGINT, &action, NULL);
+}
+
+bool progress_interrupted(void)
+{
+    return interrupted;
+}
 
 /* "1:05", "2:03:10" */
 static void duration_format(uint64_t seconds, char *out, size_t size)
@@ -42,41 +73,74 @@ static void duration_format(uint64_t seconds, char *out, size_t size)
     }
 }
 
-static void note_progress(struct wait *wait, bool terminal, const char *type, const char *status, uint64_t done,
-                          uint64_t total)
+static unsigned terminal_columns(void)
 {
-    if (!wait->started_us) {
-        wait->started_us = g_get_monotonic_time();
-        wait->first_done = done;
+    struct winsize size;
+
+    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
+}
+
+/* The rate of the last seconds counts more than what was before. */
+static void note_rate(struct wait *wait, uint64_t done)
+{
+    int64_t now_us = g_get_monotonic_time();
+    double elapsed = (double)(now_us - wait->looked_us) / 1e6;
+
+    if (wait->looked_us && elapsed > 0.02) {
+        double rate = (double)(done - MIN(done, wait->last_done)) / elapsed;
+        double weight = MIN(1.0, wait->rate > 0 ? elapsed / 2 : 1.0);
+
+        wait->rate += (rate - wait->rate) * weight;
     }
-    double elapsed = (double)(g_get_monotonic_time() - wait->started_us) / 1e6;
-    double rate = elapsed > 0.1 ? (double)(done - MIN(done, wait->first_done)) / elapsed : 0;
-    unsigned percent = total ? (unsigned)(100.0 * (double)done / (double)total) : 100;
+    if (!wait->looked_us || elapsed > 0.02) {
+        wait->looked_us = now_us;
+        wait->last_done = done;
+    }
+}
+
+static void draw_line(struct wait *wait, const char *type, const char *state, unsigned percent, uint64_t left_bytes)
+{
     char size[32], left[32] = "-:--", bar[BAR_WIDTH + 1];
 
-    if (!terminal) {
-        if ((int)percent / 10 != wait->last_tenth) {
-            wait->last_tenth = (int)percent / 10;
-            printf("%s %s: %u %% (%s)\n", type, wait->id, percent, status);
-            fflush(stdout);
-        }
-        return;
+    if (wait->rate >= 1) {
+        duration_format((uint64_t)((double)left_bytes / wait->rate), left, sizeof(left));
     }
-    memset(bar, '.', BAR_WIDTH);
-    memset(bar, '#', MIN(percent, 100u) * BAR_WIDTH / 100);
-    bar[BAR_WIDTH] = 0;
-    if (rate > 0) {
-        duration_format((uint64_t)((double)(total - MIN(done, total)) / rate), left, sizeof(left));
-    }
+    size_format((uint64_t)wait->rate, size, sizeof(size));
+    g_autofree char *tail = g_strdup_printf("%3u %%  %s/s  %s left  %s", percent, size, left, state);
+    int others = (int)(strlen(type) + strlen(wait->id) + strlen(tail)) + 6;
+    int width = CLAMP((int)terminal_columns() - others, BAR_WIDTH_MIN, BAR_WIDTH);
+
+    memset(bar, '.', sizeof(bar) - 1);
+    memset(bar, '#', MIN(percent, 100u) * (unsigned)width / 100);
+    bar[width] = 0;
     g_free(wait->line);
-    wait->line = g_strdup_printf("%s %s [%s] %3u %%  %s/s  %s left  %-8s", type, wait->id, bar, percent,
-                                 size_format((uint64_t)rate, size, sizeof(size)), left, status);
+    wait->line = g_strdup_printf("%s %s [%s] %s", type, wait->id, bar, tail);
+    if (strlen(wait->line) >= terminal_columns()) { /* a line that wraps could not be drawn over */
+        wait->line[terminal_columns() - 1] = 0;
+    }
+}
+
+static void note_progress(struct wait *wait, bool terminal, const char *type, const char *state, uint64_t done,
+                          uint64_t total)
+{
+    unsigned percent = total ? (unsigned)(100.0 * (double)done / (double)total) : 100;
+
+    note_rate(wait, done);
+    if (terminal) {
+        draw_line(wait, type, state, percent, total - MIN(done, total));
+    } else if ((int)percent / 10 != wait->last_tenth || g_strcmp0(wait->last_state, state) != 0) {
+        wait->last_tenth = (int)percent / 10;
+        g_free(wait->last_state);
+        wait->last_state = g_strdup(state);
+        printf("%s %s: %u %% (%s)\n", type, wait->id, percent, state);
+        fflush(stdout);
+    }
 }
 
 /* All lines, over those drawn before. */
 static void draw(struct waits *waits)
 {
-    if (!waits->terminal) {
+    if (!waits->terminal || waits->at_ready == PROGRESS_QUIET) {
         return;
     }
     if (waits->drawn) {
@@ -111,6 +175,10 @@ static void take_event(struct wait *wait, json_t *event)
     if (error && !wait->failure) {
         wait->failure = g_strdup(error);
     }
+    if (!strcmp(name, "BLOCK_JOB_ERROR")) {
+        g_free(wait->operation);
+        wait->operation = g_strdup(json_string_value(json_object_get(data, "operation")));
+    }
     if (!strcmp(name, "BLOCK_JOB_CANCELLED")) {
         wait->cancelled = true;
     }
@@ -123,6 +191,58 @@ static void take_event(struct wait *wait, json_t *event)
     }
 }
 
+static json_t *find_by(json_t *list, const char *key, const char *id)
+{
+    size_t index;
+    json_t *item;
+
+    json_array_foreach(list, index, item)
+    {
+        if (!g_strcmp0(json_string_value(json_object_get(item, key)), id)) {
+            return item;
+        }
+    }
+    return NULL;
+}
+
+/* A job's status in words; of a paused one, why. */
+static char *state_of(struct wait *wait, struct client *client, const char *status)
+{
+    auto_json jobs = NULL;
+    bool paused = !strcmp(status, "paused") || !strcmp(status, "standby");
+
+    wait->pauses = paused ? wait->pauses + 1 : 0;
+    if (!paused || client_execute(client, "query-block-jobs", NULL, &jobs, NULL) < 0) {
+        return g_strdup(status);
+    }
+    const char *io = json_string_value(json_object_get(find_by(jobs, "device", wait->id), "io-status"));
+
+    if (!g_strcmp0(io, "nospace")) {
+        return g_strdup("paused: no space left");
+    }
+    if (!g_strcmp0(io, "failed")) {
+        return g_strdup_printf("paused: a %s failed", wait->operation ? wait->operation : "request");
+    }
+    return g_strdup(status);
+}
+
+static int act_on_ready(const struct waits *waits, struct wait *wait, struct client *client, struct error **err)
+{
+    wait->ready = true;
+    if (waits->at_ready == PROGRESS_LEAVE) {
+        wait->ended = true;
+        return 0;
+    }
+    if (wait->told || (waits->at_ready != PROGRESS_COMPLETE && waits->at_ready != PROGRESS_END)) {
+        return 0;
+    }
+    wait->told = true;
+    if (waits->at_ready == PROGRESS_COMPLETE) {
+        return client_execute(client, "job-complete", json_pack("{s:s}", "id", wait->id), NULL, err);
+    }
+    return client_execute(client, "block-job-cancel", json_pack("{s:s}", "device", wait->id), NULL, err);
+}
+
 static int look_at_job(struct waits *waits, struct wait *wait, struct client *client, json_t *job, struct error **err)
 {
     const char *status = json_string_value(json_object_get(job, "status"));
@@ -132,15 +252,19 @@ static int look_at_job(struct waits *waits, struct wait *wait, struct client *cl
     if (error && !wait->failure) {
         wait->failure = g_strdup(error);
     }
-    note_progress(wait, waits->terminal, json_string_value(json_object_get(job, "type")), status,
-                  (uint64_t)json_integer_value(json_object_get(job, "current-progress")),
-                  (uint64_t)json_integer_value(json_object_get(job, "total-progress")));
-    wait->ended = wait->ended || !strcmp(status, "concluded");
-    if (!strcmp(status, "ready") && waits->complete_when_ready && !wait->asked_to_complete) {
-        wait->asked_to_complete = true;
-        return client_execute(client, "job-complete", json_pack("{s:s}", "id", wait->id), NULL, err);
+    if (wait->ended) {
+        return 0;
     }
-    return 0;
+    g_autofree char *state = state_of(wait, client, status);
+
+    /* Every job is paused for moments, for a change of the graph: not worth a word. */
+    if (waits->at_ready != PROGRESS_QUIET && wait->pauses != 1 && strcmp(status, "concluded") != 0) {
+        note_progress(wait, waits->terminal, json_string_value(json_object_get(job, "type")), state,
+                      (uint64_t)json_integer_value(json_object_get(job, "current-progress")),
+                      (uint64_t)json_integer_value(json_object_get(job, "total-progress")));
+    }
+    wait->ended = wait->ended || !strcmp(status, "concluded");
+    return strcmp(status, "ready") ? 0 : act_on_ready(waits, wait, client, err);
 }
 
 /* Looks at every job; one that is not there any more has `found` false. */
@@ -151,15 +275,11 @@ static int poll_jobs(struct waits *waits, struct client *client, struct error **
 
     for (unsigned i = 0; i < waits->count && !code; i++) {
         struct wait *wait = &waits->jobs[i];
-        size_t index;
-        json_t *job;
+        json_t *job = find_by(jobs, "id", wait->id);
 
-        wait->found = false;
-        json_array_foreach(jobs, index, job)
-        {
-            if (!code && !wait->ended && !strcmp(json_string_value(json_object_get(job, "id")), wait->id)) {
-                code = look_at_job(waits, wait, client, job, err);
-            }
+        wait->found = job;
+        if (job) {
+            code = look_at_job(waits, wait, client, job, err);
         }
     }
     return code;
@@ -185,22 +305,38 @@ static bool all_ended(const struct waits *waits)
     return true;
 }
 
-/* How one job ended, into its line and, the first failure, into *err. */
-static int conclude(struct waits *waits, struct wait *wait, struct error **err)
+/* How one job ended, into its line. */
+static void conclude(const struct waits *waits, struct wait *wait)
 {
     const char *end = wait->cancelled ? "cancelled" : wait->failure ? "failed" : "done";
 
-    if (wait->seen || wait->ended) {
+    if (waits->at_ready == PROGRESS_LEAVE && wait->ready && !wait->failure && !wait->cancelled) {
+        end = "ready";
+    }
+    if (waits->at_ready != PROGRESS_QUIET && (wait->seen || wait->ended)) {
         g_free(wait->line);
         wait->line = g_strdup_printf("%s: %s", wait->id, end);
         if (!waits->terminal) {
             printf("%s\n", wait->line);
         }
     }
-    if (wait->cancelled) {
-        return error_set(err, -ECANCELED, "Job '%s' was cancelled", wait->id);
+}
+
+/* The failure of all. Of a group whose jobs end together the one that failed counts, and not those that were cancelled
+ * for its sake. */
+static int verdict(const struct waits *waits, struct error **err)
+{
+    const struct wait *cancelled = NULL;
+
+    for (unsigned i = 0; i < waits->count; i++) {
+        const struct wait *wait = &waits->jobs[i];
+
+        if (wait->failure && !wait->cancelled) {
+            return error_set(err, -EIO, "Job '%s' failed: %s", wait->id, wait->failure);
+        }
+        cancelled = cancelled || !wait->cancelled ? cancelled : wait;
     }
-    return wait->failure ? error_set(err, -EIO, "Job '%s' failed: %s", wait->id, wait->failure) : 0;
+    return cancelled ? error_set(err, -ECANCELED, "Job '%s' was cancelled", cancelled->id) : 0;
 }
 
 /* Polls and listens until every job has ended. */
@@ -212,12 +348,15 @@ static int wait_all(struct waits *waits, struct client *client, struct error **e
     while (!all_ended(waits) && !gone && !code) {
         bool some_missing = false;
 
+        if (progress_interrupted()) {
+            return error_set(err, -EINTR, "Interrupted");
+        }
         code = poll_jobs(waits, client, err);
         draw(waits);
         for (unsigned i = 0; i < waits->count; i++) {
             some_missing = some_missing || (!waits->jobs[i].found && !waits->jobs[i].ended);
         }
-        drain_events(waits, client, some_missing || all_ended(waits) ? 0 : 200, &gone);
+        drain_events(waits, client, some_missing || all_ended(waits) ? 0 : LOOK_MS, &gone);
         for (unsigned i = 0; i < waits->count && !code; i++) {
             struct wait *wait = &waits->jobs[i];
 
@@ -231,34 +370,34 @@ static int wait_all(struct waits *waits, struct client *client, struct error **e
         }
     }
     if (!code && gone && !all_ended(waits)) {
-        code = error_set(err, -ECONNRESET, "The daemon went away while a job was running");
+        return error_set(err, -ECONNRESET, "The daemon went away while a job was running");
     }
-    return code;
+    return code || gone ? code : poll_jobs(waits, client, err); /* one that is not dismissed has its error there */
 }
 
-int progress_wait_jobs(struct client *client, char *const *ids, unsigned count, bool complete_when_ready,
+int progress_wait_jobs(struct client *client, char *const *ids, unsigned count, enum progress_at_ready at_ready,
                        struct error **err)
 {
     g_autofree struct wait *jobs = g_new0(struct wait, count);
-    struct waits waits = {
-        .jobs = jobs, .count = count, .terminal = isatty(STDOUT_FILENO), .complete_when_ready = complete_when_ready};
+    struct waits waits = {.jobs = jobs, .count = count, .terminal = isatty(STDOUT_FILENO), .at_ready = at_ready};
 
     for (unsigned i = 0; i < count; i++) {
         jobs[i].id = ids[i];
         jobs[i].last_tenth = -1;
     }
     int code = wait_all(&waits, client, err);
-    bool waited = !code;
 
-    for (unsigned i = 0; i < count && waited; i++) {
-        int ended = conclude(&waits, &jobs[i], code ? NULL : err);
-        code = code ? code : ended;
-    }
-    if (waited) {
+    if (!code) {
+        for (unsigned i = 0; i < count; i++) {
+            conclude(&waits, &jobs[i]);
+        }
         draw(&waits);
+        code = verdict(&waits, err);
     }
     fflush(stdout);
     for (unsigned i = 0; i < count; i++) {
+        g_free(jobs[i].last_state);
+        g_free(jobs[i].operation);
         g_free(jobs[i].failure);
         g_free(jobs[i].line);
     }

@@ -85,8 +85,8 @@ int tool_status(int argc, char **argv)
 {
     g_autofree char *qmp = NULL;
     struct error *err = NULL;
-    int code =
-        tool_parse(&argc, &argv, NULL, NULL, "Nodes, exports and jobs of a running daemon at a glance.", &qmp, &err);
+    int code = tool_parse(&argc, &argv, NULL, NULL, "Nodes, exports and jobs of a running daemon at a glance.", NULL,
+                          &qmp, &err);
 
     code = code ? code : show(qmp, &err);
     return code ? tool_fail("interlock status", err) : 0;

@@ -10,7 +10,7 @@
 #include <string.h>
 
 int tool_parse(int *argc, char ***argv, const GOptionEntry *own, const char *parameters, const char *summary,
-               char **ret_qmp, struct error **err)
+               void *data, char **ret_qmp, struct error **err)
 {
     const GOptionEntry common[] = {
         {"qmp", 0, 0, G_OPTION_ARG_STRING, ret_qmp, "monitor socket of the daemon (or $INTERLOCK_QMP)", "SOCKET"},
@@ -18,11 +18,14 @@ int tool_parse(int *argc, char ***argv, const GOptionEntry *own, const char *par
     g_autoptr(GOptionContext) context = g_option_context_new(parameters);
     g_autoptr(GError) error = NULL;
 
+    GOptionGroup *group = g_option_group_new(NULL, NULL, NULL, data, NULL);
+
     g_option_context_set_summary(context, summary);
-    g_option_context_add_main_entries(context, common, NULL);
+    g_option_group_add_entries(group, common);
     if (own) {
-        g_option_context_add_main_entries(context, own, NULL);
+        g_option_group_add_entries(group, own);
     }
+    g_option_context_set_main_group(context, group);
     return g_option_context_parse(context, argc, argv, &error) ? 0 : error_set(err, -EINVAL, "%s", error->message);
 }
 

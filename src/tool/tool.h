@@ -10,15 +10,15 @@ int tool_io(int argc, char **argv);
 int tool_status(int argc, char **argv);
 int tool_graph(int argc, char **argv);
 int tool_job(int argc, char **argv);
-int tool_commit(int argc, char **argv);
-int tool_stream(int argc, char **argv);
+int tool_verb(int argc, char **argv); /* a live operation; argv[0] is its name */
 int tool_access(int argc, char **argv);
 int tool_img(int argc, char **argv); /* called as qemu-img it goes by that name */
 
-/* The options of a sub-command that is a client of a daemon: `own` and, for all of them, --qmp. -EINVAL with *err. */
+/* The options of a sub-command that is a client of a daemon: `own` and, for all of them, --qmp. Callbacks of `own` get
+ * `data`. -EINVAL with *err. */
 struct _GOptionEntry;
 int tool_parse(int *argc, char ***argv, const struct _GOptionEntry *own, const char *parameters, const char *summary,
-               char **ret_qmp, struct error **err);
+               void *data, char **ret_qmp, struct error **err);
 
 /* Prints "NAME: message" and the hint to standard error; frees the error; returns 1 for the exit status. */
 int tool_fail(const char *name, struct error *error);
