@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * `interlock bitmap`: the dirty bitmaps of nodes, which know what has been written since they began, for incremental
- * backups. The verbs are the table at the end; several names on one command line are one transaction. `list` only asks.
+ * backups. The verbs are the table at the end; several names on one command line are one transaction. `list` only asks,
+ * and leaves the plan empty.
+ *
+ * What a bitmap holds is not looked into here: how much is dirty is the daemon's count.
  */
 #include "base/size.h"
 #include "tool/verb/verb.h"

@@ -2,6 +2,9 @@
 /*
  * `interlock create`, `amend`, `resize` and `close`: the verbs about one image by itself. Creating and amending are
  * jobs, which stay in the daemon's list until they are dismissed; here that is done as soon as they have ended.
+ *
+ * What makes an image shorter, and so loses data, has to be asked for by an option of its own. Which options an image
+ * has is the daemon's knowledge.
  */
 #include "base/size.h"
 #include "tool/arguments.h"

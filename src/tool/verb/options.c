@@ -55,7 +55,8 @@ static const struct option {
     /* what is written to */
     {"to", 0, G_OPTION_ARG_STRING, AT(to),
      "a node, or a file (a path, or a name with a dot): it is made and opened as a node", "NODE|FILE"},
-    {"format", 0, G_OPTION_ARG_STRING, AT(format), "of the file: qcow2 (the default) or raw", "FORMAT"},
+    {"format", 0, G_OPTION_ARG_STRING, AT(format), "of the file: qcow2 or raw (default: raw for NAME.raw, else qcow2)",
+     "FORMAT"},
     {"node-name", 0, G_OPTION_ARG_STRING, AT(node_name), "the new node's name (default: after the file)", "NAME"},
     {"existing", 0, G_OPTION_ARG_NONE, AT(existing),
      "the file or device is there: open it as it is (with --format), make nothing", NULL},

@@ -69,7 +69,7 @@ static int target_is_file(struct plan *plan, struct target *target, const char *
     if (target->existing && !options->format) {
         return error_set(err, -EINVAL, "--existing needs --format: the format of '%s' is not guessed", word);
     }
-    target->format = g_strdup(options->format ? options->format : "qcow2");
+    target->format = g_strdup(options->format ? options->format : g_str_has_suffix(word, ".raw") ? "raw" : "qcow2");
     if (strcmp(target->format, "qcow2") != 0 && !is_raw(target) && !target->file_only) {
         return error_set(err, -EINVAL, "Files are made as qcow2 or raw, not as '%s'", target->format);
     }
