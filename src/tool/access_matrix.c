@@ -128,9 +128,11 @@ struct format {
     const char *admitted, *refused;
 };
 static const struct format text_format = {
-    .introduction = "Which operations access control admits, by the relation of their nodes. commit T>B: T into B;\n"
-                    "stream X..Y: into X, down to Y, which is not included; resize: longer; cbf: change-backing-file;\n"
-                    "-ro: read-only, -rw: writable, -sh: not exclusive.\n",
+    .introduction =
+        "Which operations access control admits, by the relation of their nodes. commit T>B: T into B;\n"
+        "stream X..Y: into X, down to Y, which is not included; resize: longer; cbf: change-backing-file;\n"
+        "mirror, backup, snapshot N: of N; replace N: a mirror whose target takes N's place; -ro: read-only,\n"
+        "-rw: writable, -sh: not exclusive.\n",
     .section = "\n%s\n",
     .head = "\n%s%s%s\n",
     .table = "",
@@ -148,7 +150,12 @@ static const struct format markdown_format = {
         "(`interlock access matrix`), not by\nhand. A is the operation that is named first. `commit T>B` commits T "
         "into "
         "B; `stream X..Y` streams into X, down to Y, which\nis not included; `resize` makes a node longer; `cbf` is "
-        "change-backing-file; exports are `-ro` (read-only) or `-rw` (writable),\nand `-sh` unless exclusive.\n",
+        "change-backing-file; exports are `-ro` (read-only) or `-rw` (writable),\nand `-sh` unless exclusive; "
+        "`mirror`, "
+        "`backup` and `snapshot` are of a node, and `replace` is a mirror whose target takes the\nnode's place. "
+        "Targets "
+        "are nodes that nobody else uses. A command that claims what another one claims stands with it in the\nfirst "
+        "list only.\n",
     .section = "\n### %s\n",
     .head = "\n**%s%s%s**\n\n",
     .table = "| relation | verdict | for example | because |\n|---|---|---|---|\n",
@@ -174,6 +181,20 @@ static void print_row(const struct format *format, const char *relation, json_t 
     printf("%s", format->row_end);
 }
 
+/* An operation and the others that claim the same; g_free(). */
+static char *operation_format(json_t *row)
+{
+    GString *text = g_string_new(member(row, "operation"));
+    size_t index;
+    json_t *name;
+
+    json_array_foreach(json_object_get(row, "also"), index, name)
+    {
+        g_string_append_printf(text, ", %s", json_string_value(name));
+    }
+    return g_string_free(text, FALSE);
+}
+
 static void print_rows(const struct format *format, json_t *rows, const char *first_key, const char *second_key,
                        const char *relation_key)
 {
@@ -186,7 +207,7 @@ static void print_rows(const struct format *format, json_t *rows, const char *fi
 
         if (!before || strcmp(first, member(before, first_key)) != 0 ||
             (second_key && strcmp(second, member(before, second_key)) != 0)) {
-            g_autofree char *named = second_key ? g_strdup_printf("A: %s", first) : g_strdup(first);
+            g_autofree char *named = second_key ? g_strdup_printf("A: %s", first) : operation_format(row);
 
             printf(format->head, named, second_key ? ", B: " : "", second);
             printf("%s", format->table);

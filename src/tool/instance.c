@@ -5,7 +5,12 @@
  * called, and the short names of operations. It knows no rule of access control: what is claimed stands in the claim
  * tables, and is derived and decided elsewhere.
  *
- * `active` is no choice: a commit is active where nothing leans on its top. All other conditions are tried both ways.
+ * 1. `active` is no choice: a commit is active where nothing leans on its top. All other conditions are tried both
+ * ways.
+ * 2. What a command makes or fills (a target, an overlay) is a node that nobody else uses: it is no part of the
+ *    relations, and who holds has another one than who asks.
+ * 3. A command that claims what an earlier one claims, word for word, has no variants of its own: it is named with
+ * them.
  */
 #include "tool/instance.h"
 #include "base/size.h"
@@ -26,6 +31,7 @@ static const struct {
     {USES(CLAIM_TOP) | USES(CLAIM_BASE), CLAIM_TOP, CLAIM_BASE, true},
     {USES(CLAIM_TOP) | USES(CLAIM_BOTTOM), CLAIM_TOP, CLAIM_BOTTOM, true},
 };
+#define SPARE_VARIABLES (USES(CLAIM_TARGET) | USES(CLAIM_OVERLAY))
 
 static unsigned table_variables(const struct claim_table *table)
 {
@@ -43,7 +49,7 @@ static unsigned table_variables(const struct claim_table *table)
 static int table_pattern(const struct claim_table *table)
 {
     for (unsigned i = 0; i < array_size(patterns); i++) {
-        if (patterns[i].variables == table_variables(table)) {
+        if (patterns[i].variables == (table_variables(table) & ~SPARE_VARIABLES)) {
             return (int)i;
         }
     }
@@ -82,7 +88,47 @@ static void variant_free(void *argument)
     struct variant *variant = argument;
 
     g_free(variant->name);
+    g_ptr_array_unref(variant->also);
     g_free(variant);
+}
+
+static bool clauses_equal(const struct claim_clause *a, const struct claim_clause *b)
+{
+    return a->role == b->role && a->first == b->first && a->second == b->second && a->require == b->require &&
+           a->deny == b->deny && a->modifiers == b->modifiers && a->condition == b->condition && a->unless == b->unless;
+}
+
+static bool tables_equal(const struct claim_table *a, const struct claim_table *b)
+{
+    bool equal = a->count == b->count && a->adopt == b->adopt && a->sources == b->sources;
+
+    for (unsigned i = 0; equal && i < a->count; i++) {
+        equal = clauses_equal(&a->clauses[i], &b->clauses[i]);
+    }
+    return equal;
+}
+
+/* The first table that says the same. */
+static const struct claim_table *table_stands_for(const struct claim_table *table)
+{
+    unsigned i = 0;
+
+    while (!tables_equal(claim_tables[i], table)) {
+        i++;
+    }
+    return claim_tables[i];
+}
+
+static GPtrArray *commands_also(const struct claim_table *table)
+{
+    GPtrArray *commands = g_ptr_array_new();
+
+    for (unsigned i = 0; i < claim_table_count; i++) {
+        if (claim_tables[i] != table && tables_equal(claim_tables[i], table)) {
+            g_ptr_array_add(commands, (void *)claim_tables[i]->operation);
+        }
+    }
+    return commands;
 }
 
 /* Every subset of the conditions that the table mentions. */
@@ -94,7 +140,8 @@ static void variants_add(GPtrArray *variants, const struct claim_table *table, b
         if (!(conditions & ~all)) {
             struct variant *variant = g_new0(struct variant, 1);
 
-            *variant = (struct variant){table, conditions, on_range, variant_name(table, conditions)};
+            *variant =
+                (struct variant){table, conditions, on_range, variant_name(table, conditions), commands_also(table)};
             g_ptr_array_add(variants, variant);
         }
     }
@@ -112,7 +159,7 @@ int variants_make(GPtrArray **ret, struct error **err)
                 return error_set(err, -ENOTSUP, "Which nodes %s can be about is not known: src/tool/instance.c",
                                  claim_tables[i]->operation);
             }
-            if (patterns[pattern].on_range == on_range) {
+            if (patterns[pattern].on_range == on_range && table_stands_for(claim_tables[i]) == claim_tables[i]) {
                 variants_add(variants, claim_tables[i], on_range);
             }
         }
@@ -137,6 +184,10 @@ static const struct {
     {"block_resize", "resize", 0, CLAIM_IF_SHRINK},
     {"block_resize", "shrink", CLAIM_IF_SHRINK, CLAIM_IF_SHRINK},
     {"change-backing-file", "cbf", 0, 0},
+    {"blockdev-mirror", "mirror", 0, ~0u},
+    {"blockdev-mirror", "replace", CLAIM_IF_REPLACE, ~0u},
+    {"blockdev-backup", "backup", 0, ~0u},
+    {"blockdev-snapshot", "snapshot", 0, ~0u},
 };
 
 static const char *variant_short_name(const struct variant *variant)
@@ -183,7 +234,10 @@ static bool has_overlay(const struct node *node)
 static bool needs_backing(const struct claim_table *table)
 {
     for (unsigned i = 0; i < table->count; i++) {
-        if (table->clauses[i].role == CLAIM_ROLE_NODE && (table->clauses[i].require & ACCESS_GRAPH)) {
+        const struct claim_clause *clause = &table->clauses[i];
+
+        if (clause->role == CLAIM_ROLE_NODE && !(USES(clause->first) & SPARE_VARIABLES) &&
+            (clause->require & ACCESS_GRAPH)) {
             return true;
         }
     }
@@ -231,12 +285,17 @@ GPtrArray *instances_make(const GPtrArray *variants, struct node *const *nodes, 
     return instances;
 }
 
-struct operation_config instance_config(const struct instance *instance, const char *id)
+struct operation_config instance_config(const struct instance *instance, const char *id, struct node *spare)
 {
     struct operation_config config = {
         .kind = "job", .id = id, .table = instance->variant->table, .conditions = instance->variant->conditions};
 
     memcpy(config.bound, instance->bound, sizeof(config.bound));
+    for (unsigned variable = 0; variable < CLAIM_VARIABLE_COUNT; variable++) {
+        if (table_variables(instance->variant->table) & SPARE_VARIABLES & USES(variable)) {
+            config.bound[variable] = spare;
+        }
+    }
     return config;
 }
 

@@ -16,6 +16,7 @@ struct variant {
     unsigned conditions;
     bool on_range;
     char *name;
+    GPtrArray *also; /* the names of other commands that claim the same */
 };
 struct instance {
     const struct variant *variant;
@@ -29,8 +30,9 @@ struct instance {
 int variants_make(GPtrArray **ret, struct error **err);
 /* Every instance of every variant in the graph: struct instance. */
 GPtrArray *instances_make(const GPtrArray *variants, struct node *const *nodes, unsigned count);
-/* A new operation_config of an instance; `id` is borrowed. */
-struct operation_config instance_config(const struct instance *instance, const char *id);
+/* A new operation_config of an instance; `id` is borrowed. `spare`: a node that nobody uses, for a target or overlay.
+ */
+struct operation_config instance_config(const struct instance *instance, const char *id, struct node *spare);
 
 /* How `first` (A) lies to `second` (B); first is on a range if either is. */
 struct relation {

@@ -7,7 +7,7 @@
 struct bed {
     const struct shape *shape;
     struct graph *graph;
-    struct node *nodes[8];
+    struct node *nodes[8 + SHAPE_SPARES];
     GPtrArray *variants, *instances;
 };
 
@@ -27,7 +27,7 @@ static void coroutine_fn bed_close(struct bed *bed)
 {
     g_ptr_array_unref(bed->instances);
     g_ptr_array_unref(bed->variants);
-    shape_close(bed->graph, bed->nodes, shape_size(bed->shape));
+    shape_close(bed->graph, bed->shape, bed->nodes);
 }
 
 static const struct instance *find(const struct bed *bed, const char *text)

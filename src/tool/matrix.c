@@ -24,6 +24,7 @@ struct finding {
     bool admitted;
     json_t *rules;
     json_t *instance;
+    json_t *also; /* alone: other commands of which the same is true */
 };
 
 struct making {
@@ -41,6 +42,7 @@ static void finding_free(void *argument)
     g_free(finding->neighbours);
     json_decref(finding->rules);
     json_decref(finding->instance);
+    json_decref(finding->also);
     g_free(finding);
 }
 
@@ -102,10 +104,10 @@ static json_t *rule_make(json_t *conflict, const char *asked, const char *held)
 }
 
 /* Would it be admitted now? *ret_rules: why not. */
-static bool ask(struct graph *graph, const struct instance *instance, const char *asked, const char *held,
-                json_t **ret_rules)
+static bool ask(struct graph *graph, const struct instance *instance, struct node *spare, const char *asked,
+                const char *held, json_t **ret_rules)
 {
-    struct operation_config config = instance_config(instance, "asked");
+    struct operation_config config = instance_config(instance, "asked", spare);
     auto_error error = NULL;
     size_t index;
     json_t *conflict;
@@ -141,7 +143,17 @@ static unsigned variant_index(const struct making *making, const struct variant 
     return index;
 }
 
-static bool ask_alone(struct making *making, struct graph *graph, const struct shape *shape,
+static json_t *names_also(const struct variant *variant)
+{
+    json_t *names = json_array();
+
+    for (unsigned i = 0; i < variant->also->len; i++) {
+        json_array_append_new(names, json_string(variant->also->pdata[i]));
+    }
+    return names;
+}
+
+static bool ask_alone(struct making *making, struct graph *graph, const struct shape *shape, struct node *spare,
                       const struct instance *instance)
 {
     struct finding *finding = g_new0(struct finding, 1);
@@ -150,17 +162,19 @@ static bool ask_alone(struct making *making, struct graph *graph, const struct s
     finding->relation = g_strdup(instance_place(instance));
     finding->neighbours = g_strdup("");
     finding->key = g_strdup_printf("%03u %s", variant_index(making, instance->variant), finding->relation);
-    finding->admitted = ask(graph, instance, "A", "graph", &finding->rules);
+    finding->also = names_also(instance->variant);
+    finding->admitted = ask(graph, instance, spare, "A", "graph", &finding->rules);
     finding->instance = json_pack("{s:s, s:s}", "graph", shape->name, "operation", instance->text);
     g_ptr_array_add(making->alone, finding);
     return finding->admitted;
 }
 
 /* Holds each in turn and asks about all. */
-static void coroutine_fn ask_beside(struct graph *graph, const GPtrArray *possible, struct answer *answers)
+static void coroutine_fn ask_beside(struct graph *graph, struct node *const spares[SHAPE_SPARES],
+                                    const GPtrArray *possible, struct answer *answers)
 {
     for (unsigned held = 0; held < possible->len; held++) {
-        struct operation_config config = instance_config(possible->pdata[held], "held");
+        struct operation_config config = instance_config(possible->pdata[held], "held", spares[0]);
         struct operation *operation;
         int code = operation_begin(graph, &config, &operation, NULL);
 
@@ -169,7 +183,7 @@ static void coroutine_fn ask_beside(struct graph *graph, const GPtrArray *possib
             struct answer *answer = &answers[asked * possible->len + held];
             bool asked_is_first = asked < held;
 
-            answer->admitted = ask(graph, possible->pdata[asked], asked_is_first ? "A" : "B",
+            answer->admitted = ask(graph, possible->pdata[asked], spares[1], asked_is_first ? "A" : "B",
                                    asked_is_first ? "B" : "A", &answer->rules);
         }
         operation_end(operation);
@@ -258,7 +272,7 @@ static void shape_describe(struct making *making, const struct shape *shape)
 
 static int coroutine_fn ask_shape(struct making *making, const struct shape *shape, struct error **err)
 {
-    struct node *nodes[G_N_ELEMENTS(shape->images)];
+    struct node *nodes[G_N_ELEMENTS(shape->images) + SHAPE_SPARES];
     unsigned count = shape_size(shape);
     struct graph *graph = shape_open(shape, nodes);
     g_autoptr(GPtrArray) instances = instances_make(making->variants, nodes, count);
@@ -266,20 +280,20 @@ static int coroutine_fn ask_shape(struct making *making, const struct shape *sha
 
     shape_describe(making, shape);
     for (unsigned i = 0; i < instances->len; i++) {
-        if (ask_alone(making, graph, shape, instances->pdata[i])) {
+        if (ask_alone(making, graph, shape, nodes[count], instances->pdata[i])) {
             g_ptr_array_add(possible, instances->pdata[i]);
         }
     }
     size_t answer_count = (size_t)possible->len * possible->len;
     g_autofree struct answer *answers = g_new0(struct answer, answer_count);
 
-    ask_beside(graph, possible, answers);
+    ask_beside(graph, &nodes[count], possible, answers);
     int code = pairs_add(making, shape, possible, answers, err);
 
     for (size_t i = 0; i < answer_count; i++) {
         json_decref(answers[i].rules);
     }
-    shape_close(graph, nodes, count);
+    shape_close(graph, shape, nodes);
     return code;
 }
 
@@ -301,6 +315,7 @@ static json_t *row_make(const struct finding *finding, const char *relation)
         json_object_set_new(row, "relation", json_string(relation));
     } else {
         json_object_set_new(row, "operation", json_string(finding->first));
+        json_object_set(row, "also", finding->also);
         json_object_set_new(row, "place", json_string(relation));
     }
     return row;

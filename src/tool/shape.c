@@ -57,13 +57,19 @@ struct graph *coroutine_fn shape_open(const struct shape *shape, struct node **r
 
         g_assert(code == 0);
     }
+    for (unsigned i = 0; i < SHAPE_SPARES; i++) {
+        static const char *const names[SHAPE_SPARES] = {"spare0", "spare1"};
+        int code = graph_create_node(graph, &shape_driver, names[i], NULL, &ret_nodes[shape_size(shape) + i], NULL);
+
+        g_assert(code == 0);
+    }
     shape_attach(graph, shape, ret_nodes);
     return graph;
 }
 
-void coroutine_fn shape_close(struct graph *graph, struct node **nodes, unsigned count)
+void coroutine_fn shape_close(struct graph *graph, const struct shape *shape, struct node **nodes)
 {
-    for (unsigned i = count; i-- > 0;) {
+    for (unsigned i = shape_size(shape) + SHAPE_SPARES; i-- > 0;) {
         node_release(nodes[i]);
     }
     graph_destroy(graph);

@@ -19,8 +19,9 @@ extern const struct shape shapes[];
 extern const unsigned shape_count;
 unsigned shape_size(const struct shape *shape); /* images */
 
-/* The nodes in the order of the shape; the caller's references. */
+/* The nodes in the order of the shape, and behind them SHAPE_SPARES that stand alone; the caller's references. */
+#define SHAPE_SPARES 2
 struct graph *coroutine_fn shape_open(const struct shape *shape, struct node **ret_nodes);
-void coroutine_fn shape_close(struct graph *graph, struct node **nodes, unsigned count);
+void coroutine_fn shape_close(struct graph *graph, const struct shape *shape, struct node **nodes);
 
 #endif

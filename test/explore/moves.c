@@ -57,6 +57,7 @@ static void coroutine_fn job_rest(struct actor *actor)
 static void job_answer(struct actor *actor, struct job *job)
 {
     actor->asked = true;
+    actor->since = view_clock();
     if (actor->stays) {
         job_cancel(job, false, NULL);
     } else {

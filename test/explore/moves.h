@@ -37,6 +37,7 @@ struct move_kind {
     /* Does the graph show that it has moved those who use its images, whatever it has said yet? May be NULL. */
     bool (*moved)(const struct actor *actor);
     enum move_target target;
+    bool replaces; /* what leans on its image leans on its target at the end */
     /* Of a command: what it claims while it lasts, on its one image, so that it can be held in mid-course. */
     const struct claim_table *claims;
     unsigned conditions; /* CLAIM_IF_ bits */

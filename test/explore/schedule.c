@@ -65,12 +65,16 @@ static void on_event(json_t *event, void *argument)
     const char *name = json_string_value(json_object_get(event, "event")), *error = member(event, "error");
     struct actor *actor = actor_by_id(argument, member(event, "device"));
     struct actor *aborting = actor_by_id(argument, member(event, "id"));
+    world_catch_up(argument);
     if (actor && strcmp(name, "BLOCK_JOB_COMPLETED") == 0) {
         actor_end(actor, error ? ACTOR_FAILED : ACTOR_DONE, error);
     } else if (actor && strcmp(name, "BLOCK_JOB_CANCELLED") == 0) {
         actor_end(actor, ACTOR_CANCELLED, NULL);
-    } else if (aborting && g_strcmp0(member(event, "status"), "aborting") == 0 && aborting->move->kind->failed) {
-        aborting->move->kind->failed(aborting);
+    } else if (aborting && g_strcmp0(member(event, "status"), "aborting") == 0) {
+        aborting->aborts = true;
+        if (aborting->move->kind->failed) {
+            aborting->move->kind->failed(aborting);
+        }
     }
     json_decref(event);
 }
@@ -174,7 +178,7 @@ static void add_actor(struct world *world, const struct move *move, bool compani
     struct actor *actor = &world->actors[world->actor_count];
     *actor = (struct actor){.world = world, .move = move, .number = world->actor_count++, .companion = companion};
     g_snprintf(actor->id, sizeof(actor->id), "%s%u", companion ? "guest" : "op", actor->number);
-    actor->target = actor->bottom = NO_IMAGE;
+    actor->target = actor->bottom = actor->subject = NO_IMAGE;
     actor->start_ns = (int64_t)world_below(world, START_WITHIN);
     for (unsigned i = 0; i < G_N_ELEMENTS(actor->linger_ns); i++) {
         actor->linger_ns[i] = world_chance(world, 40) ? 0 : (int64_t)world_below(world, LINGER);
@@ -306,7 +310,8 @@ static void coroutine_fn run_verdicts(struct world *world)
             struct operation_config config = {.kind = "command",
                                               .id = actor->id,
                                               .table = actor->move->kind->claims,
-                                              .bound = {[CLAIM_NODE] = world_node(world, actor->move->upper)},
+                                              .bound = {[CLAIM_NODE] = world_node(world, actor->move->upper),
+                                                        [CLAIM_OVERLAY] = world_node(world, actor->target)},
                                               .conditions = actor->move->kind->conditions};
             struct operation *held;
             int code = operation_begin(world->graph, &config, &held, NULL);

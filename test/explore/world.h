@@ -50,10 +50,12 @@ struct actor {
     bool asked;        /* job-complete, or the end of an active commit that stays */
     bool settled;      /* a commit: the model has followed it */
     bool cancelled;    /* a cancel was taken */
+    bool aborts;       /* a job that has said so */
     int64_t cancel_ns; /* or 0: is not cancelled */
     char *error;
     uint64_t size;       /* of a resize */
     int target;          /* image of its own, or NO_IMAGE */
+    int subject;         /* of a mirror: the image that it mirrors */
     int bottom;          /* of a stream: the lowest image of its range */
     uint64_t since;      /* view_clock() before what decides which moment a copy or snapshot shows */
     struct view *moment; /* of a backup: what its target is to show */
