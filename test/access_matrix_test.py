@@ -11,12 +11,13 @@ from harness import IS_PEER, PROGRAM, ROOT, TestCase, run
 
 sys.path.insert(0, os.path.join(ROOT, "schema"))
 import language  # noqa: E402
+import scenes  # noqa: E402
 
 with open(os.path.join(ROOT, "test", "data", "access-scenarios.json"), encoding="utf-8") as data:
     SCENARIOS = json.load(data)
 GRAPHS = {"chain": "chain", "fork": "fork", "diamond": "crown"}  # the crown is the diamond without its join
 OF_A_JOIN = {"export-rw l2"}  # refused for the join that leans on it
-OPERATIONS = {"commit", "stream", "export-ro", "export-ro-sh", "export-rw", "export-rw-sh", "resize", "shrink", "cbf"}
+OPERATIONS = scenes.PLAYED - {"bitmap-add"}  # which claims nothing
 
 
 def read_matrix(*words):

@@ -5,13 +5,18 @@ each image must show when they have come and gone.
 A graph's images are made once for a process, from one seed, and copied for each run. Every image has data of its own,
 zeroes, and holes through which it shows what lies below.
 """
+import glob
 import json
 import os
 import random
 import re
+import sys
 import time
 
 from harness import KIB, MIB, ROOT, SLOWNESS, QmpError, nbd_handle, qemu_img, qemu_io
+
+sys.path.insert(0, os.path.join(ROOT, "schema"))
+import language  # noqa: E402
 
 SIZE = 4 * MIB
 CLUSTER = 64 * KIB
@@ -22,7 +27,7 @@ TOPOLOGIES = {
     # Without its join: an overlay over each leg leans on it as the join would.
     "diamond": [("base", None), ("m", "base"), ("l1", "m"), ("l2", "l1"), ("top", "l2"), ("r1", "m"), ("r2", "r1"), ("rtop", "r2")],
 }
-# The operations of the list: how each is told to the daemon. One that has no command yet has no scenes either.
+# The operations of the list: how each is told to the daemon. One that has no command has no scenes either.
 COMMANDS = {
     "commit": "block-commit",
     "stream": "block-stream",
@@ -40,9 +45,21 @@ COMMANDS = {
     "bitmap-add": "block-dirty-bitmap-add",
     "throttle": "block_set_io_throttle",
 }
-PLAYED = {"commit", "stream", "export-ro", "export-ro-sh", "export-rw", "export-rw-sh", "resize", "shrink", "cbf", "bitmap-add"}
-JOBS = {"commit", "stream"}
-AT_ONCE = {"resize", "shrink", "cbf", "bitmap-add"}
+JOBS = {"commit", "stream", "mirror", "replace", "backup"}
+AT_ONCE = {"resize", "shrink", "cbf", "bitmap-add", "snapshot"}
+TARGETED = {"mirror", "replace", "backup", "snapshot"}  # those that have a node of their own, target_of(NAME)
+
+
+def commands():
+    """The names of all commands of the schema."""
+    texts = []
+    for path in glob.glob(os.path.join(ROOT, "schema", "*.schema")):
+        with open(path, encoding="utf-8") as stream:
+            texts.append((path, stream.read()))
+    return set(language.load(texts).commands)
+
+
+PLAYED = {kind for kind, command in COMMANDS.items() if command in commands()}
 
 with open(os.path.join(ROOT, "test", "data", "access-scenarios.json"), encoding="utf-8") as data:
     SCENARIOS = json.load(data)
@@ -78,6 +95,11 @@ def head_of(topology, node):
         if below == node:
             return head_of(topology, name)
     return node
+
+
+def target_of(name):
+    """The node, and the file without its suffix, that an operation called `name` fills or puts over another."""
+    return f"{name}-target"
 
 
 def scene_name(verdict, row):
@@ -142,7 +164,10 @@ class Prediction:
         self.below = dict(images.below)
         self.views = dict(images.views)
         self.stale = {}  # node -> where its data are
+        self.moved = {}  # node -> what its users use instead
         self.ranges = {}
+        self.started = {}
+        self.written = {"top"}  # nodes that show something of what clients have written to the top
 
     def chain(self, upper, lower):
         """From `upper` down to, not including, `lower`."""
@@ -152,37 +177,72 @@ class Prediction:
             upper = self.below[upper]
         return found
 
-    def starts(self, operation):
+    def starts(self, operation, name=None):
         kind, node, other = parse(operation)
         if kind == "stream":
             self.ranges[operation] = self.chain(node, other)
+        self.started[name] = self.views[node]
 
-    def ends(self, operation):
+    def ends(self, operation, name=None):
         kind, node, other = parse(operation)
         if kind == "commit":
-            for name in self.chain(node, other):
-                self.stale[name] = other
-            self.views[other] = self.views[node]
-            for name, below in self.below.items():
-                if below == node and name not in self.stale:
-                    self.below[name] = other
+            self.commit_ends(node, other)
         elif kind == "stream":
-            bottom = [name for name in self.chain(node, None) if name in self.ranges[operation]][-1]
+            bottom = [image for image in self.chain(node, None) if image in self.ranges[operation]][-1]
             self.below[node] = self.below[bottom]
         elif kind == "resize":
             self.views[node] += bytes(SIZE)
         elif kind == "shrink":
             self.views[node] = self.views[node][: SIZE // 2]
+        elif kind in TARGETED:
+            self.target_ends(kind, self.place(node) if kind in JOBS else node, target_of(name), self.started[name])
+
+    def commit_ends(self, node, other):
+        for name in self.chain(node, other):
+            self.stale[name] = other
+        self.views[other] = self.views[node]
+        if node in self.written:
+            self.written.add(other)
+        self.relink(node, other)
+
+    def relink(self, node, to):
+        for name, below in self.below.items():
+            if below == node and name not in self.stale:
+                self.below[name] = to
+
+    def target_ends(self, kind, node, target, began):
+        self.views[target] = began if kind == "backup" else self.views[node]
+        if node in self.written:
+            self.written.add(target)
+        if kind in ("replace", "snapshot"):
+            self.relink(node, target)
+            self.moved[node] = target
+        self.below[target] = node if kind == "snapshot" else None
 
     def place(self, node):
-        """Where the users of a node are now."""
-        while node in self.stale:
-            node = self.stale[node]
+        """Where those are now who used a node at first."""
+        while node in self.stale or node in self.moved:
+            node = self.moved.get(node) or self.stale[node]
         return node
 
 
+def prepare(daemon, operation, name):
+    """Makes what an operation fills or puts over its node."""
+    kind, node, _ = parse(operation)
+    if kind not in TARGETED:
+        return
+    target = target_of(name)
+    path = os.path.join(daemon.directory, f"{target}.qcow2")
+    nodes = {info["node-name"]: info for info in daemon.qmp.execute("query-named-block-nodes", flat=True)}
+    below = ["-b", f"{node}.qcow2", "-F", "qcow2"] if kind == "snapshot" else []
+    qemu_img("create", "-q", "-u", "-f", "qcow2", *below, path, str(nodes[node]["image"]["virtual-size"]))
+    file = {"driver": "file", "filename": path}
+    daemon.qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": target, "file": file, "backing": None})
+
+
 def start(daemon, operation, name, topology="chain", **more):
-    """Starts an operation under the id `name`: a job slowly, and so that it waits for its finalization."""
+    """Starts an operation under the id `name`: a job slowly, and so that it waits for its finalization. What has a
+    target is prepared."""
     kind, node, other = parse(operation)
     if kind in JOBS:
         arguments = {"job-id": name, "speed": SLOW, "auto-finalize": False, **more}
@@ -191,6 +251,13 @@ def start(daemon, operation, name, topology="chain", **more):
     elif kind == "stream":
         base = {"base-node": other} if other else {}
         daemon.qmp.execute("block-stream", {"device": node, **base, **arguments})
+    elif kind in ("mirror", "replace"):
+        replaces = {"replaces": node} if kind == "replace" else {}
+        daemon.qmp.execute("blockdev-mirror", {"device": node, "target": target_of(name), "sync": "full", **replaces, **arguments})
+    elif kind == "backup":
+        daemon.qmp.execute("blockdev-backup", {"device": node, "target": target_of(name), "sync": "full", **arguments})
+    elif kind == "snapshot":
+        daemon.qmp.execute("blockdev-snapshot", {"node": node, "overlay": target_of(name)})
     elif kind in ("resize", "shrink"):
         size = SIZE * 2 if kind == "resize" else SIZE // 2
         daemon.qmp.execute("block_resize", {"node-name": node, "size": size})
@@ -218,12 +285,15 @@ def wait_status(daemon, job, *wanted):
     return status
 
 
-def to_the_last_step(daemon, job):
-    """At full speed until it waits for its finalization."""
+def to_the_last_step(daemon, operation, job):
+    """At full speed until it waits for its finalization. A mirror that does not replace leaves a copy behind."""
     if status_of(daemon, job) != "pending":
         daemon.qmp.execute("block-job-set-speed", device=job, speed=0)
         if wait_status(daemon, job, "ready", "pending") == "ready":
-            daemon.qmp.execute("job-complete", id=job)
+            if kind_of(operation) == "mirror":
+                daemon.qmp.execute("block-job-cancel", device=job)
+            else:
+                daemon.qmp.execute("job-complete", id=job)
     wait_status(daemon, job, "pending")
 
 
@@ -240,7 +310,7 @@ def end(daemon, operation, name):
     """Brings an operation to a good end."""
     kind = kind_of(operation)
     if kind in JOBS:
-        to_the_last_step(daemon, name)
+        to_the_last_step(daemon, operation, name)
         take_the_last_step(daemon, name)
     elif kind.startswith("export"):
         remove_export(daemon, name)
