@@ -96,7 +96,7 @@ static struct bitmap *bitmap_create(struct node *node, const char *name, uint64_
 
 void bitmap_forget(struct bitmap *bitmap)
 {
-    g_assert(!bitmap->busy && !bitmap->resize);
+    g_assert(!bitmap->busy && !bitmap->resize && !bitmap->since);
     list_remove(&bitmap->link);
     dirty_destroy(bitmap->dirty);
     g_free(bitmap->name);
@@ -221,6 +221,37 @@ static int coroutine_fn bitmap_begin_change(struct bitmap *bitmap, struct error 
         bitmap->changed |= code == 0;
     }
     return code;
+}
+
+int coroutine_fn bitmap_split_begin(struct bitmap *bitmap, struct error **err)
+{
+    int code = bitmap_begin_change(bitmap, err);
+    if (code == 0) {
+        code = dirty_create(dirty_size(bitmap->dirty), bitmap->granularity, &bitmap->since);
+        if (code < 0) {
+            error_set_errno(err, code, "No memory for bitmap '%s'", bitmap->name);
+        }
+    }
+    if (code == 0) {
+        bitmap_busy_begin(bitmap);
+    }
+    return code;
+}
+
+void bitmap_split_end(struct bitmap *bitmap, bool anew, const struct dirty *left)
+{
+    if (anew) {
+        struct dirty *old = bitmap->dirty;
+        bitmap->dirty = g_steal_pointer(&bitmap->since);
+        if (left) {
+            dirty_merge(bitmap->dirty, left);
+        }
+        dirty_destroy(old);
+        bitmap->changed |= bitmap->persistent;
+    }
+    dirty_destroy(bitmap->since);
+    bitmap->since = NULL;
+    bitmap_busy_end(bitmap);
 }
 
 int coroutine_fn bitmap_change_begin(struct bitmap *bitmap, enum bitmap_keep keep, struct bitmap_before *ret,
@@ -401,25 +432,43 @@ void bitmaps_record(struct node *node, uint64_t offset, uint64_t bytes)
         struct bitmap *bitmap = container_of(link, struct bitmap, link);
         if (bitmap->enabled && bitmap->dirty) {
             dirty_mark(bitmap->dirty, offset, bytes);
+            if (bitmap->since) {
+                dirty_mark(bitmap->since, offset, bytes);
+            }
         }
     }
 }
 
+/* One that is only split may change its size. */
+static int resize_begin(struct bitmap *bitmap, uint64_t size, struct error **err)
+{
+    unsigned busy = bitmap->since && bitmap->busy == 1 ? BITMAP_ALLOW_BUSY : 0;
+    int code = bitmap_check(bitmap, BITMAP_ALLOW_INCONSISTENT | busy, err);
+    if (code < 0 || bitmap_is_inconsistent(bitmap)) {
+        return code;
+    }
+    code = bitmap_catch_up(bitmap, err);
+    if (code < 0) {
+        return code;
+    }
+    code = dirty_copy(bitmap->dirty, size, &bitmap->resize);
+    if (code == 0 && bitmap->since) {
+        code = dirty_copy(bitmap->since, size, &bitmap->resize_since);
+    }
+    if (code < 0) {
+        return error_set_errno(err, code, "No memory for bitmap '%s'", bitmap->name);
+    }
+    if (bitmap->since && bitmap->enabled) { /* what a write behind the end has added */
+        uint64_t had = dirty_size(bitmap->since), has = node_bytes(bitmap->node);
+        dirty_mark(bitmap->resize_since, had, has > had ? has - had : 0);
+    }
+    return 0;
+}
+
 int bitmaps_resize_begin(struct node *node, uint64_t size, struct error **err)
 {
-    int code = 0;
     list_for_each (link, &node->bitmaps) {
-        struct bitmap *bitmap = container_of(link, struct bitmap, link);
-        code = bitmap_check(bitmap, BITMAP_ALLOW_INCONSISTENT, err);
-        if (code == 0) {
-            code = bitmap_catch_up(bitmap, err);
-        }
-        if (code == 0 && bitmap->dirty) {
-            code = dirty_copy(bitmap->dirty, size, &bitmap->resize);
-            if (code < 0) {
-                error_set_errno(err, code, "No memory for bitmap '%s'", bitmap->name);
-            }
-        }
+        int code = resize_begin(container_of(link, struct bitmap, link), size, err);
         if (code < 0) {
             bitmaps_resize_end(node, false);
             return code;
@@ -428,17 +477,26 @@ int bitmaps_resize_begin(struct node *node, uint64_t size, struct error **err)
     return 0;
 }
 
+/* *dirty is `resized` from now on, if that was done; else that goes. */
+static void resize_take(struct dirty **dirty, struct dirty **resized, bool done)
+{
+    if (*resized && done) {
+        dirty_destroy(*dirty);
+        *dirty = *resized;
+    } else {
+        dirty_destroy(*resized);
+    }
+    *resized = NULL;
+}
+
 void bitmaps_resize_end(struct node *node, bool done)
 {
     list_for_each (link, &node->bitmaps) {
         struct bitmap *bitmap = container_of(link, struct bitmap, link);
         if (bitmap->resize && done) {
-            dirty_destroy(bitmap->dirty);
-            bitmap->dirty = bitmap->resize;
             bitmap->changed = bitmap->persistent;
-        } else if (bitmap->resize) {
-            dirty_destroy(bitmap->resize);
         }
-        bitmap->resize = NULL;
+        resize_take(&bitmap->dirty, &bitmap->resize, done);
+        resize_take(&bitmap->since, &bitmap->resize_since, done);
     }
 }

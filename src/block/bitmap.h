@@ -29,6 +29,8 @@ struct bitmap {
     char *name;
     uint64_t granularity; /* bytes */
     struct dirty *dirty;  /* NULL: inconsistent */
+    struct dirty *since;  /* between bitmap_split_begin() and its end: what was written in it; in `dirty` as well */
+    struct dirty *resize_since;
     struct dirty *resize; /* between bitmaps_resize_begin() and its end */
     bool enabled;         /* records what is written */
     bool persistent;      /* the image keeps it */
@@ -73,6 +75,11 @@ int coroutine_fn bitmap_change_begin(struct bitmap *bitmap, enum bitmap_keep kee
                                      struct error **err);
 void bitmap_change_undo(struct bitmap *bitmap, struct bitmap_before *before);
 void bitmap_change_done(struct bitmap_before *before);
+/* For who copies what the bitmap says at this moment: it is busy until the end, and what is written meanwhile is noted
+ * besides. At the end, with `anew`, the bitmap is what was written since, and what `left` (may be NULL) says; else it
+ * stays as it has become. Whatever gets into the image meanwhile says too much rather than too little. */
+int coroutine_fn bitmap_split_begin(struct bitmap *bitmap, struct error **err);
+void bitmap_split_end(struct bitmap *bitmap, bool anew, const struct dirty *left);
 /* Takes it out of the image and the list: then bitmap_forget(), or undo, which puts it back behind *ret_place (one that
  * is inconsistent is not stored again). */
 int coroutine_fn bitmap_remove_begin(struct bitmap *bitmap, struct list **ret_place, struct error **err);

@@ -6,7 +6,8 @@
  * 1. graph->lock is held from before the begin until after the end: the backends found are the backends that there are.
  * 2. All backends are held back before the first is waited for; so requests that wait for each other all get to their
  *    ends, and none that comes later gets in between.
- * 3. A drain of a drained backend counts: the last end lets the requests go on.
+ * 3. What nodes do of their own that outlives requests (driver.settle) is waited for when these have ended.
+ * 4. A drain of a drained backend counts: the last end lets the requests go on.
  */
 #include "block/private.h"
 
@@ -31,6 +32,20 @@ static struct gate *gate_of(struct backend *backend)
     return &backend->gate;
 }
 
+/* The given nodes and all above them. */
+static void coroutine_fn settle_nodes(GHashTable *nodes)
+{
+    GHashTableIter at;
+    gpointer node;
+    g_hash_table_iter_init(&at, nodes);
+    while (g_hash_table_iter_next(&at, &node, NULL)) {
+        const struct driver *driver = ((struct node *)node)->driver;
+        if (driver->settle) {
+            driver->settle(node);
+        }
+    }
+}
+
 void coroutine_fn graph_drain_begin(struct graph *graph, struct node *const *nodes, unsigned count,
                                     struct backend *except, struct drain *drain)
 {
@@ -48,6 +63,7 @@ void coroutine_fn graph_drain_begin(struct graph *graph, struct node *const *nod
     for (unsigned i = 0; i < backends->len; i++) {
         gate_settle(gate_of(backends->pdata[i]));
     }
+    settle_nodes(seen);
     drain->count = backends->len;
     drain->backends = (struct backend **)g_ptr_array_free(backends, FALSE);
 }

@@ -25,6 +25,7 @@ struct driver {
     bool write_if_unallocated; /* honours REQUEST_IF_UNALLOCATED, atomically against other writes */
     bool compresses;           /* honours REQUEST_COMPRESSED (a filter passes it on, and need not say so) */
     bool grows_on_write;       /* writes behind the end are legal and move it (edge needs `attributes`) */
+    bool guards;               /* a filter that all users of what it shows go through: graph_enter_filter_locked() */
     unsigned filtered_claim;   /* ACCESS_ bits that a filter's edge requires for what the filter does of its own */
 
     /*
@@ -66,6 +67,9 @@ struct driver {
     uint64_t coroutine_fn (*allocated_size)(struct node *node); /* bytes on disk; NULL: ask the file child */
     /* The parent is about to do what `event` says: edge_event(). May let the parent wait. NULL: not interested. */
     void coroutine_fn (*event)(struct node *node, enum blkdebug_event event);
+    /* Part of every drain that reaches the node, after its requests have ended: waits for what it does of its own that
+     * outlives them. NULL: nothing does. */
+    void coroutine_fn (*settle)(struct node *node);
     /* What can be done with an image besides I/O (image.h); NULL: nothing. */
     const struct image_driver *image;
 };

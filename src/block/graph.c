@@ -65,6 +65,8 @@ struct node *graph_find_or_error(struct graph *graph, const char *name, struct e
 
 /* --- the monitor's nodes --- */
 
+static int coroutine_fn leave_filter(struct node *filter, struct error **err);
+
 int coroutine_fn graph_add(struct graph *graph, const struct blockdev_options *options, struct node **ret,
                            struct error **err)
 {
@@ -94,7 +96,7 @@ int coroutine_fn graph_open(struct graph *graph, const struct blockdev_options *
 }
 
 /* graph->lock is held. */
-static int graph_may_delete(struct graph *graph, const char *name, struct node **ret, struct error **err)
+static int coroutine_fn graph_may_delete(struct graph *graph, const char *name, struct node **ret, struct error **err)
 {
     struct node *node = graph_find_or_error(graph, name, err);
     if (!node) {
@@ -103,6 +105,12 @@ static int graph_may_delete(struct graph *graph, const char *name, struct node *
     if (!node->monitor_owned) {
         return error_set(err, -EPERM, "Node '%s' is not owned by the monitor: it is the %s, and closes with it", name,
                          node->opened_for ? node->opened_for : "node of a job");
+    }
+    if (node->job_filter && node->filtered) { /* its users are those of the image */
+        int r = leave_filter(node, err);
+        if (r < 0) {
+            return r;
+        }
     }
     g_autofree char *users = node_users(node);
     if (*users) {
@@ -188,6 +196,61 @@ int graph_attach_target_locked(const struct operation *operation, struct node *f
     if (r == 0) {
         filter->target->granted = operation_granted(operation, target);
     }
+    return r;
+}
+
+/* For users' filters that guard: who leans on the image finds its edge changed. */
+static const struct claim_clause head_clauses[] = {
+    {.role = CLAIM_ROLE_NODE, .first = CLAIM_NODE, .require = ACCESS_READ_METADATA, .path = "node"},
+    {.role = CLAIM_ROLE_OVERLAYS, .first = CLAIM_NODE, .require = ACCESS_GRAPH, .path = "overlays(node)"}};
+static const struct claim_table head_claims = {
+    .operation = "a change of the filters over a node", .clauses = head_clauses, .count = G_N_ELEMENTS(head_clauses)};
+
+/* Drained. All parents of `from` but `filter` come to stand on `to`. */
+static int coroutine_fn move_head(struct node *filter, struct node *from, struct node *to, struct error **err)
+{
+    struct graph *graph = filter->graph;
+    struct operation_config config = {.kind = "command",
+                                      .id = filter->name,
+                                      .table = &head_claims,
+                                      .bound = {[CLAIM_NODE] = node_beneath_filters(filter)}};
+    struct operation *operation = NULL;
+    int r = operation_begin(graph, &config, &operation, err);
+    if (r == 0) {
+        g_autofree char *subject = g_strdup_printf("moving '%s'", filter->name);
+        struct transaction *transaction = graph_begin(graph, subject);
+        transaction_by(transaction, operation);
+        transaction_move_parents(transaction, from, to, filter);
+        if (from == filter) {
+            transaction_detach(transaction, filter->filtered);
+        }
+        r = graph_commit(transaction, err);
+    }
+    operation_end_locked(operation);
+    return r;
+}
+
+int coroutine_fn graph_enter_filter_locked(struct node *filter, struct error **err)
+{
+    filter->job_filter = true;
+    int r = move_head(filter, filter->filtered->child, filter, err);
+    filter->job_filter = r == 0;
+    return r;
+}
+
+static int coroutine_fn leave_filter(struct node *filter, struct error **err)
+{
+    struct drain drain;
+    list_for_each (link, &filter->parents) {
+        const struct edge *edge = container_of(link, struct edge, child_link);
+        if (edge->role == EDGE_TARGET) {
+            return error_set(err, -EBUSY, "Node '%s' is in use by node '%s', which shows its frozen view", filter->name,
+                             edge->parent->name);
+        }
+    }
+    graph_drain_begin(filter->graph, &filter, 1, NULL, &drain);
+    int r = move_head(filter, filter, filter->filtered->child, err);
+    graph_drain_end(&drain);
     return r;
 }
 

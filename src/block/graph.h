@@ -141,6 +141,10 @@ int coroutine_fn graph_insert_filter_locked(struct graph *graph, const struct op
                                             struct node *over, struct error **err);
 int coroutine_fn graph_remove_filter_locked(struct graph *graph, const struct operation *operation, struct node *filter,
                                             struct error **err);
+/* A user's filter that guards (driver.guards), and shows an image already, becomes part of its head: all other users of
+ * the image go through it, until it leaves. From inside its driver's open(); the image is drained. Refused where
+ * somebody does not allow the edges that lead there to change. graph->lock is held. */
+int coroutine_fn graph_enter_filter_locked(struct node *filter, struct error **err);
 /* Gives a job's filter its second edge, to `target`'s head, where its job's data go; it may do there what `operation`
  * holds. It goes when the filter closes. graph->lock is held, and nobody uses the filter yet. */
 int graph_attach_target_locked(const struct operation *operation, struct node *filter, struct node *target,

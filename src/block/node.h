@@ -31,7 +31,8 @@ enum edge_role {
     EDGE_DATA,     /* a second one: qcow2's external data file, the log of blklogwrites, what blkverify compares with */
     EDGE_BACKING,  /* where data come from that the parent has not */
     EDGE_FILTERED, /* what a filter shows */
-    EDGE_TARGET,   /* where the job of a job filter puts its data */
+    EDGE_TARGET,   /* where a filter puts data for its job, or the filter whose frozen view a node shows: the parent's
+                      operation claims for it */
     EDGE_ROOT,     /* a backend's */
 };
 
@@ -89,7 +90,7 @@ struct node {
     bool detect_zeroes, detect_zeroes_unmap;
     bool force_share;
     bool direct, no_flush;  /* cache.direct, cache.no-flush */
-    bool job_filter;        /* inserted by a job, over the node that it names */
+    bool job_filter;        /* inserted over an image, by a job or as driver.guards says: part of its head */
     uint64_t device, inode; /* a protocol node's file, or 0: two opens of one file agree */
     char *stale;            /* why nobody may rely on its content any more, or NULL */
     char *filename;         /* what query-named-block-nodes shows, or NULL */

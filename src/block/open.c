@@ -163,6 +163,13 @@ static struct option_children options_children(const struct blockdev_options *op
     case BLOCKDEV_DRIVER_COPY_ON_READ:
         option_children_add(&children, EDGE_FILTERED, options->u.copy_on_read.file);
         break;
+    case BLOCKDEV_DRIVER_COPY_BEFORE_WRITE:
+        option_children_add(&children, EDGE_FILTERED, options->u.copy_before_write.file);
+        option_children_add(&children, EDGE_TARGET, options->u.copy_before_write.target);
+        break;
+    case BLOCKDEV_DRIVER_SNAPSHOT_ACCESS:
+        option_children_add(&children, EDGE_TARGET, options->u.snapshot_access.file);
+        break;
     case BLOCKDEV_DRIVER_COMPRESS:
         option_children_add(&children, EDGE_FILTERED, options->u.compress.file);
         break;
@@ -286,6 +293,15 @@ static struct inheritance inherit(struct node *parent, enum edge_role role, cons
                                 .discard = role != EDGE_BACKING};
 }
 
+/* Where exactly the edge to a child leads that options name. */
+static struct node *place_of_child(const struct node *parent, enum edge_role role, struct node *child)
+{
+    if (parent->driver->guards && role == EDGE_FILTERED) {
+        return node_beneath_filters(child); /* nothing that is written gets past it */
+    }
+    return role == EDGE_TARGET && parent->driver->kind != DRIVER_FILTER ? child : node_head(child);
+}
+
 static int coroutine_fn open_child(struct opening *opening, struct node *parent, const struct option_child *option,
                                    const struct inheritance *from, struct error **err)
 {
@@ -309,12 +325,13 @@ static int coroutine_fn open_child(struct opening *opening, struct node *parent,
             return r;
         }
     }
-    if (parent->writable && !child->writable) {
+    bool guarded = parent->driver->guards && option->role == EDGE_FILTERED;
+    if (parent->writable && !child->writable && !guarded) {
         r = error_set(err, -EROFS, "Node '%s' is read-only, but '%s' is to write to it", child->name, parent->name);
         error_hint(err, "Open '%s' with read-only=on as well", parent->name);
     }
     if (r == 0) {
-        r = edge_attach(parent, option->role, node_head(child), NULL, err);
+        r = edge_attach(parent, option->role, place_of_child(parent, option->role, child), NULL, err);
     }
     node_unref(child);
     return r;
