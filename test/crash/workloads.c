@@ -128,6 +128,31 @@ static void draw_bitmaps(struct scene *scene)
     scene->traits.version2 = false;
 }
 
+/* Commands on "other" while both are there, between writes; what "watched" says stays true. */
+static void coroutine_fn change_bitmaps(struct scene *scene)
+{
+    for (unsigned i = 0; i < 3; i++) {
+        struct error *error = NULL;
+        struct node *node = scene_rest_begin(scene);
+        struct bitmap *other = bitmap_find(node, "other");
+        switch (scene_below(scene, 4)) {
+        case 0:
+            scene_must(bitmap_clear(other, &error), error, "clearing a bitmap");
+            break;
+        case 1:
+            scene_must(bitmap_merge(other, bitmap_find(node, "watched"), &error), error, "merging bitmaps");
+            break;
+        case 2:
+            scene_must(bitmap_set_enabled(other, !other->enabled, &error), error, "switching a bitmap");
+            break;
+        default:
+            scene_must(bitmaps_store(node, &error), error, "storing bitmaps");
+        }
+        scene_rest_end(scene);
+        scene_guest(scene, 1, 2);
+    }
+}
+
 static void coroutine_fn run_bitmaps(struct scene *scene)
 {
     struct bitmap_config config = {.name = "watched", .granularity = 512u << scene_below(scene, 8), .persistent = true};
@@ -146,11 +171,19 @@ static void coroutine_fn run_bitmaps(struct scene *scene)
     scene_must(bitmaps_store(node, &error), error, "storing bitmaps");
     scene_rest_end(scene);
     scene_guest(scene, 2, 4);
+    change_bitmaps(scene);
     if (scene_chance(scene, 50)) {
         node = scene_rest_begin(scene);
         scene_must(bitmap_remove(bitmap_find(node, "other"), &error), error, "removing a bitmap");
         scene_rest_end(scene);
         scene_guest(scene, 2, 2);
+    }
+    if (scene_chance(scene, 30)) {
+        node = scene_rest_begin(scene);
+        scene->bitmap.until = scene_point(scene);
+        scene_must(bitmap_remove(bitmap_find(node, "watched"), &error), error, "removing a bitmap");
+        scene_rest_end(scene);
+        scene_guest(scene, 1, 2);
     }
 }
 
