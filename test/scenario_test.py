@@ -373,6 +373,7 @@ class Refused(Scenes):
         scenes.prepare(daemon, operation, "operation")
         scenes.start(daemon, operation, "operation", topology)
         scenes.end(daemon, operation, "operation")
+        self.close(daemon)
 
     def alone(self, row):
         """Another image leans on what the operation would change, though nobody uses that image."""

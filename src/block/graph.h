@@ -105,13 +105,15 @@ struct transaction *graph_begin(struct graph *graph, const char *subject);
  * A user's filter goes along with what it shows: `graph` is not asked for. Nor is it for an edge that moves between an
  * image and a job filter over that same image: neither view nor header changes. */
 void transaction_by(struct transaction *transaction, const struct operation *operation);
+/* It takes back what a transaction of the same operation did, with the lock held and drained since: that was tested. */
+void transaction_takes_back(struct transaction *transaction);
 /* edge->child becomes `to`. */
 void transaction_move_edge(struct transaction *transaction, struct edge *edge, struct node *to);
 /* Moves every parent edge of `from` (but for edges of `except_parent`) to `to`: root edges and overlays. */
 void transaction_move_parents(struct transaction *transaction, struct node *from, struct node *to,
                               struct node *except_parent);
-/* The same, but a root edge stays where its owner does not follow it (backend_follow()): a job goes on with the node
- * that it was asked for. */
+/* The same, but what is a job's own stays: root edges whose owner does not follow them (backend_follow()), and edges of
+ * filters to their job's target. A job goes on with the node that it was asked for. */
 void transaction_move_users(struct transaction *transaction, struct node *from, struct node *to);
 /* Takes the edge away. */
 void transaction_detach(struct transaction *transaction, struct edge *edge);

@@ -40,8 +40,9 @@ struct transaction {
     struct graph *graph;
     char *subject;
     const struct operation *operation; /* on whose behalf, or NULL */
-    GArray *steps;                     /* struct step */
-    unsigned done;                     /* of steps */
+    bool takes_back;
+    GArray *steps; /* struct step */
+    unsigned done; /* of steps */
 };
 
 struct transaction *graph_begin(struct graph *graph, const char *subject)
@@ -56,6 +57,11 @@ struct transaction *graph_begin(struct graph *graph, const char *subject)
 void transaction_by(struct transaction *transaction, const struct operation *operation)
 {
     transaction->operation = operation;
+}
+
+void transaction_takes_back(struct transaction *transaction)
+{
+    transaction->takes_back = true;
 }
 
 static void record(struct transaction *transaction, struct step step)
@@ -90,7 +96,8 @@ void transaction_move_users(struct transaction *transaction, struct node *from, 
 {
     list_for_each (link, &from->parents) {
         struct edge *edge = container_of(link, struct edge, child_link);
-        if (edge->role != EDGE_ROOT || edge->backend->operation) {
+        bool jobs_own = edge->role == EDGE_ROOT ? !edge->backend->operation : edge->role == EDGE_TARGET;
+        if (!jobs_own) {
             transaction_move_edge(transaction, edge, to);
         }
     }
@@ -641,7 +648,7 @@ int graph_commit(struct transaction *transaction, struct error **err)
 {
     struct graph *graph = transaction->graph;
     g_autoptr(GPtrArray) dropped = g_ptr_array_new();
-    int r = enforce_steps(transaction, err);
+    int r = transaction->takes_back ? 0 : enforce_steps(transaction, err);
     if (r == 0) {
         do_recorded(transaction);
         r = follow(transaction, err);

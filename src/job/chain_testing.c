@@ -20,6 +20,7 @@ struct memory {
     struct co_mutex mutex;
     struct memory_faults faults;
     char *file, *format;
+    GPtrArray *snapshots; /* names */
 };
 
 static void coroutine_fn memory_dawdle(void)
@@ -218,7 +219,47 @@ static void coroutine_fn memory_close(struct node *node)
     g_free(memory->states);
     g_free(memory->file);
     g_free(memory->format);
+    g_ptr_array_free(memory->snapshots, TRUE);
 }
+
+/* Snapshots inside: their names, and no content. An id is the name. */
+static int coroutine_fn memory_snapshot_list(struct node *node, struct snapshot_info_list **ret, struct error **err)
+{
+    struct memory *memory = node->state;
+    *ret = g_new0(struct snapshot_info_list, 1);
+    (*ret)->items = g_new0(struct snapshot_info *, memory->snapshots->len + 1);
+    for (unsigned i = 0; i < memory->snapshots->len; i++) {
+        struct snapshot_info *info = g_new0(struct snapshot_info, 1);
+        info->id = g_strdup(memory->snapshots->pdata[i]);
+        info->name = g_strdup(info->id);
+        (*ret)->items[(*ret)->count++] = info;
+    }
+    return 0;
+}
+
+static int coroutine_fn memory_snapshot_create(struct node *node, const struct snapshot_info *snapshot,
+                                               struct error **err)
+{
+    struct memory *memory = node->state;
+    g_assert(node->writable);
+    memory_dawdle();
+    g_ptr_array_add(memory->snapshots, g_strdup(snapshot->name));
+    return 0;
+}
+
+static int coroutine_fn memory_snapshot_delete(struct node *node, const char *name, struct error **err)
+{
+    struct memory *memory = node->state;
+    guint index;
+    g_assert(node->writable);
+    g_assert_true(g_ptr_array_find_with_equal_func(memory->snapshots, name, g_str_equal, &index));
+    g_ptr_array_remove_index(memory->snapshots, index);
+    return 0;
+}
+
+static const struct image_driver memory_image = {.snapshot_list = memory_snapshot_list,
+                                                 .snapshot_create = memory_snapshot_create,
+                                                 .snapshot_delete = memory_snapshot_delete};
 
 static const struct driver driver_memory = {
     .name = "memory",
@@ -234,6 +275,7 @@ static const struct driver driver_memory = {
     .flush = memory_flush,
     .truncate = memory_truncate,
     .change_backing = memory_change_backing,
+    .image = &memory_image,
 };
 
 /* --- the bench --- */
@@ -258,7 +300,7 @@ static void record_event(json_t *event, void *argument)
     json_decref(event);
 }
 
-static void coroutine_fn make_image(struct test_bench *bench, unsigned index, uint64_t size)
+static void coroutine_fn make_image(struct test_bench *bench, unsigned index, uint64_t size, struct node *below)
 {
     static const char *const names[TEST_CHAIN_MAX] = {"base", "a", "b", "c", "d", "e", "f", "g"};
     struct node *node = NULL;
@@ -273,8 +315,8 @@ static void coroutine_fn make_image(struct test_bench *bench, unsigned index, ui
     node->limits.cluster_size = TEST_CLUSTER;
     node->filename = g_strdup_printf("dir/%s.img", names[index]);
     node->wants_writable = node->writable = false;
-    if (index) {
-        struct node *below = bench->nodes[index - 1];
+    memory->snapshots = g_ptr_array_new_with_free_func(g_free);
+    if (below) {
         graph_lock(bench->graph);
         struct transaction *transaction = graph_begin(bench->graph, "test");
         transaction_attach(transaction, node, EDGE_BACKING, below, NULL);
@@ -294,7 +336,7 @@ void coroutine_fn bench_open(struct test_bench *bench, unsigned count, uint64_t 
     bench->events = g_ptr_array_new_with_free_func(g_free);
     bench->jobs = jobs_create(bench->graph, record_event, bench);
     for (unsigned i = 0; i < count; i++) {
-        make_image(bench, i, size);
+        make_image(bench, i, size, i ? bench->nodes[i - 1] : NULL);
         for (uint64_t at = 0; at < size; at += TEST_CLUSTER) {
             unsigned luck = (unsigned)g_test_rand_int_range(0, 10);
             if (luck < (i ? 3 : 7)) {
@@ -304,6 +346,20 @@ void coroutine_fn bench_open(struct test_bench *bench, unsigned count, uint64_t 
     }
     struct node *top = bench->nodes[count - 1];
     top->wants_writable = top->writable = true;
+}
+
+struct node *coroutine_fn bench_add_overlay(struct test_bench *bench)
+{
+    g_assert_cmpuint(bench->count, <, TEST_CHAIN_MAX);
+    make_image(bench, bench->count, atomic_load(&bench->nodes[0]->size), NULL);
+    struct node *node = bench->nodes[bench->count++];
+    node->wants_writable = node->writable = true;
+    return node;
+}
+
+unsigned bench_snapshots(struct node *node)
+{
+    return ((struct memory *)node->state)->snapshots->len;
 }
 
 void coroutine_fn bench_close(struct test_bench *bench)

@@ -31,6 +31,9 @@ struct test_bench {
 
 /* A chain of `count` images named base, a, b, ... of `size` bytes, with random content. */
 void coroutine_fn bench_open(struct test_bench *bench, unsigned count, uint64_t size);
+/* One more, named after the next letter: of the base's size, empty, writable, without a backing image. */
+struct node *coroutine_fn bench_add_overlay(struct test_bench *bench);
+unsigned bench_snapshots(struct node *node); /* how many are inside the image */
 /* Cancels jobs, closes everything. */
 void coroutine_fn bench_close(struct test_bench *bench);
 struct memory_faults *bench_faults(struct node *node);

@@ -12,7 +12,9 @@
 #include "job/chain_testing.h"
 #include "job/change_backing.h"
 #include "job/commit.h"
+#include "job/internal_snapshot.h"
 #include "job/resize.h"
+#include "job/snapshot.h"
 #include "job/stream.h"
 #include "schema/claims.h"
 #include <errno.h>
@@ -82,6 +84,32 @@ static int coroutine_fn run_backing_name(struct test_bench *bench)
     return change_backing_file(bench->graph, &args, NULL);
 }
 
+/* Over an image in the middle, so that headers are written on both sides of the overlay. */
+static int coroutine_fn run_snapshot(struct test_bench *bench)
+{
+    struct node *overlay = bench_add_overlay(bench);
+    bench_resize(overlay, SIZE);
+    struct blockdev_snapshot args = {.node = (char *)"c", .overlay = overlay->name};
+    struct action action;
+    snapshot_action(&action, &args);
+    int result = actions_run(bench->graph, &action, 1, NULL);
+    if (result < 0) {
+        g_assert_null(overlay->backing);
+        g_assert_null(overlay->header_backing);
+    }
+    return result;
+}
+
+static int coroutine_fn run_internal_snapshot(struct test_bench *bench)
+{
+    struct blockdev_snapshot_internal_sync args = {.device = (char *)"c", .name = (char *)"s"};
+    struct action action;
+    internal_snapshot_action(&action, &args);
+    int result = actions_run(bench->graph, &action, 1, NULL);
+    g_assert_cmpuint(bench_snapshots(bench->nodes[C]), ==, result == 0);
+    return result;
+}
+
 /* As src/export does it. */
 static int coroutine_fn run_export(struct test_bench *bench)
 {
@@ -118,6 +146,9 @@ static const struct run {
     {"grow", &block_resize_claims, 0, run_grow, (1 << COUNT) - 1},
     {"shrink", &block_resize_claims, CLAIM_IF_SHRINK, run_shrink, (1 << COUNT) - 1},
     {"backing name", &change_backing_file_claims, 0, run_backing_name, (1 << COUNT) - 1},
+    {"snapshot", &blockdev_snapshot_claims, 0, run_snapshot, (1 << COUNT) - 1},
+    {"snapshot by a new image", &blockdev_snapshot_sync_claims, 0, run_snapshot, (1 << COUNT) - 1},
+    {"snapshot inside", &blockdev_snapshot_internal_sync_claims, 0, run_internal_snapshot, (1 << COUNT) - 1},
     {"export", &block_export_add_claims, CLAIM_IF_WRITABLE, run_export, (1 << COUNT) - 1},
 };
 
@@ -128,10 +159,14 @@ static struct {
     unsigned clause, bit;
 } withheld;
 
+/* What is made new for a snapshot goes the same way from there on. */
 static const struct claim_table *withhold(const struct claim_table *table)
 {
     static struct claim_clause clauses[32];
     static struct claim_table copy;
+    if (table == &blockdev_snapshot_claims && withheld.table == &blockdev_snapshot_sync_claims) {
+        table = &blockdev_snapshot_sync_claims;
+    }
     if (table != withheld.table) {
         return table;
     }

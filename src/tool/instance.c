@@ -188,6 +188,7 @@ static const struct {
     {"blockdev-mirror", "replace", CLAIM_IF_REPLACE, ~0u},
     {"blockdev-backup", "backup", 0, ~0u},
     {"blockdev-snapshot", "snapshot", 0, ~0u},
+    {"blockdev-snapshot-internal-sync", "snapshot-inside", 0, ~0u},
 };
 
 static const char *variant_short_name(const struct variant *variant)
