@@ -58,8 +58,15 @@ class WaitCase(TestCase):
         return {export["id"] for export in self.qmp.execute("query-block-exports")}
 
     def wait_end(self, identity, event="ACCESS_GRANTED", qmp=None, **data):
-        """The one event that ends the waiting of an operation."""
-        return (qmp or self.qmp).wait_event(event, id=identity, **data)["data"]
+        """The one event that ends the waiting of an operation. A block job that does not begin has its last event too."""
+        qmp = qmp or self.qmp
+        end = qmp.wait_event(event, id=identity, **data)["data"]
+        if event == "ACCESS_WAIT_ENDED" and end["operation"] in ("block-commit", "block-stream"):
+            cancelled = end["reason"] == "cancelled"
+            last = qmp.wait_event("BLOCK_JOB_CANCELLED" if cancelled else "BLOCK_JOB_COMPLETED", device=identity)["data"]
+            self.assertEqual(last["target-state"], "unchanged")
+            self.assertEqual(last.get("error"), None if cancelled else end["error"])
+        return end
 
     def state(self):
         """All that an operation which waits, or was refused, must leave as it was; the queue itself left out."""

@@ -12,6 +12,7 @@
  * 1. Each of them ends with exactly one of the two events.
  * 2. control->changes counts the changes of the ledger; who has tried at the present count sleeps. A try that is
  * refused changes nothing, so it wakes nobody: trying comes to rest.
+ *    A block job that has not begun and never will gets its one last event all the same, as any other has.
  * 3. Who is cancelled or out of time has left the queue in the same step, and its ticket is not admitted any more.
  */
 #include "control/waiting.h"
@@ -102,11 +103,36 @@ static bool coroutine_fn try_again(struct waiting *waiting)
     return false;
 }
 
+/* Who waits for a block job's end need not know that it waited. */
+static void emit_end_of_job(const struct waiting *waiting, const char *id)
+{
+    static const struct {
+        const char *command;
+        enum job_type type;
+    } starts[] = {
+        {"block-commit", JOB_TYPE_COMMIT}, {"block-stream", JOB_TYPE_STREAM},    {"blockdev-mirror", JOB_TYPE_MIRROR},
+        {"drive-mirror", JOB_TYPE_MIRROR}, {"blockdev-backup", JOB_TYPE_BACKUP}, {"drive-backup", JOB_TYPE_BACKUP},
+    };
+    for (unsigned i = 0; i < G_N_ELEMENTS(starts); i++) {
+        if (strcmp(waiting->command->name, starts[i].command) == 0) {
+            enum job_target_state state = JOB_TARGET_STATE_UNCHANGED;
+            control_emit(waiting->control,
+                         waiting->reason == ACCESS_WAIT_END_CANCELLED
+                             ? event_block_job_cancelled(starts[i].type, id, 0, 0, 0, true, state)
+                             : event_block_job_completed(starts[i].type, id, 0, 0, 0, waiting->error, true, state));
+        }
+    }
+}
+
 static void waiting_emit(const struct waiting *waiting, bool begun)
 {
     const char *operation = waiting->command->name, *id = access_ticket_id(waiting->ticket);
-    control_emit(waiting->control, begun ? event_access_granted(operation, id, access_ticket_age_s(waiting->ticket))
-                                         : event_access_wait_ended(operation, id, waiting->reason, waiting->error));
+    if (begun) {
+        control_emit(waiting->control, event_access_granted(operation, id, access_ticket_age_s(waiting->ticket)));
+    } else {
+        control_emit(waiting->control, event_access_wait_ended(operation, id, waiting->reason, waiting->error));
+        emit_end_of_job(waiting, id);
+    }
 }
 
 static void waiting_run(void *argument)

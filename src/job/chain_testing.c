@@ -154,7 +154,11 @@ static int coroutine_fn memory_block_status(struct node *node, uint64_t offset, 
     struct memory *memory = node->state;
     uint64_t at = offset / TEST_CLUSTER, end = offset + bytes;
     unsigned char state = memory->states[at];
+    int result = memory_fault(memory->faults.status_error, memory, offset, bytes);
     memory_dawdle();
+    if (result < 0) {
+        return result;
+    }
     co_mutex_lock(&memory->mutex);
     state = memory->states[at];
     while (at * TEST_CLUSTER < end && memory->states[at] == state) {
@@ -207,8 +211,9 @@ static int coroutine_fn memory_change_backing(struct node *node, const char *fil
 
 static int coroutine_fn memory_flush(struct node *node)
 {
+    struct memory *memory = node->state;
     memory_dawdle();
-    return 0;
+    return memory->faults.flush_error;
 }
 
 static void coroutine_fn memory_close(struct node *node)
@@ -395,6 +400,12 @@ void bench_resize(struct node *node, uint64_t size)
     }
     memory->clusters = div_up(size, TEST_CLUSTER);
     atomic_store(&node->size, size);
+}
+
+void bench_forget(struct node *node, uint64_t offset, uint64_t bytes)
+{
+    struct memory *memory = node->state;
+    memset(memory->states + offset / TEST_CLUSTER, CLUSTER_NONE, bytes / TEST_CLUSTER);
 }
 
 void bench_fill(struct node *node, uint64_t offset, uint64_t bytes, unsigned char value)

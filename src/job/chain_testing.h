@@ -17,8 +17,9 @@
 #define TEST_CHAIN_MAX 8
 
 struct memory_faults {
-    int read_error, write_error, header_error; /* negative errno, or 0 */
-    uint64_t at;                               /* reads and writes fail in this cluster only */
+    int read_error, write_error, header_error, flush_error; /* negative errno, or 0 */
+    int status_error;                                       /* of asking what lies where */
+    uint64_t at;                                            /* reads, writes and questions fail in this cluster only */
 };
 
 struct test_bench {
@@ -41,6 +42,8 @@ const char *bench_disk_backing(struct node *node);   /* the string "on disk", or
 void bench_resize(struct node *node, uint64_t size); /* before anything is attached */
 /* Makes [offset, offset + bytes) of the image its own, filled with `value`; 0: zero clusters. Whole clusters. */
 void bench_fill(struct node *node, uint64_t offset, uint64_t bytes, unsigned char value);
+/* Whole clusters that the image has nothing in. */
+void bench_forget(struct node *node, uint64_t offset, uint64_t bytes);
 /* What node shows, from its own point of view, straight from memory. */
 void bench_view(struct node *node, unsigned char *to, uint64_t bytes);
 bool bench_allocated(struct node *node, uint64_t offset);
