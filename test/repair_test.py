@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import struct
@@ -50,7 +51,7 @@ class Repair(TestCase):
         return isinstance(result, dict) and not any(result.get(name) for name in NUMBERS[:3])
 
     def read_by_peer(self, path):
-        """The content, a piece at a time; what cannot be read is zeroes. None: it cannot be opened."""
+        """The content, a piece at a time; None: what cannot be read, or all of it if it cannot be opened."""
         raw = path + ".raw"
         line = ["qemu-img", "convert", "--salvage", "-f", "qcow2", "-O", "raw", path, raw]
         try:
@@ -63,14 +64,16 @@ class Repair(TestCase):
         with open(raw, "rb") as file:
             content = file.read()
         os.unlink(raw)
-        return [content[at : at + PIECE] for at in range(0, len(content), PIECE)]
+        unreadable = {int(at) // PIECE for at in re.findall(r"error while reading .*?offset (\d+)", result.stderr)}
+        pieces = [content[at : at + PIECE] for at in range(0, len(content), PIECE)]
+        return [None if number in unreadable else piece for number, piece in enumerate(pieces)]
 
     def read_by_us(self, path):
         result = run(REPAIR, "read", path, check=False, timeout=30 * SLOWNESS)
         return result.stdout.split() if result.returncode == 0 else None
 
     def kept(self, original, now):
-        return sum(a == b for a, b in zip(original, now)) if now is not None else 0
+        return sum(a == b and b is not None for a, b in zip(original, now)) if now is not None else 0
 
     def bases(self, count):
         """Seeded images and how they read, made as they are needed and used several times."""

@@ -15,6 +15,7 @@
 #include "crypto/secret.h"
 #include "export/export.h"
 #include "job/job.h"
+#include "job/resize.h"
 #include "schema/commands.h"
 #include "schema/events.h"
 #include <glib.h>
@@ -36,6 +37,15 @@ static struct loop *find_iothread(void *argument, const char *name)
     return iothreads_find(control->iothreads, name);
 }
 
+static int coroutine_fn resize_export(void *argument, struct export *export, uint64_t size)
+{
+    struct control *control = argument;
+    g_autofree char *name = g_strdup(export_node_name(export));
+    struct block_resize_args args = {.node_name = name, .size = (int64_t)size};
+
+    return resize_node(control->graph, &args, NULL);
+}
+
 static bool iothread_is_busy(void *argument, struct loop *loop)
 {
     struct control *control = argument;
@@ -46,7 +56,8 @@ static bool iothread_is_busy(void *argument, struct loop *loop)
 struct control *service_create(struct loop *loop, enum engine_kind engine)
 {
     struct control *control = g_new0(struct control, 1);
-    struct exports_config exports = {.deleted = export_deleted, .find_iothread = find_iothread, .argument = control};
+    struct exports_config exports = {
+        .deleted = export_deleted, .find_iothread = find_iothread, .resize = resize_export, .argument = control};
 
     control_init(control, loop, command_table, command_table_count);
     control->graph = graph_create();

@@ -20,7 +20,12 @@
 #include <glib.h>
 #include <string.h>
 
-static const struct export_type *const export_types[] = {&nbd_export_type};
+static const struct export_type *const export_types[] = {
+    &nbd_export_type,
+#ifdef INTERLOCK_FUSE
+    &fuse_export_type,
+#endif
+};
 
 struct exports *exports_create(const struct exports_config *config)
 {
@@ -361,8 +366,7 @@ bool exports_use_loop(struct exports *exports, const struct loop *loop)
     return false;
 }
 
-/* The node that clients see now: a job that ended may have moved them. Job filters are not its name. */
-static const char *export_node_name(const struct export *export)
+const char *export_node_name(const struct export *export)
 {
     struct node *node = export->backend ? backend_node(export->backend) : NULL;
 

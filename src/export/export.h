@@ -13,6 +13,7 @@
  * The exports of a daemon and its NBD server. An export is an operation: it takes the claims of block-export-add and
  * holds them until it is gone. Control thread only; functions marked coroutine_fn in a coroutine.
  */
+struct export;
 struct exports;
 struct graph;
 struct loop;
@@ -23,8 +24,12 @@ struct exports_config {
     void (*deleted)(void *argument, const char *id);
     /* The loop of an iothread by its name, or NULL when there is none. It outlives the exports on it. May be NULL. */
     struct loop *(*find_iothread)(void *argument, const char *name);
+    /* Makes the export's node longer: block_resize. 0 or a negative errno. May be NULL. */
+    int coroutine_fn (*resize)(void *argument, struct export *export, uint64_t size);
     void *argument;
 };
+/* The node that clients of it see now: a job that ended may have moved them. Job filters are not its name. */
+const char *export_node_name(const struct export *export);
 struct exports *exports_create(const struct exports_config *config);
 /* Asserts that no export is left and that the NBD server is stopped: exports_shutdown() comes first. Accepts NULL. */
 void exports_destroy(struct exports *exports);

@@ -70,5 +70,8 @@ void export_unref(struct export *export);
 void coroutine_fn exports_delete_type(struct exports *exports, const struct export_type *type);
 
 extern const struct export_type nbd_export_type;
+#ifdef INTERLOCK_FUSE
+extern const struct export_type fuse_export_type;
+#endif
 
 #endif
