@@ -280,8 +280,8 @@ class Sequence:
         if self.snapshots or self.bitmaps or self.features & {"version-2", "data-file", "data-file-raw", "zstd"}:
             return
         options = self.rng.choice(["lazy_refcounts=on", "lazy_refcounts=off", "refcount_bits=16", "refcount_bits=64"])
-        # With clusters as large as this the peer does not come to an end with wider refcounts, in its own images neither.
-        widens = options == "refcount_bits=64" and self.cluster >= MIB
+        # The peer takes minutes to widen refcounts of clusters as large as that.
+        widens = options == "refcount_bits=64" and self.cluster >= 256 * KIB
         self.img("ours" if widens else self.hand(), "amend", "-o", options, *self.image())
 
     def rebase(self):
