@@ -34,7 +34,9 @@ struct exports *exports_create(const struct exports_config *config)
     exports->config = *config;
     exports->loop = loop_self();
     list_init(&exports->list);
-    co_group_init(&exports->alive);
+    for (int type = 0; type < BLOCK_EXPORT_TYPE_COUNT; type++) {
+        co_group_init(&exports->alive[type]);
+    }
     co_group_init(&exports->servers);
     return exports;
 }
@@ -45,7 +47,9 @@ void exports_destroy(struct exports *exports)
         return;
     }
     g_assert(list_is_empty(&exports->list) && !exports->nbd_server);
-    co_group_destroy(&exports->alive);
+    for (int type = 0; type < BLOCK_EXPORT_TYPE_COUNT; type++) {
+        co_group_destroy(&exports->alive[type]);
+    }
     co_group_destroy(&exports->servers);
     g_free(exports);
 }
@@ -96,7 +100,7 @@ static struct export *export_create(struct exports *exports, const struct export
     export->opening = true;
     export->references = 1;
     list_append(&exports->list, &export->link);
-    co_group_enter(&exports->alive);
+    co_group_enter(&exports->alive[type->id]);
     return export;
 }
 
@@ -104,7 +108,7 @@ static struct export *export_create(struct exports *exports, const struct export
  * still move it: its claims follow until then, or they would hold on to a node that has become stale. */
 static void coroutine_fn export_destroy(struct export *export)
 {
-    struct exports *exports = export->exports;
+    struct co_group *alive = &export->exports->alive[export->type->id];
 
     if (export->backend) {
         backend_set_changed(export->backend, NULL, NULL);
@@ -115,7 +119,7 @@ static void coroutine_fn export_destroy(struct export *export)
     g_free(export->id);
     g_free(export->node_name);
     g_free(export);
-    co_group_leave(&exports->alive);
+    co_group_leave(alive);
 }
 
 static void export_end_run(void *argument)
@@ -353,7 +357,7 @@ void coroutine_fn exports_delete_type(struct exports *exports, const struct expo
             export_shut_down(export);
         }
     }
-    co_group_wait(&exports->alive);
+    co_group_wait(&exports->alive[type->id]);
 }
 
 bool exports_use_loop(struct exports *exports, const struct loop *loop)

@@ -56,17 +56,17 @@ struct export_type {
 
 struct exports {
     struct exports_config config;
-    struct loop *loop;             /* the control loop */
-    struct list list;              /* struct export by link */
-    struct co_group alive;         /* exports, from the first moment to the last */
-    struct co_group servers;       /* the same for servers */
-    struct nbd_server *nbd_server; /* NULL: not running */
+    struct loop *loop;                              /* the control loop */
+    struct list list;                               /* struct export by link */
+    struct co_group alive[BLOCK_EXPORT_TYPE_COUNT]; /* exports, from the first moment to the last */
+    struct co_group servers;                        /* the same for servers */
+    struct nbd_server *nbd_server;                  /* NULL: not running */
 };
 
 /* A client came or went. */
 void export_ref(struct export *export);
 void export_unref(struct export *export);
-/* Deletes every export of the type and waits until they and all others that are being deleted are gone. */
+/* Deletes every export of the type and waits until they, and those of it that are being deleted, are gone. */
 void coroutine_fn exports_delete_type(struct exports *exports, const struct export_type *type);
 
 extern const struct export_type nbd_export_type;
