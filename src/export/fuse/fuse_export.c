@@ -147,9 +147,6 @@ static int mount_work(void *argument)
     char *words[] = {(char *)"interlock", (char *)"-o", options};
     struct fuse_args args = FUSE_ARGS_INIT(G_N_ELEMENTS(words), words);
 
-    if (stat(fuse->mountpoint, &fuse->status) < 0) {
-        return -errno;
-    }
     fuse->session = fuse_session_new(&args, &fuse_export_operations, sizeof(fuse_export_operations), fuse);
     fuse_opt_free_args(&args);
     if (!fuse->session) {
@@ -259,7 +256,14 @@ static int coroutine_fn fuse_open_export(struct export *export, const struct blo
         fuse_free(fuse);
         return result;
     }
-    fuse->status.st_mode = S_IFREG | S_IRUSR | (export->writable ? S_IWUSR : 0);
+    int64_t now_us = loop_realtime_us();
+    struct timespec now = {now_us / 1000000, now_us % 1000000 * 1000};
+    fuse->status = (struct stat){.st_mode = S_IFREG | S_IRUSR | (export->writable ? S_IWUSR : 0),
+                                 .st_uid = getuid(),
+                                 .st_gid = getgid(),
+                                 .st_atim = now,
+                                 .st_mtim = now,
+                                 .st_ctim = now};
     fuse->connection = connection_from_fds(descriptor, descriptor);
     export->state = fuse;
     export_ref(export);
