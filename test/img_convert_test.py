@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from harness import KIB, MIB, PROGRAM, SANITIZER_OPTIONS, SLOWNESS, TestCase, image_check, qemu_img, qemu_io, run, scale
+from harness import KIB, MIB, PROGRAM, SANITIZED, SANITIZER_OPTIONS, SLOWNESS, TestCase, image_check, qemu_img, qemu_io, run, scale
 
 SIZE = 4 * MIB
 
@@ -345,6 +345,50 @@ class ImgConvertTest(ImgTestCase):
         for options in (["-O", "qcow2"], ["-c", "-O", "qcow2"]):
             result = self.ours("convert", "-f", "raw", *options, "a.raw", "x", status=1, preexec_fn=limit)
             self.assertRegex(result.stderr, r"error while writing at byte \d+: File too large")
+
+    def test_what_could_not_be_made_whole_is_not_left(self):
+        self.raw_image("a.raw")
+
+        def limit():
+            import resource
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 8, SIZE // 8))
+
+        rows = [
+            (["create", "-f", "qcow2", "-o", "preallocation=full", "x"], [str(SIZE)]),
+            (["create", "-f", "qcow2", "-o", "preallocation=full,data_file=y", "x"], [str(SIZE)]),
+            (["create", "-f", "raw", "-o", "preallocation=full", "x"], [str(SIZE)]),
+            (["convert", "-f", "raw", "-O", "qcow2", "a.raw", "x"], []),
+            (["dd", "-f", "raw", "-O", "qcow2", "if=a.raw", "of=x"], []),
+        ]
+        for words, more in rows:
+            with self.subTest(words=words):
+                result = self.ours(*words, *more, status=1, preexec_fn=limit)
+                self.assertIn("File too large", result.stderr)
+                self.assertEqual(sorted(os.listdir(self.directory)), ["a.raw"])
+        with open(self.path("x"), "w", encoding="ascii") as mine:
+            mine.write("mine")
+        self.ours(*rows[3][0], status=1, preexec_fn=limit)
+        self.assertTrue(os.path.exists(self.path("x")))  # it was there before
+
+    def test_what_is_not_done_is_refused(self):
+        self.raw_image("a.raw")
+        result = self.ours("convert", "-C", "-f", "raw", "a.raw", "x", status=1)
+        self.assertIn("Copy offloading (-C) is not supported", result.stderr)
+        self.assertFalse(os.path.exists(self.path("x")))
+        for words in (["-n"], ["-i", "native"]):
+            self.assertIn("native", self.ours("bench", *words, "-f", "raw", "-c", "4", "a.raw", status=1).stderr)
+
+    def test_bench_by_the_engine_that_was_asked_for(self):
+        if SANITIZED:
+            self.skipTest("leaks are not looked for under strace")
+        self.raw_image("a.raw")
+        for mode, rings in (("threads", False), ("io_uring", True)):
+            line = ["strace", "-f", "-e", "trace=io_uring_setup", PROGRAM, "img", "bench", "-f", "raw", "-i", mode]
+            result = run(*line, "-c", "4", "a.raw", cwd=self.directory, check=False)
+            if result.returncode:  # strace may not trace here, or the kernel may have no rings
+                self.skipTest(result.stderr)
+            self.assertEqual("io_uring_setup(" in result.stderr, rings, result.stderr)
 
     def test_rate(self):
         self.raw_image("a.raw")

@@ -153,13 +153,17 @@ static const char bench_help[] =
     "  --pattern BYTE          what is written (0)\n"
     "  --flush-interval COUNT  a flush after so many\n"
     "  --no-drain              without waiting for those before it\n"
-    "  -i, --aio MODE          threads, native or io_uring: accepted; the program decides\n"
-    "  -n, --native            the same\n"
+    "  -i, --aio MODE          by io_uring or threads (default: io_uring where it is allowed)\n"
     "  -t, --cache MODE        of the image (writeback)\n" IMG_HELP_QUIET IMG_HELP_SHARE IMG_HELP_SOURCE;
 
 static int set_aio(const char *mode, struct error **err)
 {
-    if (strcmp(mode, "threads") != 0 && strcmp(mode, "native") != 0 && strcmp(mode, "io_uring") != 0) {
+    if (!strcmp(mode, "native")) {
+        error_set(err, -ENOTSUP, "The kernel's older asynchronous I/O (native) is not used by this program");
+        error_hint(err, "-i io_uring is its successor, -i threads does without either");
+        return -ENOTSUP;
+    }
+    if (strcmp(mode, "threads") != 0 && strcmp(mode, "io_uring") != 0) {
         return error_set(err, -EINVAL, "Invalid aio option: %s", mode);
     }
     return 0;
@@ -190,7 +194,7 @@ static int set_option(struct bench *bench, int option, struct error **err)
         bench->write = true;
         return 0;
     case 'n':
-        return 0;
+        return set_aio("native", err);
     case 'i':
         return set_aio(optarg, err);
     case 't':
@@ -203,28 +207,45 @@ static int set_option(struct bench *bench, int option, struct error **err)
     }
 }
 
+#define BENCH_SHORT "hc:d:f:ni:o:qs:S:t:wU"
+static const struct option bench_options[] = {{"count", required_argument, NULL, 'c'},
+                                              {"depth", required_argument, NULL, 'd'},
+                                              {"buffer-size", required_argument, NULL, 's'},
+                                              {"step-size", required_argument, NULL, 'S'},
+                                              {"offset", required_argument, NULL, 'o'},
+                                              {"write", no_argument, NULL, 'w'},
+                                              {"pattern", required_argument, NULL, OPTION_PATTERN},
+                                              {"flush-interval", required_argument, NULL, OPTION_FLUSH_INTERVAL},
+                                              {"no-drain", no_argument, NULL, OPTION_NO_DRAIN},
+                                              {"aio", required_argument, NULL, 'i'},
+                                              {"native", no_argument, NULL, 'n'},
+                                              {"cache", required_argument, NULL, 't'},
+                                              IMG_QUIET_OPTION,
+                                              IMG_SHARE_OPTION,
+                                              IMG_COMMON_OPTIONS,
+                                              {0}};
+
+enum engine_kind img_bench_engine(int argc, char **argv)
+{
+    enum engine_kind kind = ENGINE_AUTO;
+
+    optind = 0;
+    opterr = 0;
+    for (int option; (option = getopt_long(argc, argv, BENCH_SHORT, bench_options, NULL)) != -1;) {
+        if (option == 'i') {
+            kind = !strcmp(optarg, "threads") ? ENGINE_EPOLL : !strcmp(optarg, "io_uring") ? ENGINE_URING : kind;
+        }
+    }
+    opterr = 1;
+    return kind;
+}
+
 /* 0, or the exit status plus 1. */
 static int read_options(struct bench *bench, int argc, char **argv)
 {
-    static const struct option options[] = {{"count", required_argument, NULL, 'c'},
-                                            {"depth", required_argument, NULL, 'd'},
-                                            {"buffer-size", required_argument, NULL, 's'},
-                                            {"step-size", required_argument, NULL, 'S'},
-                                            {"offset", required_argument, NULL, 'o'},
-                                            {"write", no_argument, NULL, 'w'},
-                                            {"pattern", required_argument, NULL, OPTION_PATTERN},
-                                            {"flush-interval", required_argument, NULL, OPTION_FLUSH_INTERVAL},
-                                            {"no-drain", no_argument, NULL, OPTION_NO_DRAIN},
-                                            {"aio", required_argument, NULL, 'i'},
-                                            {"native", no_argument, NULL, 'n'},
-                                            {"cache", required_argument, NULL, 't'},
-                                            IMG_QUIET_OPTION,
-                                            IMG_SHARE_OPTION,
-                                            IMG_COMMON_OPTIONS,
-                                            {0}};
     struct error *error = NULL;
     bool step_given = false;
-    for (int option; (option = getopt_long(argc, argv, "hc:d:f:ni:o:qs:S:t:wU", options, NULL)) != -1;) {
+    for (int option; (option = getopt_long(argc, argv, BENCH_SHORT, bench_options, NULL)) != -1;) {
         if (option == 'h') {
             return 1 + img_help("bench", bench_help);
         }

@@ -8,8 +8,8 @@
  * 2. -S 0 writes everything, holes and zeroes too. Else aligned runs of zeroes inside data count as zeroes from the
  *    given length on, in units of the power of two below it, or of what the target can leave out if that is more.
  * 3. Writes begin in order of offset unless -W allows otherwise: a target that grows is laid out in order.
- * 4. The target is flushed before the command says that all went well; a target that could not be written is left as
- *    it is then.
+ * 4. The target is flushed before the command says that all went well. A new one that could not be written whole is
+ *    removed; one that was there is left as it is then.
  */
 #include "base/size.h"
 #include "block/driver.h"
@@ -338,6 +338,10 @@ static int coroutine_fn convert_execute(struct convert *convert)
     node_release(convert->node);
     img_sources_clear(&convert->sources);
     img_progress_end(&progress);
+    if (result < 0) {
+        img_unmake(convert->img);
+    }
+    img_keep(convert->img);
     return result < 0 ? img_fail("convert", error) : 0;
 }
 
@@ -400,7 +404,7 @@ static const char convert_help[] =
     "  --skip-broken-bitmaps        but for those that cannot be relied on\n"
     "  -m, --parallel NUMBER        pieces in flight (8)\n"
     "  -W, --oob-writes             write them in any order\n"
-    "  -C, --copy-range-offloading  let the kernel copy (reflink, copy_file_range)\n"
+    "  -C, --copy-range-offloading  refused: the kernel is not asked to copy\n"
     "  -r, --rate RATE              bytes per second at most\n"
     "  --salvage                    what cannot be read becomes zeroes\n"
     "  -t, --target-cache MODE      of TARGET (unsafe)\n"
@@ -515,6 +519,7 @@ static int check_combination(struct convert *convert, struct error **err)
         {convert->no_create && convert->options->len, "-o has no effect when skipping image creation"},
         {convert->no_create && convert->backing, "-B has no effect when skipping image creation"},
         {convert->name_count < 1, "Must specify image file name"},
+        {convert->offload, "Copy offloading (-C) is not supported"},
     };
     for (unsigned i = 0; i < G_N_ELEMENTS(rules); i++) {
         if (rules[i].wrong) {

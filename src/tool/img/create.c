@@ -190,6 +190,7 @@ static int coroutine_fn create_image(struct img *img, struct create *create, str
             print_line(create);
         }
         r = img_make(img, create->path, options, err);
+        img_keep(img);
     }
     blockdev_create_options_free(options);
     return r;

@@ -199,5 +199,9 @@ int coroutine_fn img_dd(struct img *img, int argc, char **argv)
     image_backend_destroy(dd.backend);
     node_release(dd.node);
     img_sources_clear(&dd.sources);
+    if (result < 0) {
+        img_unmake(img);
+    }
+    img_keep(img);
     return result < 0 ? img_fail("dd", error) : 0;
 }

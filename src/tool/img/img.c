@@ -24,23 +24,24 @@ static const struct img_command {
     const char *name;
     int coroutine_fn (*run)(struct img *img, int argc, char **argv);
     const char *help;
+    enum engine_kind (*engine)(int argc, char **argv); /* NULL: whatever is best */
 } img_commands[] = {
-    {"amend", img_amend, "change options of an image"},
-    {"bench", img_bench, "time requests to an image"},
-    {"bitmap", img_bitmap, "make, remove and change the dirty bitmaps of an image"},
-    {"check", img_check, "look for what is wrong with an image, and repair it"},
-    {"commit", img_commit, "move the changes of an image into its backing file"},
-    {"compare", img_compare, "see whether two images have the same content"},
-    {"convert", img_convert, "copy images into another, of any format"},
-    {"create", img_create, "make a new image"},
-    {"dd", img_dd, "copy blocks of an image into a new one"},
-    {"info", img_info, "show what an image says of itself"},
-    {"map", img_map, "show where an image has data"},
-    {"measure", img_measure, "tell how large a new image will be"},
-    {"rebase", img_rebase, "lean an image on another backing file"},
-    {"resize", img_resize, "make an image longer or shorter"},
-    {"snapshot", img_snapshot, "list, make, apply and delete snapshots inside an image"},
-    {NULL, NULL, NULL},
+    {"amend", img_amend, "change options of an image", NULL},
+    {"bench", img_bench, "time requests to an image", img_bench_engine},
+    {"bitmap", img_bitmap, "make, remove and change the dirty bitmaps of an image", NULL},
+    {"check", img_check, "look for what is wrong with an image, and repair it", NULL},
+    {"commit", img_commit, "move the changes of an image into its backing file", NULL},
+    {"compare", img_compare, "see whether two images have the same content", NULL},
+    {"convert", img_convert, "copy images into another, of any format", NULL},
+    {"create", img_create, "make a new image", NULL},
+    {"dd", img_dd, "copy blocks of an image into a new one", NULL},
+    {"info", img_info, "show what an image says of itself", NULL},
+    {"map", img_map, "show where an image has data", NULL},
+    {"measure", img_measure, "tell how large a new image will be", NULL},
+    {"rebase", img_rebase, "lean an image on another backing file", NULL},
+    {"resize", img_resize, "make an image longer or shorter", NULL},
+    {"snapshot", img_snapshot, "list, make, apply and delete snapshots inside an image", NULL},
+    {NULL, NULL, NULL, NULL},
 };
 
 /* How the program was called: "interlock img" or "qemu-img". */
@@ -152,13 +153,15 @@ static int run_command(const struct img_command *command, int argc, char **argv)
     struct loop *loop;
     g_autofree char *name = g_strdup_printf("%s %s", program, command->name);
     argv[0] = name; /* getopt_long() puts it before what it has to say */
-    optind = 0;
     register_all();
-    if (loop_create(ENGINE_AUTO, &loop, &error) < 0) {
+    enum engine_kind engine = command->engine ? command->engine(argc, argv) : ENGINE_AUTO;
+    optind = 0;
+    if (loop_create(engine, &loop, &error) < 0) {
         return img_fail(command->name, error);
     }
     struct run run = {.command = command, .img.graph = graph_create(), .argc = argc, .argv = argv};
     loop_run_coroutine(loop, run_entry, &run);
+    g_assert(!run.img.made);
     graph_destroy(run.img.graph);
     loop_destroy(loop);
     if ((fflush(stdout) || ferror(stdout)) && run.status == 0) {

@@ -4,8 +4,10 @@
 
 #include "base/error.h"
 #include "loop/coroutine.h"
+#include "loop/loop.h"
 #include "tool/image_open.h"
 #include <getopt.h>
+#include <glib.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -20,10 +22,13 @@ struct node;
 
 struct img {
     struct graph *graph;
+    GPtrArray *made; /* char: paths of files that were not there before; NULL: none */
 };
 
 int coroutine_fn img_amend(struct img *img, int argc, char **argv);
 int coroutine_fn img_bench(struct img *img, int argc, char **argv);
+/* The engine that its options ask for; what is wrong with them, it says itself later. */
+enum engine_kind img_bench_engine(int argc, char **argv);
 int coroutine_fn img_bitmap(struct img *img, int argc, char **argv);
 int coroutine_fn img_check(struct img *img, int argc, char **argv);
 int coroutine_fn img_commit(struct img *img, int argc, char **argv);
@@ -137,8 +142,16 @@ bool img_asks_for_help(const char *given);
 void img_print_options(const char *format, bool amend);
 /* -l: the node (read-only) shows the snapshot inside its image, "snapshot.id=ID", "snapshot.name=NAME" or either. */
 int coroutine_fn img_load_snapshot(struct img *img, struct node *node, const char *snapshot, struct error **err);
-/* Makes a new image at `path` with options from img_create_options(): the file, and the format in it. */
+/* The child `file`, or NULL when what is made needs none. */
+struct blockdev_ref;
+struct blockdev_ref **img_options_file(struct blockdev_create_options *options);
+/* Makes a new image at `path` with options from img_create_options(): the file, and the format in it. What could not be
+ * made is not there afterwards. */
 int coroutine_fn img_make(struct img *img, const char *path, struct blockdev_create_options *options,
                           struct error **err);
+/* The command has failed: removes the files that img_make() has made, which are closed. */
+void coroutine_fn img_unmake(struct img *img);
+/* It has not. */
+void img_keep(struct img *img);
 
 #endif

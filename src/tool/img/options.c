@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * What the options of several sub-commands mean: sizes, and `-o`, whose names are those of the format's table
- * (block/image.h) and whose values become members of blockdev-create-options. And the one way to make a new image.
+ * (block/image.h) and whose values become members of blockdev-create-options.
  *
  * 1. A name that the table of the format does not have is refused; given twice, the last one counts, as with the peer.
  * 2. The members that are children of the new image's node are nobody's until img_make() fills them in: `file`.
@@ -198,8 +198,7 @@ static void *options_member(struct blockdev_create_options *options, const char 
     return NULL;
 }
 
-/* The child `file`, or NULL when what is made needs none. */
-static struct blockdev_ref **options_file(struct blockdev_create_options *options)
+struct blockdev_ref **img_options_file(struct blockdev_create_options *options)
 {
     return options_member(options, "file");
 }
@@ -208,7 +207,7 @@ static struct blockdev_ref **options_file(struct blockdev_create_options *option
 static void options_placeholders(enum blockdev_driver driver, json_t *root)
 {
     struct blockdev_create_options probe = {.driver = driver};
-    if (options_file(&probe)) {
+    if (img_options_file(&probe)) {
         json_object_set_new(root, "file", json_string("file"));
     } else {
         json_object_set_new(root, "filename", json_string(""));
@@ -265,7 +264,7 @@ int img_create_options(const char *format, char *const *given, unsigned count, u
     }
     json_decref(root);
     if (r == 0) {
-        struct blockdev_ref **file = options_file(*ret);
+        struct blockdev_ref **file = img_options_file(*ret);
         if (file) {
             blockdev_ref_free(*file);
             *file = NULL;
@@ -346,65 +345,4 @@ int coroutine_fn img_load_snapshot(struct img *img, struct node *node, const cha
         error_prepend(err, "Failed to load snapshot");
     }
     return r;
-}
-
-/* --- making an image --- */
-
-static int coroutine_fn make_file(struct img *img, const char *path, struct error **err)
-{
-    const struct driver *driver = driver_find("file");
-    struct blockdev_create_options options = {.driver = BLOCKDEV_DRIVER_FILE, .u.file.filename = (char *)path};
-    if (!driver->image || !driver->image->create) {
-        return error_set(err, -ENOTSUP, "Files cannot be created by this build");
-    }
-    return driver->image->create(img->graph, &options, err);
-}
-
-/* Refuses options that no image can be made with while what lies at the path is still whole. */
-static int coroutine_fn check_options(const struct driver *driver, const struct blockdev_create_options *options,
-                                      struct error **err)
-{
-    struct block_measure_info ignored;
-    return driver->image->measure ? driver->image->measure(options, NULL, &ignored, err) : 0;
-}
-
-/* What the options describe as a second file is made as well. */
-static int coroutine_fn make_data_file(struct img *img, const struct blockdev_create_options *options,
-                                       struct error **err)
-{
-    const struct blockdev_ref *data = options->driver == BLOCKDEV_DRIVER_QCOW2 ? options->u.qcow2.data_file : NULL;
-    if (!data || data->kind != BLOCKDEV_REF_DEFINITION || data->u.definition->driver != BLOCKDEV_DRIVER_FILE) {
-        return 0;
-    }
-    return make_file(img, data->u.definition->u.file.filename, err);
-}
-
-int coroutine_fn img_make(struct img *img, const char *path, struct blockdev_create_options *options,
-                          struct error **err)
-{
-    const struct driver *driver = driver_find(blockdev_driver_name(options->driver));
-    struct blockdev_ref **file = options_file(options);
-    if (!file) {
-        g_assert(options->driver == BLOCKDEV_DRIVER_FILE);
-        g_free(options->u.file.filename);
-        options->u.file.filename = g_strdup(path);
-        return driver->image->create(img->graph, options, err);
-    }
-    int r = check_options(driver, options, err);
-    if (r == 0) {
-        r = make_file(img, path, err);
-    }
-    if (r == 0) {
-        r = make_data_file(img, options, err);
-    }
-    if (r < 0) {
-        return r;
-    }
-    blockdev_ref_free(*file);
-    *file = g_new0(struct blockdev_ref, 1);
-    (*file)->kind = BLOCKDEV_REF_DEFINITION;
-    (*file)->u.definition = g_new0(struct blockdev_options, 1);
-    *(*file)->u.definition =
-        (struct blockdev_options){.driver = BLOCKDEV_DRIVER_FILE, .u.file.filename = g_strdup(path)};
-    return driver->image->create(img->graph, options, err);
 }

@@ -165,6 +165,7 @@ static int coroutine_fn make_overlay(struct io *io, const char *path, uint64_t s
         json_pack("{s:s, s:s, s:I}", "driver", "qcow2", "file", "none", "size", (json_int_t)((size + 511) / 512 * 512));
     int code = blockdev_create_options_from_json(json, NULL, &options, err);
     code = code < 0 ? code : img_make(&img, path, options, err);
+    img_keep(&img);
     blockdev_create_options_free(options);
     json_decref(json);
     return code;
