@@ -116,6 +116,9 @@ struct qcow2 {
     struct qcow2_codecs *codecs; /* has a lock of its own */
     GPtrArray *bitmaps;          /* struct qcow2_bitmap_record: those in the image, in the order of its directory */
     bool bitmaps_unstable;       /* marks of theirs were written and not flushed yet */
+    bool bitmaps_ours;           /* their directory was written since the image was opened */
+    bool bitmaps_seen_through;   /* qcow2_bitmap_trust.c has looked: */
+    bool bitmaps_trusted;        /* clusters of those that were found, and of their directory, are nobody else's */
 
     struct list allocations;
     uint64_t epoch;

@@ -25,6 +25,7 @@
 #include "block/driver.h"
 #include "driver/format/qcow2.h"
 #include "driver/format/qcow2_bitmap_directory.h"
+#include "driver/format/qcow2_bitmap_trust.h"
 #include "driver/format/qcow2_flush.h"
 #include "driver/format/qcow2_refcount.h"
 #include <endian.h>
@@ -271,47 +272,13 @@ static void coroutine_fn drop_clusters(struct qcow2 *image, uint64_t offset, uin
     }
 }
 
-/* Whether a cluster that the image's tables call a bitmap's can be one: used once, and not as a table of another kind.
- * `seen` has those that cannot be, and gets those that were asked about. */
-static bool coroutine_fn is_ours(struct qcow2 *image, uint64_t offset, GHashTable *seen)
-{
-    uint64_t refcount = 0;
-    return g_hash_table_add(seen, GSIZE_TO_POINTER(offset >> image->cluster_bits)) &&
-           !qcow2_overlaps_metadata(image, offset, image->cluster_size) &&
-           qcow2_refcount_get(image, offset >> image->cluster_bits, &refcount) == 0 && refcount == 1;
-}
-
-/* Whether all that a record leads to can be freed without harm to others: an image that lies is not to make us free
- * what is in use. */
-static bool coroutine_fn can_be_freed(struct qcow2 *image, const struct qcow2_bitmap_record *record,
-                                      const uint64_t *table)
-{
-    g_autoptr(GHashTable) seen = g_hash_table_new(NULL, NULL);
-    uint64_t end = record->table_offset + (uint64_t)record->table_entries * 8;
-    bool ours = true;
-    for (uint32_t i = 0; i < image->header.l1_size; i++) {
-        g_hash_table_add(seen, GSIZE_TO_POINTER((image->l1[i] & QCOW2_OFFSET_MASK) >> image->cluster_bits));
-    }
-    for (uint32_t i = 0; i < image->refcount_table_entries; i++) {
-        g_hash_table_add(seen, GSIZE_TO_POINTER(image->refcount_table[i] >> image->cluster_bits));
-    }
-    for (uint64_t at = record->table_offset; ours && at < end; at += image->cluster_size) {
-        ours = is_ours(image, at, seen);
-    }
-    for (uint32_t i = 0; ours && i < record->table_entries; i++) {
-        uint64_t offset = table[i] & QCOW2_OFFSET_MASK;
-        ours = offset == 0 || is_ours(image, offset, seen);
-    }
-    return ours;
-}
-
 /* `table` NULL, or one that lies: what it leads to leaks. */
 static void coroutine_fn drop_bits(struct qcow2 *image, const struct qcow2_bitmap_record *record, const uint64_t *table,
                                    bool shown)
 {
-    if (shown && (!table || !can_be_freed(image, record, table))) {
-        g_message("qcow2 image of node '%s': what bitmap '%s' had used is not free: its table makes no sense",
-                  image->node->name, record->bitmap ? record->bitmap->name : "");
+    if (shown && (!table || !qcow2_bitmap_may_be_freed(image, record, table))) {
+        g_message("qcow2 image of node '%s': what bitmap '%s' had used is not free", image->node->name,
+                  record->bitmap ? record->bitmap->name : "");
         return;
     }
     for (uint32_t i = 0; table && i < record->table_entries; i++) {
@@ -424,6 +391,7 @@ static void coroutine_fn add_storing(struct qcow2 *image, GArray *list, struct b
     int unused;
     struct storing storing = {.old = old, .new = new};
     storing.old_table = old ? read_table(image, old, &unused) : NULL;
+    new->ours = true;
     new->bitmap = bitmap;
     new->table_offset = new->table_entries = 0;
     new->granularity_bits = __builtin_ctzll(bitmap->granularity);
@@ -477,6 +445,9 @@ static int coroutine_fn store_all(struct qcow2 *image)
     g_array_set_clear_func(list, storing_clear);
     GPtrArray *records = plan_directory(image, list);
     int code = 0;
+    if (list->len) {
+        qcow2_bitmaps_look_through(image);
+    }
     for (unsigned i = 0; code == 0 && i < list->len; i++) {
         code = store_bits(image, &g_array_index(list, struct storing, i));
     }
@@ -564,6 +535,7 @@ static int coroutine_fn remove_record(struct qcow2 *image, struct qcow2_bitmap_r
     int unused;
     g_autofree uint64_t *table = read_table(image, record, &unused);
     GPtrArray *records = g_ptr_array_new_with_free_func(qcow2_bitmap_record_free);
+    qcow2_bitmaps_look_through(image);
     for (unsigned i = 0; i < image->bitmaps->len; i++) {
         if (image->bitmaps->pdata[i] != record) {
             g_ptr_array_add(records, record_copy(image->bitmaps->pdata[i]));

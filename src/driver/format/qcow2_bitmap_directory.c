@@ -355,7 +355,9 @@ int coroutine_fn qcow2_bitmap_directory_write(struct qcow2 *image, GPtrArray *re
         return code;
     }
     qcow2_overlap_forget(image);
-    if (valid && old.bitmap_count) {
+    bool ours = image->bitmaps_ours || image->bitmaps_trusted;
+    image->bitmaps_ours = true;
+    if (valid && old.bitmap_count && ours) {
         qcow2_free(image, old.directory_offset, div_up(old.directory_size, image->cluster_size),
                    image->options.pass_discard_other);
     }

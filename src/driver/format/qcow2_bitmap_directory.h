@@ -26,6 +26,7 @@ struct qcow2_bitmap_record {
     uint8_t granularity_bits;
     uint8_t *extra; /* extra_size bytes, kept as they are */
     uint32_t extra_size;
+    bool ours;             /* its table was written since the image was opened */
     struct bitmap *bitmap; /* the node's, or NULL: one that we only keep */
 };
 struct qcow2_bitmap_record *qcow2_bitmap_record_create(const char *name);

@@ -560,6 +560,123 @@ static void rubbish_case(struct loop *loop, struct scene *scene)
     loop_run_coroutine(loop, rubbish_everywhere, scene);
 }
 
+/* --- tables that lie --- */
+
+/* What the table of bitmap "p" says instead of where its bits are. */
+enum lie { LIE_GUEST_DATA, LIE_L2_TABLE, LIE_OTHER_BITS, LIE_OTHER_TABLE, LIE_TABLE_ITSELF, LIE_DIRECTORY, LIES };
+
+struct lying {
+    struct scene *scene;
+    GByteArray *content; /* of the image's file, honest */
+    uint64_t entry;      /* of the table that lies */
+    uint64_t directory, directory_bytes;
+    uint64_t places[LIES];
+};
+
+static uint64_t table_entry(const struct lying *lying, uint64_t at)
+{
+    uint64_t word;
+    memcpy(&word, lying->content->data + at, sizeof(word));
+    return GUINT64_FROM_BE(word) & QCOW2_OFFSET_MASK;
+}
+
+/* Guest data in the first cluster, and two bitmaps with bits on disk. */
+static void coroutine_fn lies_prepare(struct lying *lying)
+{
+    struct scene *scene = lying->scene;
+    struct bitmap_config config = {.name = "p", .persistent = true};
+    struct iovec iov = {scene->content, 512};
+    struct extent extent;
+    char *content = NULL;
+    gsize length = 0;
+    open_image(scene, NULL);
+    graph_lock(scene->graph);
+    g_assert(bitmap_add(scene->node, &config, NULL, NULL) == 0);
+    config.name = "q";
+    g_assert(bitmap_add(scene->node, &config, NULL, NULL) == 0);
+    graph_unlock(scene->graph);
+    g_assert(backend_write(scene->backend, 0, 512, buffers_one(&iov), 0) == 0);
+    g_assert(backend_block_status(scene->backend, NULL, 0, 512, &extent) == 0 && extent.flags & EXTENT_MAPPED);
+    g_assert(locked_command(scene, STORE) == 0);
+    const struct qcow2 *image = scene->node->state;
+    const struct qcow2_bitmap_record *p = image->bitmaps->pdata[0], *q = image->bitmaps->pdata[1];
+    lying->entry = p->table_offset;
+    lying->directory = image->header.bitmaps.directory_offset;
+    lying->directory_bytes = image->header.bitmaps.directory_size;
+    lying->places[LIE_TABLE_ITSELF] = p->table_offset;
+    lying->places[LIE_OTHER_TABLE] = q->table_offset;
+    lying->places[LIE_GUEST_DATA] = align_down(extent.host_offset, image->cluster_size);
+    lying->places[LIE_L2_TABLE] = image->l1[0] & QCOW2_OFFSET_MASK;
+    close_image(scene);
+    g_assert_true(g_file_get_contents(scene->path, &content, &length, NULL));
+    lying->content = g_byte_array_new_take((guint8 *)content, length);
+    lying->places[LIE_OTHER_BITS] = table_entry(lying, lying->places[LIE_OTHER_TABLE]);
+    g_assert_true(table_entry(lying, lying->entry) && lying->places[LIE_OTHER_BITS]);
+}
+
+/* A guest's data that are a directory, and the header says so. */
+static void lie_by_header(const struct lying *lying, GByteArray *content)
+{
+    uint64_t honest = GUINT64_TO_BE(lying->directory), guest = GUINT64_TO_BE(lying->places[LIE_GUEST_DATA]);
+    uint8_t *place = memmem(content->data, 1u << lying->scene->cluster_bits, &honest, sizeof(honest));
+    g_assert_nonnull(place);
+    memcpy(place, &guest, sizeof(guest));
+    memcpy(content->data + lying->places[LIE_GUEST_DATA], content->data + lying->directory, lying->directory_bytes);
+}
+
+static struct memory_disk *lie_on_disk(const struct lying *lying, enum lie lie)
+{
+    g_autoptr(GByteArray) content = g_byte_array_new();
+    g_byte_array_append(content, lying->content->data, lying->content->len);
+    if (lie == LIE_DIRECTORY) {
+        lie_by_header(lying, content);
+    } else {
+        uint64_t word = GUINT64_TO_BE(lying->places[lie]);
+        memcpy(content->data + lying->entry, &word, sizeof(word));
+    }
+    return memory_disk_create(content->data, content->len, UINT64_C(1) << 40);
+}
+
+/* The bits that the table named honestly are leaked, and nothing of anybody else's is lost. */
+static void coroutine_fn lies_case(struct lying *lying, enum lie lie, bool by_removal)
+{
+    struct scene *scene = lying->scene;
+    struct memory_disk *disk = lie_on_disk(lying, lie);
+    open_image(scene, disk);
+    struct bitmap *bitmap = bitmap_find(scene->node, "p");
+    g_assert_nonnull(bitmap);
+    if (by_removal) {
+        struct drain drain;
+        graph_lock(scene->graph);
+        graph_drain_begin(scene->graph, &scene->node, 1, NULL, &drain);
+        g_assert(bitmap_remove(bitmap, NULL) == 0);
+        graph_drain_end(&drain);
+        graph_unlock(scene->graph);
+    } else {
+        struct iovec iov = {scene->content, 512};
+        g_assert(backend_write(scene->backend, 512, 512, buffers_one(&iov), 0) == 0); /* stored again by closing */
+    }
+    close_image(scene);
+    check_leaks_only(disk);
+    memory_disk_destroy(disk);
+}
+
+static void coroutine_fn lies_everywhere(void *argument)
+{
+    struct lying lying = {.scene = argument};
+    lies_prepare(&lying);
+    for (unsigned lie = 0; lie < LIES; lie++) {
+        lies_case(&lying, lie, true);
+        lies_case(&lying, lie, false);
+    }
+    g_byte_array_unref(lying.content);
+}
+
+static void lies_run(struct loop *loop, struct scene *scene)
+{
+    loop_run_coroutine(loop, lies_everywhere, scene);
+}
+
 /* --- rules --- */
 
 static void coroutine_fn rules_body(void *argument)
@@ -668,6 +785,11 @@ static void test_cuts(void)
     run_cases(CUT_CASES, cut_case);
 }
 
+static void test_lies(void)
+{
+    run_cases(CUT_CASES, lies_run);
+}
+
 static void test_rubbish(void)
 {
     run_cases(CUT_CASES, rubbish_case);
@@ -681,5 +803,6 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2/bitmap/random", test_random);
     g_test_add_func("/qcow2/bitmap/cuts", test_cuts);
     g_test_add_func("/qcow2/bitmap/rubbish", test_rubbish);
+    g_test_add_func("/qcow2/bitmap/lies", test_lies);
     return g_test_run();
 }
