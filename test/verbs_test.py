@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs that copy, snapshot and make images: what they do, leave behind, print and answer, also with the peer's daemon.
+"""The verbs that copy, snapshot and make images: what they do, leave behind, print and answer; with the peer's daemon too.
 
 Each test of `Both` runs with Interlock and with the peer, since the verbs speak plain QMP; what needs access control is
 in `Verbs`, and that the peer has none is told by the verbs themselves (`WithPeer`)."""
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 
-from harness import IS_PEER, KIB, MIB, PEER, PROGRAM, SANITIZER_OPTIONS, SLOWNESS, TestCase, image_compare, qemu_img, qemu_io
+from harness import IS_PEER, KIB, MIB, PEER, PROGRAM, SANITIZER_OPTIONS, SLOWNESS, TestCase
+from harness import image_compare, qemu_img, qemu_io, run
 
 SLOW = 64 * KIB
 
@@ -62,7 +65,8 @@ class VerbCase(TestCase):
 
     def compare(self, name, node="top"):
         """The file, closed by the daemon, has what the node shows now."""
-        image_compare(self.path(f"{node}.qcow2"), self.path(name), second_format="raw" if name.endswith("raw") else "qcow2")
+        kind = "raw" if name.endswith("raw") else "qcow2"
+        image_compare(self.path(f"{node}.qcow2"), self.path(name), second_format=kind)
 
 
 class Both:
@@ -273,6 +277,20 @@ class Both:
         self.interlock("close", "bad")
         self.compare_top("bad.qcow2")
 
+    def test_a_terminal_shows_a_bar(self):
+        ours, theirs = pty.openpty()
+        line = [PROGRAM, "backup", "top", "--to", "out/x.qcow2", "--speed=8M"]
+        with subprocess.Popen(line, cwd=self.directory, env=self.environment, stdin=theirs, stdout=theirs) as running:
+            os.close(theirs)
+            text = b""
+            with contextlib.suppress(OSError):  # the terminal is gone when nobody has it open any more
+                while data := os.read(ours, 4096):
+                    text += data
+            os.close(ours)
+            self.assertEqual(running.wait(20 * SLOWNESS), 0)
+        self.assertRegex(text.decode(), r"backup backup-top \[#*\.*\] +\d+ %  .*B/s  \S+ left  running")
+        self.assertIn(b"backup-top: done", text)
+
     def test_wrong_use_is_explained(self):
         before = self.state()
         rows = [
@@ -322,6 +340,16 @@ class WithPeer(Both, VerbCase):
             text = self.interlock("backup", "top", "--to", "out/x.qcow2", option, status=1)
             self.assertIn(f"{option} needs Interlock", text)
         self.assertEqual(self.state(), before)
+
+
+class Help(TestCase):
+    def test_every_verb_has_its_help(self):
+        verbs = "commit stream mirror backup snapshot bitmap create amend resize close job".split()
+        whole = run(PROGRAM, "--help").stdout
+        for verb in verbs:
+            text = run(PROGRAM, verb, "--help").stdout
+            self.assertIn(f"interlock {verb}", text)
+            self.assertIn(f"\n  {verb} ", whole)
 
 
 class Verbs(Both, VerbCase):

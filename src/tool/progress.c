@@ -21,15 +21,16 @@
 #define BAR_WIDTH 30
 #define BAR_WIDTH_MIN 6
 #define LOOK_MS 200
+#define RATE_US 3000000
 
 struct wait {
     const char *id;
     int last_tenth;
     char *last_state; /* what was printed last */
-    int64_t looked_us;
-    uint64_t last_done;
-    double rate;     /* bytes a second, smoothed */
-    unsigned pauses; /* how often in a row it was found paused */
+    int64_t since_us, looked_us;
+    uint64_t first_done, last_done; /* then */
+    double rate;                    /* bytes a second */
+    unsigned pauses;                /* how often in a row it was found paused */
     bool seen, found, ended, cancelled, ready, told;
     char *operation; /* what failed last: "read", "write" */
     char *failure;
@@ -80,22 +81,25 @@ static unsigned terminal_columns(void)
     return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
 }
 
-/* The rate of the last seconds counts more than what was before. */
+/* The average of the first seconds, then one in which the last seconds count most: jobs that are limited move in
+ * bursts. */
 static void note_rate(struct wait *wait, uint64_t done)
 {
     int64_t now_us = g_get_monotonic_time();
-    double elapsed = (double)(now_us - wait->looked_us) / 1e6;
+    uint64_t moved = done - MIN(done, wait->last_done);
 
-    if (wait->looked_us && elapsed > 0.02) {
-        double rate = (double)(done - MIN(done, wait->last_done)) / elapsed;
-        double weight = MIN(1.0, wait->rate > 0 ? elapsed / 2 : 1.0);
+    if (!wait->since_us) {
+        wait->since_us = wait->looked_us = now_us;
+        wait->first_done = done;
+    } else if (now_us - wait->since_us < RATE_US) {
+        wait->rate = (double)(done - MIN(done, wait->first_done)) * 1e6 / (double)(now_us - wait->since_us + 1);
+    } else {
+        double elapsed_us = (double)(now_us - wait->looked_us + 1);
 
-        wait->rate += (rate - wait->rate) * weight;
+        wait->rate += ((double)moved * 1e6 / elapsed_us - wait->rate) * MIN(1, elapsed_us / RATE_US);
     }
-    if (!wait->looked_us || elapsed > 0.02) {
-        wait->looked_us = now_us;
-        wait->last_done = done;
-    }
+    wait->looked_us = now_us;
+    wait->last_done = done;
 }
 
 static void draw_line(struct wait *wait, const char *type, const char *state, unsigned percent, uint64_t left_bytes)
@@ -108,13 +112,16 @@ static void draw_line(struct wait *wait, const char *type, const char *state, un
     size_format((uint64_t)wait->rate, size, sizeof(size));
     g_autofree char *tail = g_strdup_printf("%3u %%  %s/s  %s left  %s", percent, size, left, state);
     int others = (int)(strlen(type) + strlen(wait->id) + strlen(tail)) + 6;
-    int width = CLAMP((int)terminal_columns() - others, BAR_WIDTH_MIN, BAR_WIDTH);
+    int width = MIN((int)terminal_columns() - others, BAR_WIDTH);
 
+    if (width < BAR_WIDTH_MIN) { /* the words are worth more */
+        width = 0;
+    }
     memset(bar, '.', sizeof(bar) - 1);
     memset(bar, '#', MIN(percent, 100u) * (unsigned)width / 100);
     bar[width] = 0;
     g_free(wait->line);
-    wait->line = g_strdup_printf("%s %s [%s] %s", type, wait->id, bar, tail);
+    wait->line = g_strdup_printf(width ? "%s %s [%s] %s" : "%s %s%s %s", type, wait->id, bar, tail);
     if (strlen(wait->line) >= terminal_columns()) { /* a line that wraps could not be drawn over */
         wait->line[terminal_columns() - 1] = 0;
     }
@@ -123,7 +130,8 @@ static void draw_line(struct wait *wait, const char *type, const char *state, un
 static void note_progress(struct wait *wait, bool terminal, const char *type, const char *state, uint64_t done,
                           uint64_t total)
 {
-    unsigned percent = total ? (unsigned)(100.0 * (double)done / (double)total) : 100;
+    unsigned empty = wait->ready ? 100 : 0; /* of a job that has nothing to do, or does not know yet */
+    unsigned percent = total ? (unsigned)(100.0 * (double)done / (double)total) : empty;
 
     note_rate(wait, done);
     if (terminal) {

@@ -115,6 +115,11 @@ static GOptionEntry option_entry(const struct option *option, struct verb_option
     return entry;
 }
 
+static bool verb_takes(const struct verb *verb, const char *name)
+{
+    return g_strv_contains(verb->options, name);
+}
+
 int options_read(const struct verb *verb, struct verb_options *options, int *argc, char ***argv, struct error **err)
 {
     g_autoptr(GArray) entries = g_array_new(TRUE, FALSE, sizeof(GOptionEntry));
@@ -126,8 +131,12 @@ int options_read(const struct verb *verb, struct verb_options *options, int *arg
         g_array_append_val(entries, entry);
     }
     g_array_append_val(entries, words);
-    int code = tool_parse(argc, argv, (const GOptionEntry *)(void *)entries->data, verb->parameters, verb->summary,
-                          options, &options->qmp, err);
+    bool jobs = verb_takes(verb, "async");
+    g_autofree char *summary =
+        g_strconcat(verb->summary,
+                    jobs ? "\n\nCtrl-C ends the waiting, not the job, and says how to follow or cancel it." : "", NULL);
+    int code = tool_parse(argc, argv, (const GOptionEntry *)(void *)entries->data, verb->parameters, summary, options,
+                          &options->qmp, err);
 
     if (!code && options->wait && options->async) {
         code = error_set(err, -EINVAL, "--wait and --async exclude each other");

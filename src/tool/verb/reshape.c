@@ -38,8 +38,8 @@ static int stream_plan(struct plan *plan, struct error **err)
 
 const struct verb verb_commit = {
     "commit", "NODE",
-    "Merges the image NODE, and those between, down into another of its chain, live. An image with nothing above it is "
-    "committed actively: its users then move to the image below.",
+    "Merges the image NODE, and those between, down into another of its chain, live. An image with nothing\n"
+    "above it is committed actively: its users then move to the image below.",
     (const char *const[]){"into", "backing-file", "keep-ready", "job-id", "speed", "on-error", "arg", "wait", "async",
                           "dry-run", "queue", "queue-timeout", NULL},
     commit_plan};
