@@ -53,6 +53,20 @@ bool node_is_above(const struct node *above, const struct node *below)
     return false;
 }
 
+bool node_reaches(const struct node *from, const struct node *to)
+{
+    if (from == to) {
+        return true;
+    }
+    list_for_each (link, &from->children) {
+        const struct edge *edge = container_of(link, struct edge, parent_link);
+        if (node_reaches(edge->child, to)) { /* as deep as chains are (open.c) */
+            return true;
+        }
+    }
+    return false;
+}
+
 unsigned node_backing_depth(const struct node *node)
 {
     unsigned depth = 0;

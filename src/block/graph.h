@@ -78,6 +78,7 @@ int coroutine_fn node_change_backing(struct node *node, const struct operation *
 /* Chains. Backing edges, looking through filters. */
 struct node *node_backing(const struct node *node);                     /* next image below, or NULL */
 bool node_is_above(const struct node *above, const struct node *below); /* by backing edges, strictly */
+bool node_reaches(const struct node *from, const struct node *to);      /* by any edges; itself too */
 struct node *node_head(struct node *node);                              /* top of the job filters over it */
 struct node *node_beneath_filters(struct node *node); /* the named node that a stack of filters shows */
 unsigned node_backing_depth(const struct node *node);

@@ -36,6 +36,7 @@ enum claim_condition {
     CLAIM_IF_EXCLUSIVE = 1 << 2,
     CLAIM_IF_SHRINK = 1 << 3,
     CLAIM_IF_REPLACE = 1 << 4, /* at its end the target takes the node's place */
+    CLAIM_IF_DISCARD = 1 << 5, /* what has been copied is discarded in the node */
 };
 enum claim_adopt {
     CLAIM_ADOPT_NONE,

@@ -110,6 +110,11 @@ uint64_t before_left(const struct before *before)
     return dirty_bytes(before->left);
 }
 
+const struct dirty *before_bits(const struct before *before)
+{
+    return before->left;
+}
+
 bool before_next(const struct before *before, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes)
 {
     return dirty_next(before->left, from, ret_offset, ret_bytes);

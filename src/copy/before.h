@@ -61,8 +61,11 @@ void before_moved(struct before *before, uint64_t offset, uint64_t bytes);
 
 uint64_t before_size(const struct before *before);
 uint64_t before_unit(const struct before *before);
-/* Bytes still to be kept, each unit counted whole; where the next of them lie at or after `from` (false: none). */
+/* Bytes still to be kept, each unit counted whole. */
 uint64_t before_left(const struct before *before);
+/* The bits themselves; a set one is a unit still to be kept. */
+const struct dirty *before_bits(const struct before *before);
+/* The next run of them at or after `from`; false: none. */
 bool before_next(const struct before *before, uint64_t from, uint64_t *ret_offset, uint64_t *ret_bytes);
 /* Why it is broken, a negative errno, or 0: what was read or copied until now is whole. */
 int before_broken(const struct before *before);

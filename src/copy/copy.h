@@ -89,7 +89,7 @@ struct copy_config {
      * of `alignment`, that is still to be moved; false: none. The others are done. */
     bool (*wanted)(void *argument, uint64_t *offset, uint64_t *bytes);
     /* If not NULL: this has been moved; it is locked still. */
-    void (*moved)(void *argument, uint64_t offset, uint64_t bytes);
+    void coroutine_fn (*moved)(void *argument, uint64_t offset, uint64_t bytes);
     /* A piece could not be read (or asked about), or written. */
     enum copy_verdict (*failed)(void *argument, bool reading, int error);
     void *argument;

@@ -59,26 +59,11 @@ void copy_before_write_set(struct node *filter, struct before *before)
 
 /* --- opening --- */
 
-/* Does a request to `from` come to `to`? */
-static bool node_reaches(const struct node *from, const struct node *to)
-{
-    if (from == to) {
-        return true;
-    }
-    list_for_each (link, &from->children) {
-        const struct edge *edge = container_of(link, struct edge, parent_link);
-        if (node_reaches(edge->child, to)) { /* as deep as chains are (open.c) */
-            return true;
-        }
-    }
-    return false;
-}
-
 static int check_options(const struct node *node, const struct blockdev_options_copy_before_write *options,
                          struct error **err)
 {
     const struct node *image = node->filtered->child, *target = node->target->child;
-    uint64_t unit = options->has_min_cluster_size ? options->min_cluster_size : UNIT_MIN;
+    uint64_t unit = options->has_min_cluster_size && options->min_cluster_size ? options->min_cluster_size : UNIT_MIN;
     if (node->opened_for) {
         error_set(err, -EINVAL, "A copy-before-write filter takes its place over an image: it is a node of its own");
         error_hint(err, "Add it by a command of its own, with a node-name, and name it where it is used");
