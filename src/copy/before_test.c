@@ -214,7 +214,6 @@ static int coroutine_fn background_copy(struct bed *bed)
         .control = &bed->control,
         .source = bed->own,
         .target_edge = bed->filter->target,
-        .target = bed->own, /* not used: there is an edge */
         .alignment = UNIT,
         .piece = 3 * UNIT,
         .workers = 3,

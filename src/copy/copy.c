@@ -405,7 +405,7 @@ static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
         *ret_reading = true;
         return result;
     }
-    return config->target ? piece_write(piece) : piece_compare(piece);
+    return config->target || config->target_edge ? piece_write(piece) : piece_compare(piece);
 }
 
 /* What is still to be moved of it, run by run. Its range is locked. */

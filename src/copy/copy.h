@@ -52,7 +52,7 @@ enum copy_verdict {
 struct copy_config {
     struct copy_control *control;
     struct backend *source; /* NULL: `read` takes its place */
-    struct backend *target; /* NULL: nothing is written, `differs` is told */
+    struct backend *target; /* NULL, and no target_edge: nothing is written, `differs` is told */
     /* If not NULL, data go by this edge, of a node that `source` reaches, and each piece is one request of `source`: it
      * is inside from before it takes its place in copy_busy() until it has written. So who waits for it inside a
      * request of his own (a filter that writes both sides) is never waited for by a drain that holds the piece up.
