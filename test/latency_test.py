@@ -114,6 +114,7 @@ class Sweep:
             self.wait_behind_the_slow_ones()
             self.elsewhere()
             self.exports()
+            self.bitmaps()
             self.last_steps_beside()
             self.unknown_commands()
             self.beside_all = self.guest.so_far()
@@ -201,6 +202,18 @@ class Sweep:
             start = time.monotonic()
             self.daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id="x")
             self.clock("the end of an export", time.monotonic() - start)
+
+    def bitmaps(self):
+        """Bitmaps of the node that the guest writes to."""
+        prefix = "block-dirty-bitmap-"
+        for name, persistent in (("kept", True), ("temporary", False)):
+            self.must(f"{prefix}add", node="n6", name=name, persistent=persistent)
+        self.must(f"{prefix}merge", node="n6", target="kept", bitmaps=["temporary"])
+        for verb in ("disable", "enable", "clear"):
+            self.must(prefix + verb, node="n6", name="kept")
+        self.must("x-debug-block-dirty-bitmap-sha256", node="n6", name="kept")
+        for name in ("kept", "temporary"):
+            self.must(f"{prefix}remove", node="n6", name=name)
 
     def last_steps_beside(self):
         """Jobs on the same chain run to their end beside the slow ones."""
