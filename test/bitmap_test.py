@@ -479,6 +479,33 @@ class Persistence(TestCase):
         with open(self.image, "rb") as file:
             self.assertEqual(file.read(), before)
 
+    def test_a_snapshot_leaves_bitmaps_with_their_node(self):
+        """The image keeps what it has recorded; what is written to the overlay is not written to it. As at the peer."""
+        shown = []
+        for command in BOTH:
+            prefix = "peer" if command else "ours"
+            image = self.create_image(f"{prefix}.qcow2", self.SIZE)
+            overlay = self.create_image(f"{prefix}-overlay.qcow2", self.SIZE)
+            daemon = self.daemon(command=command)
+            daemon.nbd_server()
+            daemon.add_qcow2("a", image)
+            daemon.add_qcow2("overlay", overlay)
+            daemon.qmp.execute(ADD, {"node": "a", "name": "p", "persistent": True})
+            daemon.qmp.execute(ADD, {"node": "a", "name": "t"})
+            daemon.export("a", name="guest")
+            with nbd_handle(daemon.uri("guest")) as handle:
+                handle.pwrite(b"x" * 4096, MIB)
+                daemon.qmp.execute("blockdev-snapshot", {"node": "a", "overlay": "overlay"})
+                handle.pwrite(b"y" * 4096, 3 * MIB)
+            shown.append({node: bitmaps_of(daemon, node) for node in ("a", "overlay")})
+            daemon.stop()
+            daemon = self.daemon()
+            daemon.add_qcow2("a", image)
+            shown[-1]["again"] = bitmaps_of(daemon, "a")
+        self.assertEqual(*shown)
+        self.assertEqual({name: bitmap["count"] for name, bitmap in shown[0]["a"].items()}, {"p": 64 * KIB, "t": 64 * KIB})
+        self.assertEqual(list(shown[0]["again"]), ["p"])
+
     def start_over_read_only_base(self):
         """The base is read-only until a commit needs it. Its bitmap "p" records, and "q" since it was told to."""
         top = self.create_image("top.qcow2", self.SIZE, backing=self.image)

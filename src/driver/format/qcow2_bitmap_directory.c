@@ -100,7 +100,7 @@ int coroutine_fn qcow2_bitmap_directory_read(struct qcow2 *image, GPtrArray **re
     if (bitmaps->bitmap_count > QCOW2_BITMAPS_MAX || bytes > QCOW2_BITMAP_DIRECTORY_BYTES_MAX ||
         bytes < (uint64_t)bitmaps->bitmap_count * sizeof(struct qcow2_disk_bitmap) ||
         qcow2_in_cluster(image, bitmaps->directory_offset) || bitmaps->directory_offset > end ||
-        bytes > end - bitmaps->directory_offset) {
+        bytes > end - bitmaps->directory_offset || qcow2_overlaps_metadata(image, bitmaps->directory_offset, bytes)) {
         return -EINVAL;
     }
     g_autofree uint8_t *directory = g_try_malloc(bytes);

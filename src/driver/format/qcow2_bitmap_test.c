@@ -614,14 +614,13 @@ static void coroutine_fn lies_prepare(struct lying *lying)
     g_assert_true(table_entry(lying, lying->entry) && lying->places[LIE_OTHER_BITS]);
 }
 
-/* A guest's data that are a directory, and the header says so. */
-static void lie_by_header(const struct lying *lying, GByteArray *content)
+/* The header says that the directory is elsewhere. */
+static void lie_in_header(const struct lying *lying, GByteArray *content, uint64_t where)
 {
-    uint64_t honest = GUINT64_TO_BE(lying->directory), guest = GUINT64_TO_BE(lying->places[LIE_GUEST_DATA]);
+    uint64_t honest = GUINT64_TO_BE(lying->directory), word = GUINT64_TO_BE(where);
     uint8_t *place = memmem(content->data, 1u << lying->scene->cluster_bits, &honest, sizeof(honest));
     g_assert_nonnull(place);
-    memcpy(place, &guest, sizeof(guest));
-    memcpy(content->data + lying->places[LIE_GUEST_DATA], content->data + lying->directory, lying->directory_bytes);
+    memcpy(place, &word, sizeof(word));
 }
 
 static struct memory_disk *lie_on_disk(const struct lying *lying, enum lie lie)
@@ -629,7 +628,8 @@ static struct memory_disk *lie_on_disk(const struct lying *lying, enum lie lie)
     g_autoptr(GByteArray) content = g_byte_array_new();
     g_byte_array_append(content, lying->content->data, lying->content->len);
     if (lie == LIE_DIRECTORY) {
-        lie_by_header(lying, content);
+        lie_in_header(lying, content, lying->places[LIE_GUEST_DATA]);
+        memcpy(content->data + lying->places[LIE_GUEST_DATA], content->data + lying->directory, lying->directory_bytes);
     } else {
         uint64_t word = GUINT64_TO_BE(lying->places[lie]);
         memcpy(content->data + lying->entry, &word, sizeof(word));
@@ -661,6 +661,23 @@ static void coroutine_fn lies_case(struct lying *lying, enum lie lie, bool by_re
     memory_disk_destroy(disk);
 }
 
+/* The header is no directory: nothing of it is marked. */
+static void coroutine_fn lies_header(const struct lying *lying)
+{
+    struct scene *scene = lying->scene;
+    struct iovec iov = {scene->content, 512};
+    g_autoptr(GByteArray) content = g_byte_array_new();
+    g_byte_array_append(content, lying->content->data, lying->content->len);
+    lie_in_header(lying, content, 0);
+    struct memory_disk *disk = memory_disk_create(content->data, content->len, UINT64_C(1) << 40);
+    open_image(scene, disk);
+    g_assert_cmpuint(bitmap_total(scene), ==, 0);
+    g_assert(backend_write(scene->backend, 512, 512, buffers_one(&iov), 0) == 0);
+    close_image(scene);
+    check_leaks_only(disk);
+    memory_disk_destroy(disk);
+}
+
 static void coroutine_fn lies_everywhere(void *argument)
 {
     struct lying lying = {.scene = argument};
@@ -669,6 +686,7 @@ static void coroutine_fn lies_everywhere(void *argument)
         lies_case(&lying, lie, true);
         lies_case(&lying, lie, false);
     }
+    lies_header(&lying);
     g_byte_array_unref(lying.content);
 }
 
