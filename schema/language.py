@@ -14,7 +14,7 @@ ACTIONS = ('read-data', 'read-metadata', 'write-data', 'write-beneath', 'write-m
 MODIFIERS = {'by-export': ('require', 'write-data'), 'except-exports': ('deny', 'write-data'),
              'except-inside': ('deny', 'write-metadata')}
 CONDITIONS = ('active', 'writable', 'exclusive', 'shrink', 'replace', 'discard')
-VARIABLES = ('node', 'top', 'base', 'target', 'bottom', 'overlay')
+VARIABLES = ('node', 'top', 'base', 'target', 'bottom', 'overlay', 'data')
 # Roles and how many variables they take.
 ROLES = {'between': 2, 'overlays': 1, 'range': 2, 'below': 1}
 # The struct whose members every command with claims takes besides its own.

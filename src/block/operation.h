@@ -21,6 +21,7 @@ enum claim_variable { /* bound to nodes by whoever begins the operation */
                       CLAIM_TARGET,
                       CLAIM_BOTTOM,
                       CLAIM_OVERLAY,
+                      CLAIM_DATA, /* where an image keeps its data */
                       CLAIM_VARIABLE_COUNT
 };
 enum claim_role {

@@ -31,7 +31,7 @@ static const struct {
     {USES(CLAIM_TOP) | USES(CLAIM_BASE), CLAIM_TOP, CLAIM_BASE, true},
     {USES(CLAIM_TOP) | USES(CLAIM_BOTTOM), CLAIM_TOP, CLAIM_BOTTOM, true},
 };
-#define SPARE_VARIABLES (USES(CLAIM_TARGET) | USES(CLAIM_OVERLAY))
+#define SPARE_VARIABLES (USES(CLAIM_TARGET) | USES(CLAIM_OVERLAY) | USES(CLAIM_DATA))
 
 static unsigned table_variables(const struct claim_table *table)
 {
