@@ -36,3 +36,26 @@ int coroutine_fn command_blockdev_backup_check(struct control *control, struct b
     blockdev_backup_action(&action, control->jobs, NULL, args);
     return actions_check(control->graph, &action, 1, ret_claims, err);
 }
+
+int coroutine_fn command_drive_backup(struct control *control, struct drive_backup_options *args, struct error **err)
+{
+    struct action action;
+    int code = refuse_when_quitting(control, err);
+    if (code < 0) {
+        return code;
+    }
+    drive_backup_action(&action, control->jobs, NULL, args);
+    return actions_run(control->graph, &action, 1, err);
+}
+
+int coroutine_fn command_drive_backup_check(struct control *control, struct drive_backup_options *args,
+                                            json_t **ret_claims, struct error **err)
+{
+    struct action action;
+    int code = refuse_when_quitting(control, err);
+    if (code < 0) {
+        return code;
+    }
+    drive_backup_action(&action, control->jobs, NULL, args);
+    return actions_check(control->graph, &action, 1, ret_claims, err);
+}

@@ -21,7 +21,9 @@
 #include "job/backup.h"
 #include "base/size.h"
 #include "block/bitmap.h"
+#include "block/driver.h"
 #include "block/graph.h"
+#include "block/new_image.h"
 #include "block/operation.h"
 #include "block/user.h"
 #include "copy/before.h"
@@ -41,11 +43,13 @@ struct backup {
     struct job_group *group;
     struct graph *graph;
     const struct blockdev_backup_options *options; /* until the action's clean */
+    const struct drive_backup_options *drive;      /* of drive-backup, else NULL */
+    struct blockdev_backup_options drive_as_node;  /* what `options` is then; its target is no node */
+    struct node *made;                             /* drive-backup's target: a reference, once it is open */
     struct job *job;
     bool started; /* the job owns this */
     enum mirror_sync_mode sync;
     enum bitmap_sync_mode bitmap_mode;
-    bool discard;
     struct node *image;  /* N; a reference */
     struct node *target; /* the same */
     struct bitmap *bitmap;
@@ -58,6 +62,7 @@ struct backup {
     bool inserted;
     struct backend *source;
     struct copy *copy;
+    bool discards;
     uint64_t unit;
     uint64_t total; /* bytes to be kept at the beginning */
 };
@@ -122,7 +127,7 @@ static void coroutine_fn backup_moved(void *argument, uint64_t offset, uint64_t 
 {
     struct backup *backup = backup_of(argument);
     before_moved(backup->before, offset, bytes);
-    if (backup->discard) { /* a hint: whether it is taken changes nothing */
+    if (backup->discards) { /* a hint: whether it is taken changes nothing */
         edge_discard(backend_edge(backup->source), offset, bytes);
     }
 }
@@ -269,6 +274,7 @@ static void coroutine_fn backup_destroy(struct backup *backup)
     node_release(backup->image);
     node_release(backup->target);
     node_release(backup->bitmap_node);
+    node_release(backup->made);
     g_free(backup);
 }
 
@@ -357,7 +363,8 @@ static int check_performance(struct backup *backup, struct error **err)
         return error_set(err, -EINVAL, "min-cluster-size must be at most 64 MiB");
     }
     /* What is compressed is not written twice: one cluster is there, or not. */
-    uint64_t cluster = backup->target->limits.cluster_size, common = backup->options->compress ? 512 : UNIT_MIN;
+    uint64_t cluster = backup->target ? backup->target->limits.cluster_size : 0,
+             common = backup->options->compress ? 512 : UNIT_MIN;
     backup->unit = max_u64(max_u64(least, cluster), common);
     if (perf && perf->max_chunk && (uint64_t)perf->max_chunk < backup->unit) {
         return error_set(err, -EINVAL,
@@ -403,31 +410,48 @@ static int check_rest(const struct backup *backup, struct error **err)
 
 /* --- the action --- */
 
-static int coroutine_fn backup_plan(struct action *action, struct error **err)
+/* What the arguments mean without the target. */
+static int backup_resolve(struct backup *backup, struct error **err)
 {
-    struct backup *backup = action->state;
-    const struct blockdev_backup_options *options = backup->options;
-    backup->graph = action->graph;
-    struct node *named = find_node(backup, options->device, err);
-    struct node *target = named ? find_node(backup, options->target, err) : NULL;
-    if (!target) {
+    struct node *named = find_node(backup, backup->options->device, err);
+    if (!named) {
         return -ENODEV;
     }
     backup->image = node_ref(node_beneath_filters(named));
-    backup->target = node_ref(node_beneath_filters(target));
+    backup->sync = backup->options->sync;
     if (backup->sync == MIRROR_SYNC_MODE_TOP && !node_backing(backup->image)) {
         backup->sync = MIRROR_SYNC_MODE_FULL;
     }
     int result = check_bitmap(backup, named, err);
+    return result < 0 ? result : check_rest(backup, err);
+}
+
+static int backup_find_target(struct backup *backup, struct error **err)
+{
+    struct node *target = backup->drive ? backup->made : find_node(backup, backup->options->target, err);
+    if (target) {
+        backup->target = node_ref(node_beneath_filters(target));
+    }
+    return target || backup->drive ? 0 : -ENODEV; /* in a dry run of drive-backup there is none */
+}
+
+static int coroutine_fn backup_plan(struct action *action, struct error **err)
+{
+    struct backup *backup = action->state;
+    int result = backup_resolve(backup, err);
+    result = result < 0 ? result : backup_find_target(backup, err);
     result = result < 0 ? result : check_performance(backup, err);
-    result = result < 0 ? result : check_rest(backup, err);
-    result = result < 0 ? result : check_target(backup, err);
+    if (result == 0 && backup->target) {
+        result = check_target(backup, err);
+    }
     if (result == 0) {
         action_drain(action, backup->image);
+    }
+    if (result == 0 && backup->target) {
         action_drain(action, backup->target);
-        if (backup->bitmap) {
-            action_drain(action, backup->bitmap_node);
-        }
+    }
+    if (result == 0 && backup->bitmap) {
+        action_drain(action, backup->bitmap_node);
     }
     return result;
 }
@@ -437,9 +461,9 @@ static struct operation_config backup_operation(struct backup *backup)
     return (struct operation_config){
         .kind = "job",
         .id = backup->options->job_id,
-        .table = &blockdev_backup_claims,
+        .table = backup->drive ? &drive_backup_claims : &blockdev_backup_claims,
         .bound = {[CLAIM_NODE] = backup->image, [CLAIM_TARGET] = backup->target},
-        .conditions = backup->discard ? CLAIM_IF_DISCARD : 0,
+        .conditions = backup->options->discard_source ? CLAIM_IF_DISCARD : 0,
         .progress = job_percent,
         .argument = &backup->job,
     };
@@ -523,6 +547,7 @@ static void backup_create_job(struct backup *backup)
     };
     backup->job = job_create(backup->jobs, &backup_policy, &config);
     backup->job->state = backup;
+    backup->discards = options->discard_source;
     struct copy_config copy_config = {
         .control = &backup->job->control,
         .source = backup->source,
@@ -594,9 +619,72 @@ static int coroutine_fn backup_preview(struct action *action, json_t **ret_claim
     struct backup *backup = action->state;
     struct operation_config config = backup_operation(backup);
     int result = operation_preview(backup->graph, &config, ret_claims, err);
-    return result < 0 ? result : node_writable_check(backup->target, err);
+    return result < 0 || !backup->target ? result : node_writable_check(backup->target, err);
 }
 
+/* --- drive-backup: the target is a file --- */
+
+/* Before a file is touched: is there anything to be said against it? */
+static int drive_check(struct backup *backup, struct error **err)
+{
+    struct backup seen = *backup;
+    int result = backup_resolve(&seen, err);
+    result = result < 0 ? result : check_performance(&seen, err);
+    node_release(seen.image); /* others have references too */
+    node_release(seen.bitmap_node);
+    if (result == 0 && !backup->drive->format && backup->drive->has_mode &&
+        backup->drive->mode == NEW_IMAGE_MODE_EXISTING) {
+        result =
+            error_set(err, -EINVAL, "The format of '%s' must be given: formats are not guessed", backup->drive->target);
+    }
+    return result;
+}
+
+static int coroutine_fn drive_prepare(struct action *action, struct error **err)
+{
+    struct backup *backup = action->state;
+    const struct drive_backup_options *drive = backup->drive;
+    int result = drive_check(backup, err);
+    if (result < 0) {
+        return result;
+    }
+    const struct node *image = node_beneath_filters(graph_find(backup->graph, drive->device));
+    const struct node *below = drive->sync == MIRROR_SYNC_MODE_TOP    ? node_backing(image)
+                               : drive->sync == MIRROR_SYNC_MODE_NONE ? image
+                                                                      : NULL;
+    if (below && !below->filename) {
+        return error_set(err, -EINVAL, "Node '%s' has no file name that the header of '%s' could hold", below->name,
+                         drive->target);
+    }
+    g_autofree char *backing = !below                                 ? NULL
+                               : image_name_protocol(below->filename) ? g_strdup(below->filename)
+                                                                      : g_canonicalize_filename(below->filename, NULL);
+    struct new_image config = {
+        .filename = drive->target,
+        .format = drive->format ? drive->format : image->driver->name,
+        .mode = drive->has_mode ? drive->mode : NEW_IMAGE_MODE_ABSOLUTE_PATHS,
+        .size = atomic_load(&image->size),
+        .backing = backing,
+        .backing_format = !below                                   ? NULL
+                          : below->driver->kind == DRIVER_PROTOCOL ? "raw"
+                                                                   : below->driver->name,
+        .no_flush = image->no_flush,
+        .direct = image->direct,
+        .discard = true,
+    };
+    return new_image_open(backup->graph, &config, &backup->made, err);
+}
+
+static const struct action_kind drive_backup_kind = {
+    .name = "drive-backup",
+    .prepare = drive_prepare,
+    .plan = backup_plan,
+    .apply = backup_apply,
+    .revert = backup_revert,
+    .commit = backup_start,
+    .clean = backup_action_clean,
+    .preview = backup_preview,
+};
 static const struct action_kind blockdev_backup_kind = {
     .name = "blockdev-backup",
     .plan = backup_plan,
@@ -607,17 +695,55 @@ static const struct action_kind blockdev_backup_kind = {
     .preview = backup_preview,
 };
 
+static struct backup *backup_create(struct jobs *jobs, struct job_group *group)
+{
+    struct backup *backup = g_new0(struct backup, 1);
+    backup->jobs = jobs;
+    backup->group = group;
+    backup->graph = jobs_graph(jobs);
+    return backup;
+}
+
 void blockdev_backup_action(struct action *ret, struct jobs *jobs, struct job_group *group,
                             const struct blockdev_backup_options *options)
 {
-    struct backup *backup = g_new0(struct backup, 1);
-    *backup = (struct backup){
-        .jobs = jobs,
-        .group = group,
-        .graph = jobs_graph(jobs),
-        .options = options,
-        .sync = options->sync,
-        .discard = options->has_discard_source && options->discard_source,
-    };
+    struct backup *backup = backup_create(jobs, group);
+    backup->options = options;
     *ret = (struct action){.kind = &blockdev_backup_kind, .state = backup};
+}
+
+void drive_backup_action(struct action *ret, struct jobs *jobs, struct job_group *group,
+                         const struct drive_backup_options *options)
+{
+    struct backup *backup = backup_create(jobs, group);
+    backup->drive = options;
+    backup->drive_as_node = (struct blockdev_backup_options){
+        .job_id = options->job_id,
+        .device = options->device,
+        .target = options->target,
+        .sync = options->sync,
+        .has_speed = options->has_speed,
+        .speed = options->speed,
+        .bitmap = options->bitmap,
+        .has_bitmap_mode = options->has_bitmap_mode,
+        .bitmap_mode = options->bitmap_mode,
+        .has_compress = options->has_compress,
+        .compress = options->compress,
+        .has_on_source_error = options->has_on_source_error,
+        .on_source_error = options->on_source_error,
+        .has_on_target_error = options->has_on_target_error,
+        .on_target_error = options->on_target_error,
+        .has_on_cbw_error = options->has_on_cbw_error,
+        .on_cbw_error = options->on_cbw_error,
+        .has_auto_finalize = options->has_auto_finalize,
+        .auto_finalize = options->auto_finalize,
+        .has_auto_dismiss = options->has_auto_dismiss,
+        .auto_dismiss = options->auto_dismiss,
+        .filter_node_name = options->filter_node_name,
+        .has_discard_source = options->has_discard_source,
+        .discard_source = options->discard_source,
+        .x_perf = options->x_perf,
+    };
+    backup->options = &backup->drive_as_node;
+    *ret = (struct action){.kind = &drive_backup_kind, .state = backup};
 }

@@ -13,4 +13,8 @@ struct jobs;
 void blockdev_backup_action(struct action *ret, struct jobs *jobs, struct job_group *group,
                             const struct blockdev_backup_options *options);
 
+/* The same of a drive-backup. */
+void drive_backup_action(struct action *ret, struct jobs *jobs, struct job_group *group,
+                         const struct drive_backup_options *options);
+
 #endif
