@@ -21,7 +21,8 @@ struct command {
      * also where access control then refuses it. */
     int coroutine_fn (*check)(struct control *control, json_t *arguments, json_t **ret_claims, struct error **err);
     bool allow_oob;                   /* may be run with exec-oob: its handler never yields */
-    const struct claim_table *claims; /* NULL: takes no claims */
+    bool access_options;              /* takes the members of access-options: it has claims, or its actions do */
+    const struct claim_table *claims; /* NULL: takes no claims of its own */
     const char *no_claims_because;    /* then: the reason, as the schema has it */
 };
 

@@ -60,7 +60,7 @@ extern const unsigned command_table_count;
                 out += self.types.face(name)
             if not command.session:
                 out += self.prototype(command) + ';\n'
-            if command.claims.clauses:
+            if command.claims.clauses or command.claims.of_actions:
                 out += self.check_prototype(command) + ';\n'
             out += '\n'
         return out + '#endif\n'
@@ -108,7 +108,8 @@ extern const unsigned command_table_count;
         name, arguments = identifier(command.name), self.arguments(command)
         out = (f'static int coroutine_fn check_{name}(struct control *control, json_t *arguments, json_t **ret_claims, '
                f'struct error **err)\n{{\n')
-        if not arguments and not command.claims.clauses:
+        claims = command.claims.clauses or command.claims.of_actions
+        if not arguments and not claims:
             return out + '    return no_arguments(arguments, err);\n}\n\n'
         if not arguments:
             return out + (f'    int result = no_arguments(arguments, err);\n'
@@ -116,7 +117,7 @@ extern const unsigned command_table_count;
         out += (f'    struct {arguments} *args = NULL;\n'
                 f'    int result = {arguments}_from_json(arguments, NULL, &args, err);\n'
                 f'    if (result < 0) {{\n        return result;\n    }}\n')
-        if command.claims.clauses:
+        if claims:
             out += f'    result = command_{name}_check(control, args, ret_claims, err);\n'
         return out + f'    {arguments}_free(args);\n    return result;\n}}\n\n'
 
@@ -151,6 +152,8 @@ static int no_arguments(json_t *arguments, struct error **err)
             fields.append(f'.check = check_{identifier(command.name)}')
             if command.oob:
                 fields.append('.allow_oob = true')
+            if command.claims.clauses or command.claims.of_actions:
+                fields.append('.access_options = true')
             if command.claims.clauses:
                 fields.append(f'.claims = &{identifier(command.name)}_claims')
             else:

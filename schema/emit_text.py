@@ -133,7 +133,7 @@ class Reference:
 
     def claims_text(self, claims):
         if claims.reason:
-            return f'Claims: none, because {claims.reason}.\n\n'
+            return f'Claims: {"its actions claim" if claims.of_actions else "none"}, because {claims.reason}.\n\n'
         out = '| claims on | requires | does not allow others |\n|---|---|---|\n'
         for clause in claims.clauses:
             cells = {'require': [], 'deny': []}

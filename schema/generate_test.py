@@ -134,16 +134,21 @@ class Output(unittest.TestCase):
             ## d
             command y {{ takes: options {self.CLAIM} }}
             ## d
-            command z {{ a: str {LOOKS} }}''')
+            command z {{ a: str {LOOKS} }}
+            ## d
+            command v {{ a: [options]  claims: of-actions because "each takes its own" }}''')
         entries = {entry['name']: entry for entry in Introspection(declared).all()}
         names = lambda entry: [member['name'] for member in entries[entry]['members']]
         self.assertEqual(names(entries['x']['arg-type']), ['a', 'on-conflict'])
         self.assertEqual(names(entries['y']['arg-type']), ['type', 'on-conflict'])
         self.assertEqual([v['case'] for v in entries[entries['y']['arg-type']]['variants']], ['one', 'two'])
         self.assertEqual(names(entries['z']['arg-type']), ['a'])
+        self.assertEqual(names(entries['v']['arg-type']), ['a', 'on-conflict'])
         self.assertNotIn('on_conflict', Commands(declared).header())  # handlers know nothing of them
+        self.assertIn('command_v_check', Commands(declared).header())
+        self.assertEqual(Commands(declared).table().count('.access_options = true'), 3)
         manual = Reference(declared).text()
-        self.assertEqual(manual.count('Takes also the members of [access-options](#access-options)'), 2)
+        self.assertEqual(manual.count('Takes also the members of [access-options](#access-options)'), 3)
 
     def test_the_access_options_are_nobody_elses(self):
         for command, message in (

@@ -284,9 +284,11 @@ class Parser:
         self.expect('claims')
         if command.claims:
             raise SchemaError(where, 'a second claims clause')
-        claims = Node(where, clauses=[], adopt=None, sources=False, reason=None)
+        claims = Node(where, clauses=[], adopt=None, sources=False, reason=None, of_actions=False)
         if self.take(':'):
-            self.expect('none')
+            claims.of_actions = self.take('of-actions')
+            if not claims.of_actions:
+                self.expect('none')
             self.expect('because')
             token = self.next()
             if token.kind != 'string' or len(token.text.split()) < 3:
@@ -479,9 +481,9 @@ class Schema:
 
 
     def access_members(self, command):
-        """The members that a command takes because it claims something."""
+        """The members that a command takes because it, or one of its actions, claims something."""
         options = self.types.get(ACCESS_OPTIONS)
-        return options.members if options and command.claims.clauses else []
+        return options.members if options and (command.claims.clauses or command.claims.of_actions) else []
 
     def check_access_options(self, declaration):
         members = self.access_members(declaration)

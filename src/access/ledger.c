@@ -188,7 +188,7 @@ static void holder_take_entries(struct access_holder *holder, struct list *to)
 
 void ledger_changed(struct access_ledger *ledger)
 {
-    if (ledger->changed) {
+    if (ledger->changed && !queue_hides_change(ledger)) {
         ledger->changed(ledger->changed_argument);
     }
 }
@@ -565,6 +565,7 @@ static int changes_try(struct access_ledger *ledger, const char *subject, const 
     refused = refusal_count(refusal) && !(keep && ledger_overridden(ledger, refusal));
     if (!keep || refused) {
         changes_undo(ledger, changes, count, undo);
+        ledger->refusals += refused && keep;
         if (refused && keep && asker) {
             queue_refused(asker, refusal_is_for_good(refusal));
         }

@@ -59,7 +59,8 @@ struct access_holder {
 struct access_ledger {
     GHashTable *nodes; /* name -> struct ledger_node */
     struct list holders;
-    struct list waiting; /* struct access_ticket by link, in order of arrival */
+    struct list waiting;    /* struct access_ticket by link, in order of arrival */
+    unsigned long refusals; /* so far */
     unsigned waiting_count;
     unsigned tolerances; /* how many holders tolerate somebody or something */
     bool (*override)(const char *sentence, void *argument);
@@ -83,6 +84,11 @@ struct access_ticket {
     char *note;                   /* access_asker_note(), or NULL */
     double timeout_s;             /* shown only; 0: none */
     bool may_wait, waiting, granted, refused, closed;
+    bool joint;             /* between access_asker_begin() and _end() */
+    bool asked;             /* since the begin */
+    bool changed;           /* the ledger, since the begin */
+    bool was_waiting;       /* at the begin */
+    unsigned long refusals; /* of others, before the begin */
 };
 
 /* Who answers for a holder's claims: its adopter, or itself. */
@@ -143,6 +149,8 @@ void queue_asked(struct access_ticket *asker, const struct access_change *change
                  struct refusal *refusal);
 /* The asker was refused: it joins the queue or stays there, unless that is for nothing. */
 void queue_refused(struct access_ticket *asker, bool for_good);
+/* A change by who takes several sets as one: it is noted. */
+bool queue_hides_change(struct access_ledger *ledger);
 /* The asker has what it asked for. */
 void queue_granted(struct access_ticket *asker);
 json_t *queue_describe(struct access_ledger *ledger);

@@ -8,13 +8,15 @@
  *    that it clashes with, and two that do not clash never wait for each other.
  * 3. Since sets are taken whole and who waits holds nothing, "waits behind" has no circles: each edge of it leads to a
  *    holder, which waits for nobody, or to an earlier place.
- * 4. Being granted and leaving the queue are one step.
+ * 4. Being granted and leaving the queue are one step. Who takes several sets as one is granted when it has them all;
+ * its shadow has what it asked for so far.
  *
  * The decision against the holders is ledger.c's. Waking and trying again is src/control's.
  */
 #include "access/queue.h"
 #include "access/ledger_private.h"
 #include "loop/loop.h"
+#include <errno.h>
 
 /* --- tickets --- */
 
@@ -197,9 +199,27 @@ static void name_command(struct access_ticket *ticket, const struct access_holde
     shadow->id = id;
 }
 
+static void add_claims(struct access_ticket *asker, const struct access_change *change)
+{
+    for (unsigned i = 0; i < change->count; i++) {
+        holder_add_shadow_entry(asker->shadow, &change->claims[i]);
+    }
+}
+
+/* One more set of several: the first gave the name. */
+static void asked_more(struct access_ticket *asker, const struct access_change *changes, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++) {
+        if (changes[i].arrives) {
+            add_claims(asker, &changes[i]);
+        } else if (changes[i].set_adopter && changes[i].adopter) {
+            g_hash_table_add(asker->edges, g_strdup(changes[i].holder->id));
+        }
+    }
+}
+
 /* How long it has been asking stays. */
-void queue_asked(struct access_ticket *asker, const struct access_change *changes, unsigned count,
-                 struct refusal *refusal)
+static void asked_anew(struct access_ticket *asker, const struct access_change *changes, unsigned count)
 {
     struct access_holder *before = g_steal_pointer(&asker->shadow);
 
@@ -208,9 +228,7 @@ void queue_asked(struct access_ticket *asker, const struct access_change *change
     for (unsigned i = 0; i < count; i++) {
         if (changes[i].arrives) {
             asker->shadow = holder_create_shadow(asker->ledger, changes[i].holder);
-            for (unsigned j = 0; j < changes[i].count; j++) {
-                holder_add_shadow_entry(asker->shadow, &changes[i].claims[j]);
-            }
+            add_claims(asker, &changes[i]);
             name_command(asker, before);
         } else if (changes[i].set_adopter && changes[i].adopter) {
             g_hash_table_add(asker->edges, g_strdup(changes[i].holder->id));
@@ -220,6 +238,17 @@ void queue_asked(struct access_ticket *asker, const struct access_change *change
         asker->shadow->since_ns = before->since_ns;
         holder_destroy_shadow(before);
     }
+}
+
+void queue_asked(struct access_ticket *asker, const struct access_change *changes, unsigned count,
+                 struct refusal *refusal)
+{
+    if (asker->joint && asker->asked) {
+        asked_more(asker, changes, count);
+    } else {
+        asked_anew(asker, changes, count);
+    }
+    asker->asked = true;
     if (asker->may_wait) {
         refusal_set_waits(refusal, asker->waiting);
     }
@@ -241,8 +270,68 @@ void queue_refused(struct access_ticket *asker, bool for_good)
 
 void queue_granted(struct access_ticket *asker)
 {
-    asker->granted = true;
-    ticket_leave(asker);
+    if (!asker->joint) {
+        asker->granted = true;
+        ticket_leave(asker);
+    }
+}
+
+/* --- several sets as one --- */
+
+void access_asker_begin(struct access_ledger *ledger)
+{
+    struct access_ticket *asker = queue_asker(ledger);
+
+    if (asker) {
+        g_assert(!asker->joint);
+        asker->joint = true;
+        asker->asked = false;
+        asker->changed = false;
+        asker->was_waiting = asker->waiting;
+        asker->refusals = ledger->refusals;
+    }
+}
+
+int access_asker_keep(struct access_ledger *ledger, struct error **err)
+{
+    struct access_ticket *asker = queue_asker(ledger);
+
+    if (asker && asker->closed) {
+        return error_set(err, -ECANCELED, "%s was cancelled while it waited",
+                         asker->shadow ? asker->shadow->id : "The operation");
+    }
+    if (asker && asker->asked) {
+        asker->granted = true;
+        ticket_leave(asker);
+    }
+    return 0;
+}
+
+bool queue_hides_change(struct access_ledger *ledger)
+{
+    struct access_ticket *asker = queue_asker(ledger);
+
+    if (!asker || !asker->joint) {
+        return false;
+    }
+    asker->changed = true;
+    return true;
+}
+
+/* A refusal of its own is one that it ends with: it asks for nothing more. */
+void access_asker_end(struct access_ledger *ledger)
+{
+    struct access_ticket *asker = queue_asker(ledger);
+
+    if (asker) {
+        unsigned long own = asker->refused;
+        bool left = asker->was_waiting && !asker->waiting;
+
+        asker->joint = false;
+        if (asker->changed && (asker->granted || left || ledger->refusals - asker->refusals > own)) {
+            ledger_changed(ledger);
+        }
+    }
 }
 
 /* --- query-access --- */

@@ -44,6 +44,18 @@ double access_ticket_age_s(const struct access_ticket *ticket); /* seconds since
  * first `note` of its ticket (copied), whatever it says later; without a ticket the given one. Borrowed. */
 const char *access_asker_note(struct access_ledger *ledger, const char *note);
 
+/*
+ * Several sets of claims as one, for who takes them back if one is refused (block/action.c). Between begin and end the
+ * ticket of the operation that asks just now (without one nothing happens) keeps its place in the queue, with all that
+ * it has asked for, while sets are granted, and what changes in the ledger by its doing wakes nobody. At most one
+ * access_asker_keep() between: nothing is taken back any more. The ticket is granted and leaves; -ECANCELED if it was
+ * closed meanwhile. Without it all is as it was before, and the end forgets it, or tells of changes if somebody else
+ * was refused meanwhile.
+ */
+void access_asker_begin(struct access_ledger *ledger);
+int access_asker_keep(struct access_ledger *ledger, struct error **err);
+void access_asker_end(struct access_ledger *ledger);
+
 /* Whose ticket it is that asks just now, or NULL: somebody without one, who may not wait and comes last. */
 void access_set_asker(struct access_ledger *ledger, struct access_ticket *(*asker)(void *argument), void *argument);
 /* Does somebody wait under this id, other than who asks just now? Then the id is taken. */

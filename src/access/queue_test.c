@@ -5,6 +5,7 @@
  */
 #include "access/queue.h"
 #include "base/list.h"
+#include <errno.h>
 #include <glib.h>
 #include <string.h>
 
@@ -410,6 +411,100 @@ static void test_model(void)
     g_assert_cmpuint(granted_late, >, 50);
 }
 
+/* --- several sets as one --- */
+
+/* As begin_one(), inside of a joint try, which the caller begins and ends. */
+static struct access_holder *begin_more(struct access_ledger *ledger, struct access_ticket *ticket, const char *id,
+                                        const char *node, unsigned require, unsigned deny)
+{
+    struct access_claim claim = {node, require, deny, 0, "node"};
+    struct access_change change = {.claims = &claim, .count = 1, .arrives = true};
+
+    asking = ticket;
+    change.holder = access_holder_create(ledger, "job", id, "test-command", NULL, NULL);
+    if (access_apply(ledger, id, &change, 1, NULL) < 0) {
+        access_holder_destroy(change.holder);
+        return NULL;
+    }
+    return change.holder;
+}
+
+static void joint_begin(struct access_ledger *ledger, struct access_ticket *ticket)
+{
+    asking = ticket;
+    access_ticket_try(ticket);
+    access_asker_begin(ledger);
+}
+
+static void joint_end(struct access_ledger *ledger)
+{
+    access_asker_end(ledger);
+    asking = NULL;
+}
+
+static void test_joint(void)
+{
+    struct access_ledger *ledger = ledger_open();
+    struct access_ticket *both = access_ticket_create(ledger, true), *late = access_ticket_create(ledger, true);
+    struct access_holder *held = begin_one(ledger, NULL, "held", "b", R, W), *one, *two;
+    unsigned before = changes;
+
+    /* The first set is granted, the second refused: what was taken goes back, the place stays, and nobody is woken. */
+    for (unsigned i = 0; i < 2; i++) {
+        joint_begin(ledger, both);
+        one = begin_more(ledger, both, "one", "a", W, W);
+        g_assert(one && !access_ticket_was_granted(both));
+        g_assert_null(begin_more(ledger, both, "two", "b", W, 0));
+        access_holder_destroy(one);
+        joint_end(ledger);
+        g_assert_true(access_ticket_waits(both) && access_ticket_was_refused(both));
+        g_assert_cmpstr(access_ticket_id(both), ==, "one");
+        g_assert_cmpuint(changes, ==, before);
+    }
+    /* Its place is that of both sets. */
+    g_assert_null(begin_one(ledger, late, "late", "a", W, 0));
+    g_assert_null(begin_one(ledger, NULL, "later", "b", W, 0));
+
+    /* Somebody who was refused by what it held for a moment has to be told. */
+    before = changes;
+    joint_begin(ledger, both);
+    one = begin_more(ledger, both, "one", "a", W, W);
+    g_assert_null(begin_one(ledger, late, "late", "a", W, 0));
+    asking = both;
+    g_assert_null(begin_more(ledger, both, "two", "b", W, 0));
+    access_holder_destroy(one);
+    joint_end(ledger);
+    g_assert_cmpuint(changes, >, before);
+
+    /* All granted: it leaves in one step, and those behind it are told. */
+    access_holder_destroy(held);
+    before = changes;
+    joint_begin(ledger, both);
+    one = begin_more(ledger, both, "one", "a", W, W);
+    two = begin_more(ledger, both, "two", "b", W, 0);
+    g_assert(one && two && access_ticket_waits(both));
+    g_assert_cmpint(access_asker_keep(ledger, NULL), ==, 0);
+    g_assert_true(access_ticket_was_granted(both) && !access_ticket_waits(both));
+    g_assert_cmpuint(changes, ==, before);
+    joint_end(ledger);
+    g_assert_cmpuint(changes, >, before);
+    g_assert_null(begin_one(ledger, late, "late", "a", W, 0));
+
+    /* Closed in the midst of it: no more is granted, and it does not keep what it has. */
+    access_holder_destroy(one);
+    access_holder_destroy(two);
+    joint_begin(ledger, late);
+    one = begin_more(ledger, late, "late", "a", W, W);
+    access_ticket_close(late);
+    g_assert_null(begin_more(ledger, late, "more", "b", W, 0));
+    g_assert_cmpint(access_asker_keep(ledger, NULL), ==, -ECANCELED);
+    access_holder_destroy(one);
+    joint_end(ledger);
+    access_ticket_destroy(both);
+    access_ticket_destroy(late);
+    access_ledger_destroy(ledger);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -420,6 +515,7 @@ int main(int argc, char **argv)
     g_test_add_func("/queue/note", test_note);
     g_test_add_func("/queue/adopters", test_adopters);
     g_test_add_func("/queue/commands", test_commands);
+    g_test_add_func("/queue/several-sets-as-one", test_joint);
     g_test_add_func("/queue/model", test_model);
     return g_test_run();
 }

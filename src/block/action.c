@@ -10,9 +10,11 @@
  *    action finds if that other is missing in what another action finds.
  * 3. All gates that can be foreseen are closed before the first request in flight is waited for: users of several
  *    disks are held up for as long as the slowest request takes, not for all of them together.
- * 4. Every action whose apply succeeded gets exactly one of commit and revert, and each action its clean.
+ * 4. Who waits for its claims waits for those of all actions, in one place of the queue, and holds none meanwhile.
+ * 5. Every action whose apply succeeded gets exactly one of commit and revert, and each action its clean.
  */
 #include "block/action.h"
+#include "access/queue.h"
 #include <errno.h>
 #include <glib.h>
 
@@ -95,6 +97,9 @@ static int coroutine_fn actions_run_locked(struct graph *graph, struct action *a
         applied += result == 0;
     }
     if (result == 0) {
+        result = access_asker_keep(graph->ledger, err);
+    }
+    if (result == 0) {
         actions_commit(actions, count, drains);
     } else {
         actions_revert(actions, applied, drains);
@@ -128,6 +133,7 @@ static void coroutine_fn actions_clean(struct action *actions, unsigned count)
 int coroutine_fn actions_run(struct graph *graph, struct action *actions, unsigned count, struct error **err)
 {
     int result = 0;
+    access_asker_begin(graph->ledger);
     actions_begin(graph, actions, count);
     for (unsigned i = 0; i < count && result == 0; i++) {
         result = action_step(&actions[i], actions[i].kind->prepare, err);
@@ -138,6 +144,7 @@ int coroutine_fn actions_run(struct graph *graph, struct action *actions, unsign
         graph_unlock(graph);
     }
     actions_clean(actions, count);
+    access_asker_end(graph->ledger);
     return result;
 }
 

@@ -235,7 +235,7 @@ int coroutine_fn dispatch_command(struct control *control, const struct command 
     struct access_options *options;
     json_t *own;
     int result;
-    if (!command->claims) {
+    if (!command->access_options) {
         result = command->dispatch(control, arguments, ret, err);
     } else {
         result = read_arguments(control, arguments, &own, &options, err);
@@ -256,7 +256,7 @@ int coroutine_fn dispatch_check(struct control *control, const struct command *c
 {
     struct access_options *options;
     json_t *own;
-    if (!command->claims) {
+    if (!command->access_options) {
         return command->check(control, arguments, ret_claims, err);
     }
     int result = read_arguments(control, arguments, &own, &options, err);

@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The command `transaction`: several commands as one. Owns the table from the names of actions to what makes a struct
+ * action of their arguments, and the group that the jobs of a transaction may form. What an action does is its kind's;
+ * how several become one is src/block/action.c's.
+ *
+ * 1. Every action of the schema has a row (a test asks for each).
+ * 2. With completion-mode=grouped all actions are such as begin a job, and all jobs join one group, which is closed
+ * when the run has ended, whichever way.
+ * 3. Names of nodes in the arguments are given to the run as near: all users are held up together, and so for the
+ *    shortest time.
+ */
+#include "block/action.h"
+#include "block/bitmap_action.h"
+#include "control/control.h"
+#include "job/internal_snapshot.h"
+#include "job/policy.h"
+#include "job/snapshot.h"
+#include "schema/commands.h"
+#include <errno.h>
+#include <glib.h>
+
+#define NEAR_MAX 3
+#define ACTIONS_MAX 1024
+
+/* What the makers work with. */
+struct making {
+    struct control *control;
+    struct job_group *group;           /* NULL: individual */
+    const char *(*near)[NEAR_MAX + 1]; /* of the action that is made */
+};
+
+static void is_near(const struct making *making, const char *first, const char *second)
+{
+    unsigned count = 0;
+
+    if (first) {
+        (*making->near)[count++] = first;
+    }
+    if (second) {
+        (*making->near)[count++] = second;
+    }
+}
+
+/* --- abort --- */
+
+static int coroutine_fn abort_plan(struct action *action, struct error **err)
+{
+    return error_set(err, -ECANCELED, "Transaction aborted using Abort action");
+}
+
+static const struct action_kind abort_kind = {.name = "abort", .plan = abort_plan};
+
+static void make_abort(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    *ret = (struct action){.kind = &abort_kind};
+}
+
+/* --- one maker for each --- */
+
+static void make_bitmap_add(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.block_dirty_bitmap_add.data->node, NULL);
+    bitmap_add_action(ret, from->u.block_dirty_bitmap_add.data);
+}
+
+static void make_bitmap_remove(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.block_dirty_bitmap_remove.data->node, NULL);
+    bitmap_remove_action(ret, from->u.block_dirty_bitmap_remove.data);
+}
+
+static void make_bitmap_clear(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.block_dirty_bitmap_clear.data->node, NULL);
+    bitmap_clear_action(ret, from->u.block_dirty_bitmap_clear.data);
+}
+
+static void make_bitmap_enable(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.block_dirty_bitmap_enable.data->node, NULL);
+    bitmap_enable_action(ret, from->u.block_dirty_bitmap_enable.data);
+}
+
+static void make_bitmap_disable(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.block_dirty_bitmap_disable.data->node, NULL);
+    bitmap_disable_action(ret, from->u.block_dirty_bitmap_disable.data);
+}
+
+static void make_bitmap_merge(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.block_dirty_bitmap_merge.data->node, NULL);
+    bitmap_merge_action(ret, from->u.block_dirty_bitmap_merge.data);
+}
+
+static void make_snapshot(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    const struct blockdev_snapshot *args = from->u.blockdev_snapshot.data;
+
+    is_near(making, args->node, args->overlay);
+    snapshot_action(ret, args);
+}
+
+static void make_snapshot_sync(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    const struct blockdev_snapshot_sync *args = from->u.blockdev_snapshot_sync.data;
+
+    is_near(making, args->device, args->node_name);
+    snapshot_sync_action(ret, args);
+}
+
+static void make_internal_snapshot(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.blockdev_snapshot_internal_sync.data->device, NULL);
+    internal_snapshot_action(ret, from->u.blockdev_snapshot_internal_sync.data);
+}
+
+static const struct {
+    void (*make)(const struct making *making, struct transaction_action *from, struct action *ret);
+    bool begins_job;
+} makers[] = {
+    [TRANSACTION_ACTION_KIND_ABORT] = {make_abort, false},
+    [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_ADD] = {make_bitmap_add, false},
+    [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_REMOVE] = {make_bitmap_remove, false},
+    [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_CLEAR] = {make_bitmap_clear, false},
+    [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_ENABLE] = {make_bitmap_enable, false},
+    [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_DISABLE] = {make_bitmap_disable, false},
+    [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_MERGE] = {make_bitmap_merge, false},
+    [TRANSACTION_ACTION_KIND_BLOCKDEV_SNAPSHOT] = {make_snapshot, false},
+    [TRANSACTION_ACTION_KIND_BLOCKDEV_SNAPSHOT_SYNC] = {make_snapshot_sync, false},
+    [TRANSACTION_ACTION_KIND_BLOCKDEV_SNAPSHOT_INTERNAL_SYNC] = {make_internal_snapshot, false},
+};
+
+/* --- the command --- */
+
+static bool is_grouped(const struct transaction_args *args)
+{
+    return args->properties && args->properties->completion_mode == ACTION_COMPLETION_MODE_GROUPED;
+}
+
+static int transaction_check_args(const struct control *control, const struct transaction_args *args,
+                                  struct error **err)
+{
+    if (args->actions.count > ACTIONS_MAX) {
+        return error_set(err, -E2BIG, "A transaction has %d actions at most", ACTIONS_MAX);
+    }
+    for (size_t i = 0; i < args->actions.count; i++) {
+        enum transaction_action_kind kind = args->actions.items[i]->type;
+
+        if (is_grouped(args) && !makers[kind].begins_job) {
+            return error_set(err, -EINVAL,
+                             "Action '%s' does not support transaction property completion-mode = grouped",
+                             transaction_action_kind_name(kind));
+        }
+        if (control->quitting && makers[kind].begins_job) {
+            return error_set(err, -ESHUTDOWN, "The program is about to end: no new job is started");
+        }
+    }
+    return 0;
+}
+
+/* Makes the actions, and runs or checks them. ret_claims NULL: they are run. */
+static int coroutine_fn transaction_do(struct control *control, struct transaction_args *args, json_t **ret_claims,
+                                       struct error **err)
+{
+    unsigned count = (unsigned)args->actions.count;
+    int code = transaction_check_args(control, args, err);
+
+    if (code < 0) {
+        return code;
+    }
+    g_autofree struct action *actions = g_new0(struct action, count);
+    g_autofree const char *(*near)[NEAR_MAX + 1] = g_new0(typeof(*near), count);
+    struct making making = {.control = control, .group = is_grouped(args) ? job_group_create() : NULL};
+    for (unsigned i = 0; i < count; i++) {
+        struct transaction_action *from = args->actions.items[i];
+
+        making.near = &near[i];
+        makers[from->type].make(&making, from, &actions[i]);
+        actions[i].near = near[i];
+    }
+    code = ret_claims ? actions_check(control->graph, actions, count, ret_claims, err)
+                      : actions_run(control->graph, actions, count, err);
+    if (making.group) {
+        job_group_close(making.group);
+    }
+    return code;
+}
+
+int coroutine_fn command_transaction(struct control *control, struct transaction_args *args, struct error **err)
+{
+    return transaction_do(control, args, NULL, err);
+}
+
+int coroutine_fn command_transaction_check(struct control *control, struct transaction_args *args, json_t **ret_claims,
+                                           struct error **err)
+{
+    return transaction_do(control, args, ret_claims, err);
+}
