@@ -588,8 +588,7 @@ class Increments(TestCase):
 
     def setUp(self):
         super().setUp()
-        self.lives = self.kills = 0
-        self.lost = 0
+        self.lives = self.kills = self.lost = self.pushes = 0
 
     # ---- the daemon and its disk
 
@@ -660,8 +659,9 @@ class Increments(TestCase):
         self.server.qmp.execute(ADD, {"node": "disk", "name": name, "persistent": True,
                                       "granularity": 512 << self.random.randrange(9), **more})
 
-    def begin(self):
+    def begin_pull(self):
         """A full copy, and a bitmap from then on."""
+        self.point = bytes(self.content)
         self.copy = bytearray(self.content)
         self.number = 0
         self.bitmap = "increment0"
@@ -712,27 +712,102 @@ class Increments(TestCase):
         self.server.qmp.execute(REMOVE, {"node": "disk", "name": "temporary"})
 
     def copy_again(self):
-        if self.usable():
-            self.random.choice([self.by_turns, self.by_merge])()
-        else:
+        """An increment, or a full copy instead of one. True: it is there, and what it should be was self.point."""
+        if not self.usable():
             self.lost += 1
             with contextlib.suppress(QmpError):
                 self.server.qmp.execute(REMOVE, {"node": "disk", "name": self.bitmap})
             self.begin()
+            return True
         self.may_be_lost = False
-        if self.copy != self.content:
-            at = next(at for at in range(self.SIZE) if self.copy[at] != self.content[at])
+        self.point = bytes(self.content)
+        return self.random.choice(self.styles)() is not False
+
+    def check_copy(self):
+        if self.copy != self.point:
+            at = next(at for at in range(self.SIZE) if self.copy[at] != self.point[at])
             self.fail(f"seed {self.seed}: the copies do not have what was written at {at}: {bitmaps_of(self.server, 'disk')}")
 
-    def one_chain(self, increments, ways):
+    # ---- the same by jobs: images, each over the one before it
+
+    def begin_push(self):
+        """The bitmap is there before the full copy begins, and no write comes between."""
+        self.number = 0
+        self.bitmap = "pushed"
+        self.bitmap_add(self.bitmap)
+        self.may_be_lost = False
+        self.point = bytes(self.content)
+        self.images = []
+        while not self.push_one(sync="full"):
+            if not self.usable():
+                with contextlib.suppress(QmpError):
+                    self.server.qmp.execute(REMOVE, {"node": "disk", "name": self.bitmap})
+                self.bitmap_add(self.bitmap)
+                self.may_be_lost = False
+            self.server.qmp.execute(CLEAR, {"node": "disk", "name": self.bitmap})
+            self.point = bytes(self.content)
+
+    def by_push(self):
+        """The guest writes on while the increment is copied; that is the next one's."""
+        more = self.random.choice([
+            {"sync": "incremental"}, {"sync": "bitmap", "bitmap-mode": "on-success"},
+            {"sync": "bitmap", "bitmap-mode": "always"}, {"sync": "bitmap", "bitmap-mode": "never"},
+        ])
+        return self.push_one(bitmap=self.bitmap, **more)
+
+    def push_one(self, **more):
+        self.pushes += 1
+        below = self.images[-1] if self.images else None
+        image = self.create_image(f"push{self.pushes}.qcow2", self.SIZE, backing=below)
+        self.server.qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "target",
+                                                 "file": {"driver": "file", "filename": image}})
+        end = self.random.choice(self.ends)
+        speed = self.random.choice([0, 16 * MIB]) if end == "end" else 2 * MIB
+        arguments = {"job-id": "push", "device": "disk", "target": "target", "speed": speed, **more}
+        self.server.qmp.execute("blockdev-backup", arguments)
+        self.write()
+        if end == "kill":
+            self.leave("kill")
+            return False
+        if end == "cancel":
+            with contextlib.suppress(QmpError):  # it may have ended already
+                self.server.qmp.execute("block-job-cancel", {"device": "push"})
+        names = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+        while not any(event["event"] in names for event in self.server.qmp.events):
+            message = self.server.qmp.receive()
+            if "event" in message:
+                self.server.qmp.events.append(message)
+        event = next(event for event in self.server.qmp.events if event["event"] in names)
+        self.assertNotIn("error", event["data"])
+        done = event["event"] == names[0]
+        self.server.qmp.events = []
+        while self.server.qmp.jobs():
+            time.sleep(0.001)
+        self.server.qmp.execute("blockdev-del", node_name="target")
+        if done or more.get("bitmap-mode") == "always":
+            self.images.append(image)  # what a cancelled one of that mode has copied is not in the bitmap any more
+        if done:
+            raw = self.path("restored.raw")
+            qemu_img("convert", "-f", "qcow2", "-O", "raw", image, raw)
+            with open(raw, "rb") as file:
+                self.copy = bytearray(file.read())
+        return done
+
+    # ---- chains
+
+    def one_chain(self, increments, ways, push=False):
         self.lives += 1
         self.kills = 0
         cluster = self.random.choice([512, 4096, 65536])
         self.image = self.create_image(f"disk{self.lives}.qcow2", self.SIZE, f"cluster_size={cluster}")
         self.content = bytearray(self.SIZE)
+        self.ends = ["end"] * 4 + ["cancel"] + ["kill"] * ("kill" in ways)
+        self.styles = [self.by_push] if push else [self.by_turns, self.by_merge]
+        self.begin = self.begin_push if push else self.begin_pull
         self.open()
         self.write()
         self.begin()
+        self.check_copy()
         for _ in range(increments):
             for _ in range(self.random.randrange(1, 3)):
                 self.write()
@@ -740,17 +815,20 @@ class Increments(TestCase):
                     self.leave(self.random.choice(ways))
                     if self.random.random() < 0.5:
                         self.write()
-            self.copy_again()
+            if self.copy_again():
+                self.check_copy()
         self.assertEqual(self.read_all(), self.content)
         self.server.stop()
         image_check(self.image, leaks_allowed=self.kills > 0)
 
     def test_ten_increments_restore_exactly(self):
-        for _ in range(scale(2, 40)):
+        for _ in range(scale(1, 40)):
             self.one_chain(10, ["quit", "blockdev-del"])
+            self.one_chain(10, ["quit", "blockdev-del"], push=True)
         self.assertEqual(self.lost, 0)
 
     def test_ten_increments_with_kills_restore_exactly(self):
-        for _ in range(scale(3, 100)):
+        for _ in range(scale(2, 100)):
             self.one_chain(10, ["quit", "kill", "kill", "kill while it ends"])
+            self.one_chain(10, ["quit", "kill", "kill", "kill while it ends"], push=True)
         self.assertGreater(self.lost, 0)
