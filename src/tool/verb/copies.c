@@ -8,6 +8,7 @@
  * A mirror without --replace ends, when both sides are the same, without moving anybody: that is a copy. What was
  * opened for a copy is closed when it is whole; what users are to see from then on stays open.
  */
+#include "base/size.h"
 #include "tool/verb/verb.h"
 #include <errno.h>
 #include <string.h>
@@ -101,6 +102,30 @@ static void foresee_file(struct step *step, const struct target *target, const c
     }
 }
 
+/* What only Interlock's mirrors take. */
+static int add_mirror_options(struct plan *plan, const char *node, json_t *arguments, struct error **err)
+{
+    const struct verb_options *options = plan->options;
+    bool known;
+    int code = client_knows(plan->client, "access-check", &known, err);
+    uint64_t seconds = 0;
+
+    /* There without it only the users move, and not the images above; the peer moves all, and takes it less often. */
+    if (options->replace) {
+        add_text(arguments, "replaces", options->replaces ? options->replaces : known ? node : NULL);
+    }
+    add_text(arguments, "backing-file", options->backing_file);
+    if (options->keep_backing) {
+        json_object_set_new(arguments, "keep-backing", json_true());
+    }
+    if (!code && options->switch_after) {
+        code = size_parse(options->switch_after, &seconds);
+        json_object_set_new(arguments, "switch-after", json_integer((json_int_t)seconds));
+        code = code ? error_set(err, code, "'%s' is no number of seconds", options->switch_after) : 0;
+    }
+    return code;
+}
+
 static int add_mirror(struct plan *plan, const char *node, const json_t *info, struct target *target,
                       struct error **err)
 {
@@ -113,8 +138,8 @@ static int add_mirror(struct plan *plan, const char *node, const json_t *info, s
     add_text(arguments, "copy-mode", options->copy_mode);
     add_text(arguments, "bitmap", options->bitmap);
     add_text(arguments, "bitmap-mode", options->bitmap_mode);
-    add_text(arguments, "replaces", options->replaces);
     code = plan_add_job(plan, "blockdev-mirror", node, arguments, &step, err);
+    code = code ? code : add_mirror_options(plan, node, arguments, err);
     if (!code) {
         foresee_file(step, target, "drive-mirror");
         code = lean_by_sync(plan, target, info, sync, err);
@@ -213,8 +238,9 @@ const struct verb verb_mirror = {"mirror", "NODE --to NODE|FILE, or NODE=FILE...
                                  "and the copy is closed; with --replace the users of NODE go on with the copy; with "
                                  "--keep-ready it goes on. A FILE "
                                  "is made, with the size of NODE; nothing is written over.",
-                                 (const char *const[]){"replace", "keep-ready", "sync", "copy-mode", "bitmap",
-                                                       "bitmap-mode", TARGET_OPTIONS, JOB_OPTIONS, NULL},
+                                 (const char *const[]){"replace", "keep-backing", "backing-file", "switch-after",
+                                                       "keep-ready", "sync", "copy-mode", "bitmap", "bitmap-mode",
+                                                       TARGET_OPTIONS, JOB_OPTIONS, NULL},
                                  mirror_plan};
 
 const struct verb verb_backup = {

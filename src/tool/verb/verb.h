@@ -25,8 +25,8 @@ struct verb_options {
     char *to, *format, *node_name, *backing, *backing_format; /* what is copied or written to */
     gboolean existing;
     char **create; /* KEY=VALUE, options of a new image */
-    char *sync, *copy_mode, *bitmap, *bitmap_mode;
-    gboolean replace, compress;
+    char *sync, *copy_mode, *bitmap, *bitmap_mode, *switch_after;
+    gboolean replace, keep_backing, compress;
     char *replaces; /* NULL: what is mirrored */
     char *internal;
     gboolean delete, disabled, persistent, shrink, force;
