@@ -29,6 +29,11 @@ struct backend *backend_create(struct graph *graph, const char *owner)
     return backend;
 }
 
+bool backend_follows(const struct backend *backend)
+{
+    return backend->operation != NULL;
+}
+
 static void backend_free(struct backend *backend)
 {
     list_remove(&backend->graph_link);

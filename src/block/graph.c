@@ -254,6 +254,13 @@ static int coroutine_fn leave_filter(struct node *filter, struct error **err)
     return r;
 }
 
+void graph_filter_follow(struct node *filter, struct operation *operation, unsigned variable)
+{
+    g_assert(filter->job_filter && variable < CLAIM_VARIABLE_COUNT);
+    filter->operation = operation;
+    filter->variable = variable;
+}
+
 int coroutine_fn graph_insert_filter_locked(struct graph *graph, const struct operation *operation, struct node *filter,
                                             struct node *over, struct error **err)
 {

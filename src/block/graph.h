@@ -152,6 +152,9 @@ int coroutine_fn graph_enter_filter_locked(struct node *filter, struct error **e
  * holds. It goes when the filter closes. graph->lock is held, and nobody uses the filter yet. */
 int graph_attach_target_locked(const struct operation *operation, struct node *filter, struct node *target,
                                struct error **err);
+/* When a graph change moves what a job's filter stands on, `variable` of the job's operation follows in the same step;
+ * until the operation ends, or NULL is given. Else the claims stay where they are. */
+void graph_filter_follow(struct node *filter, struct operation *operation, unsigned variable);
 /* Makes a node of a job's own (a filter): state and driver given, no options. One reference, the caller's. */
 int coroutine_fn graph_create_node(struct graph *graph, const struct driver *driver, const char *name,
                                    const char *opened_for, struct node **ret, struct error **err);

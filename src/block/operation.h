@@ -38,6 +38,7 @@ enum claim_condition {
     CLAIM_IF_SHRINK = 1 << 3,
     CLAIM_IF_REPLACE = 1 << 4, /* at its end the target takes the node's place */
     CLAIM_IF_DISCARD = 1 << 5, /* what has been copied is discarded in the node */
+    CLAIM_IF_SHALLOW = 1 << 6, /* at its end the target leans on what the node leans on, or on the node */
 };
 enum claim_adopt {
     CLAIM_ADOPT_NONE,

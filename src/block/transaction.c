@@ -184,9 +184,8 @@ static int enforce_step(const struct transaction *transaction, const struct step
     case STEP_MOVE:
     case STEP_ATTACH:
     case STEP_DETACH:
-        if (!is_nobodys(step->edge)) {
-            /* A filter has no header: its edge goes along like a user's. */
-            if (step->edge->role != EDGE_FILTERED && !steps_over_job_filter(transaction, step)) {
+        if (!is_nobodys(step->edge) && !steps_over_job_filter(transaction, step)) {
+            if (step->edge->role != EDGE_FILTERED) { /* a filter has no header: its edge goes along like a user's */
                 r = enforce_claim(operation, step->edge->parent, ACCESS_GRAPH, "changing an edge", err);
             }
             if (r == 0 && step->to && !step->to->job_filter) {
@@ -309,19 +308,27 @@ static void undo_all(struct transaction *transaction)
 
 /* --- roles follow --- */
 
-/* What moved is this edge: a backend above it, also through filters, may see another image now. Then what it follows is
- * bound to that one. */
+/* What follows `root` sees another image now: it is bound to that one. */
+static void rebind_follower(struct transaction *transaction, struct operation *operation, unsigned variable,
+                            struct node *root)
+{
+    if (operation && !operation->ended) {
+        struct node *seen = node_beneath_filters(root), *bound = operation->bound[variable];
+        if (!bound || node_beneath_filters(bound) != seen) {
+            transaction_rebind(transaction, operation, variable, seen);
+        }
+    }
+}
+
+/* This edge has moved: backends and job filters above it, also through other filters, may see another image now. */
 static void follow_edge(struct transaction *transaction, const struct edge *edge)
 {
     const struct backend *backend = edge->backend;
-    if (backend && backend->operation && !backend->operation->ended) {
-        struct node *seen = node_beneath_filters(backend->root.child);
-        struct node *bound = backend->operation->bound[backend->variable];
-        if (!bound || node_beneath_filters(bound) != seen) {
-            transaction_rebind(transaction, backend->operation, backend->variable, seen);
-        }
+    if (backend) {
+        rebind_follower(transaction, backend->operation, backend->variable, backend->root.child);
     }
     if (edge->parent && edge->role == EDGE_FILTERED) {
+        rebind_follower(transaction, edge->parent->operation, edge->parent->variable, edge->parent);
         list_for_each (link, &edge->parent->parents) {
             follow_edge(transaction, container_of(link, struct edge, child_link));
         }

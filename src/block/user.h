@@ -27,6 +27,7 @@ int coroutine_fn backend_attach_locked(struct backend *backend, struct node *nod
  * the same step, and so do its claims: an export's CLAIM_NODE. `operation` NULL ends it; so does detaching. It ends
  * before operation_end(), but not sooner: claims that stay behind on a node that became stale refuse the change. */
 void backend_follow(struct backend *backend, struct operation *operation, unsigned variable);
+bool backend_follows(const struct backend *backend);
 /* Under a drain of its own; empty afterwards. */
 void coroutine_fn backend_detach(struct backend *backend);
 /* Waits for its requests, detaches, frees. Accepts NULL. */

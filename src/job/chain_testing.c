@@ -19,6 +19,7 @@ struct memory {
     uint64_t clusters;
     struct co_mutex mutex;
     struct memory_faults faults;
+    struct co_mutex slow; /* faults.write_ns */
     char *file, *format;
     GPtrArray *snapshots; /* names */
 };
@@ -95,7 +96,8 @@ static int coroutine_fn memory_write_cluster(struct node *node, uint64_t offset,
         }
     }
     if (!from && bytes == length) {
-        *state = CLUSTER_ZERO;
+        /* Where it may, and nothing is below, it forgets that there was something. */
+        *state = flags & REQUEST_MAY_UNMAP && !node->backing ? CLUSTER_NONE : CLUSTER_ZERO;
         return 0;
     }
     if (*state != CLUSTER_DATA && bytes < length) {
@@ -121,6 +123,12 @@ static int coroutine_fn memory_change(struct node *node, uint64_t offset, uint64
     int result = memory_fault(memory->faults.write_error, memory, offset, bytes);
     g_autofree unsigned char *bounce = g_malloc(TEST_CLUSTER);
     g_assert(node->writable);
+    if (memory->faults.write_ns) {
+        struct loop_sleep sleep = {0};
+        co_mutex_lock(&memory->slow);
+        loop_sleep_ns(&sleep, memory->faults.write_ns * (int64_t)div_up(bytes, TEST_CLUSTER));
+        co_mutex_unlock(&memory->slow);
+    }
     memory_dawdle();
     for (uint64_t done = 0; result == 0 && done < bytes;) {
         uint64_t at = offset + done;
@@ -202,10 +210,16 @@ static int coroutine_fn memory_change_backing(struct node *node, const char *fil
         return error_set_errno(err, memory->faults.header_error, "no header today");
     }
     memory_dawdle();
+    if (memory->faults.header) {
+        memory->faults.header(node, memory->faults.argument);
+    }
     g_free(memory->file);
     g_free(memory->format);
     memory->file = g_strdup(file);
     memory->format = g_strdup(format);
+    if (memory->faults.header) {
+        memory->faults.header(node, memory->faults.argument);
+    }
     return 0;
 }
 
@@ -220,6 +234,7 @@ static void coroutine_fn memory_close(struct node *node)
 {
     struct memory *memory = node->state;
     co_mutex_destroy(&memory->mutex);
+    co_mutex_destroy(&memory->slow);
     g_free(memory->data);
     g_free(memory->states);
     g_free(memory->file);
@@ -313,6 +328,7 @@ static void coroutine_fn make_image(struct test_bench *bench, unsigned index, ui
     g_assert_cmpint(graph_create_node(bench->graph, &driver_memory, names[index], "test", &node, &error), ==, 0);
     struct memory *memory = node->state;
     co_mutex_init(&memory->mutex);
+    co_mutex_init(&memory->slow);
     memory_truncate(node, size, NULL);
     atomic_store(&node->size, size);
     node->limits.alignment = 1;
@@ -353,13 +369,18 @@ void coroutine_fn bench_open(struct test_bench *bench, unsigned count, uint64_t 
     top->wants_writable = top->writable = true;
 }
 
-struct node *coroutine_fn bench_add_overlay(struct test_bench *bench)
+struct node *coroutine_fn bench_add(struct test_bench *bench, uint64_t size)
 {
     g_assert_cmpuint(bench->count, <, TEST_CHAIN_MAX);
-    make_image(bench, bench->count, atomic_load(&bench->nodes[0]->size), NULL);
+    make_image(bench, bench->count, size, NULL);
     struct node *node = bench->nodes[bench->count++];
     node->wants_writable = node->writable = true;
     return node;
+}
+
+struct node *coroutine_fn bench_add_overlay(struct test_bench *bench)
+{
+    return bench_add(bench, atomic_load(&bench->nodes[0]->size));
 }
 
 unsigned bench_snapshots(struct node *node)
@@ -418,6 +439,12 @@ void bench_fill(struct node *node, uint64_t offset, uint64_t bytes, unsigned cha
 bool bench_allocated(struct node *node, uint64_t offset)
 {
     return ((struct memory *)node->state)->states[offset / TEST_CLUSTER] != CLUSTER_NONE;
+}
+
+unsigned char bench_byte(struct node *node, uint64_t offset)
+{
+    const struct memory *memory = node->state;
+    return memory->states[offset / TEST_CLUSTER] == CLUSTER_DATA ? memory->data[offset] : 0;
 }
 
 static unsigned char byte_of(struct node *node, uint64_t offset)
@@ -528,7 +555,8 @@ static void guest_entry(void *argument)
     atomic_fetch_sub(&guest->running, 1);
 }
 
-struct guest *coroutine_fn guest_start(struct test_bench *bench, struct node *node, struct loop *loop, bool read_only)
+static struct guest *coroutine_fn guest_create(struct test_bench *bench, struct node *node, struct loop *const *loops,
+                                               unsigned count, bool read_only)
 {
     struct guest *guest = g_new0(struct guest, 1);
     auto_error error = NULL;
@@ -552,9 +580,20 @@ struct guest *coroutine_fn guest_start(struct test_bench *bench, struct node *no
         struct guest_worker *worker = g_new0(struct guest_worker, 1);
         *worker = (struct guest_worker){guest, guest->size / GUEST_WORKERS * i, guest->size / GUEST_WORKERS * (i + 1)};
         atomic_fetch_add(&guest->running, 1);
-        loop_spawn(loop, guest_entry, worker);
+        loop_spawn(loops[i % count], guest_entry, worker);
     }
     return guest;
+}
+
+struct guest *coroutine_fn guest_start(struct test_bench *bench, struct node *node, struct loop *loop, bool read_only)
+{
+    return guest_create(bench, node, &loop, 1, read_only);
+}
+
+struct guest *coroutine_fn guest_start_on(struct test_bench *bench, struct node *node, struct loop *const *loops,
+                                          unsigned count)
+{
+    return guest_create(bench, node, loops, count, false);
 }
 
 void coroutine_fn guest_stop(struct guest *guest)

@@ -20,6 +20,9 @@ struct memory_faults {
     int read_error, write_error, header_error, flush_error; /* negative errno, or 0 */
     int status_error;                                       /* of asking what lies where */
     uint64_t at;                                            /* reads, writes and questions fail in this cluster only */
+    int64_t write_ns;                                  /* one write after the other takes so long for each cluster */
+    void (*header)(struct node *node, void *argument); /* called before and after a header changes, or NULL */
+    void *argument;
 };
 
 struct test_bench {
@@ -35,6 +38,8 @@ void coroutine_fn bench_open(struct test_bench *bench, unsigned count, uint64_t 
 /* One more, named after the next letter: of the base's size, empty, writable, without a backing image. */
 struct node *coroutine_fn bench_add_overlay(struct test_bench *bench);
 unsigned bench_snapshots(struct node *node); /* how many are inside the image */
+/* One more image, empty, writable, over nothing: the next of the nodes. */
+struct node *coroutine_fn bench_add(struct test_bench *bench, uint64_t size);
 /* Cancels jobs, closes everything. */
 void coroutine_fn bench_close(struct test_bench *bench);
 struct memory_faults *bench_faults(struct node *node);
@@ -46,6 +51,8 @@ void bench_fill(struct node *node, uint64_t offset, uint64_t bytes, unsigned cha
 void bench_forget(struct node *node, uint64_t offset, uint64_t bytes);
 /* What node shows, from its own point of view, straight from memory. */
 void bench_view(struct node *node, unsigned char *to, uint64_t bytes);
+/* One byte of what it has itself. */
+unsigned char bench_byte(struct node *node, uint64_t offset);
 bool bench_allocated(struct node *node, uint64_t offset);
 /* The events since the last call, joined by "; "; g_free(). */
 char *bench_events(struct test_bench *bench);
@@ -66,6 +73,9 @@ struct guest {
     bool read_only;
 };
 struct guest *coroutine_fn guest_start(struct test_bench *bench, struct node *node, struct loop *loop, bool read_only);
+/* The same with workers on several loops. */
+struct guest *coroutine_fn guest_start_on(struct test_bench *bench, struct node *node, struct loop *const *loops,
+                                          unsigned count);
 /* Stops it, compares everything once more, and lets it leave. */
 void coroutine_fn guest_finish(struct guest *guest);
 /* Its first and its last step alone. */

@@ -186,10 +186,16 @@ static void coroutine_fn job_rest(struct copy_control *control)
     enum job_status before = job->status;
     g_assert(before == JOB_STATUS_RUNNING || before == JOB_STATUS_READY);
     job_set_status(job, before == JOB_STATUS_READY ? JOB_STATUS_STANDBY : JOB_STATUS_PAUSED);
+    if (job->policy->resting) {
+        job->policy->resting(job, true);
+    }
     while (control->pauses && !control->cancelled) {
         loop_sleep_ns(&control->sleep, JOB_LONG_NS);
     }
     job_set_status(job, before);
+    if (job->policy->resting) {
+        job->policy->resting(job, false);
+    }
 }
 
 struct job *job_create(struct jobs *jobs, const struct job_policy *policy, const struct job_config *config)
@@ -625,6 +631,9 @@ struct block_job_info_list *jobs_query_block(struct jobs *jobs)
         info->auto_finalize = job->auto_finalize;
         info->auto_dismiss = job->auto_dismiss;
         info->error = g_strdup(job->error);
+        if (job->policy->synced && job->state) {
+            info->actively_synced = job->policy->synced(job, &info->has_actively_synced);
+        }
         block_job_info_list_append(list, info);
     }
     return list;

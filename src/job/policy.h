@@ -27,6 +27,9 @@
  *   progress      how far it is.
  *   target_state  between abort and clean: what the last event says of the target. job->result is set. NULL: nothing.
  *   change        block-job-change, in states that take the verb. NULL: refused.
+ *   resting       it begins to rest (paused or standby), or has done so.
+ *   synced        whether users' writes go to the target at once, and nothing is left to copy. NULL: a job of that kind
+ *                 does not do that. False in *ret_applies: this one does not.
  */
 struct block_job_change_options;
 struct job;
@@ -43,6 +46,8 @@ struct job_policy {
     void (*progress)(struct job *job, uint64_t *ret_done, uint64_t *ret_total);
     enum job_target_state (*target_state)(struct job *job);
     int coroutine_fn (*change)(struct job *job, const struct block_job_change_options *options, struct error **err);
+    void (*resting)(struct job *job, bool begins);
+    bool (*synced)(const struct job *job, bool *ret_applies);
 };
 
 struct job {

@@ -13,6 +13,7 @@
 #include "job/change_backing.h"
 #include "job/commit.h"
 #include "job/internal_snapshot.h"
+#include "job/mirror.h"
 #include "job/resize.h"
 #include "job/snapshot.h"
 #include "job/stream.h"
@@ -64,6 +65,26 @@ static int coroutine_fn run_stream(struct test_bench *bench)
     struct block_stream_args args = {.job_id = "j", .device = "e", .base_node = "b"};
     int result = stream_start(bench->jobs, &args, NULL);
     return result < 0 ? result : end_of_job(bench);
+}
+
+/* Of c into an image of its own, in c's place, over what c leans on. */
+static int coroutine_fn run_mirror(struct test_bench *bench)
+{
+    struct blockdev_mirror args = {
+        .job_id = "j", .device = "c", .target = "f", .replaces = "c", .sync = MIRROR_SYNC_MODE_TOP};
+    struct action action;
+    bench_add(bench, atomic_load(&bench->nodes[C]->size));
+    mirror_action(&action, bench->jobs, &args, NULL);
+    int result = actions_run(bench->graph, &action, 1, NULL);
+    if (result < 0) {
+        return result;
+    }
+    bench_await(bench, "j", JOB_STATUS_READY);
+    struct job *job = jobs_find(bench->jobs, "j");
+    if (job) {
+        g_assert_cmpint(job_complete(job, NULL), ==, 0);
+    }
+    return end_of_job(bench);
 }
 
 static int coroutine_fn run_grow(struct test_bench *bench)
@@ -143,6 +164,7 @@ static const struct run {
     {"commit", &block_commit_claims, 0, run_commit, 1 << BASE | 1 << C | 1 << D | 1 << E},
     {"active commit", &block_commit_claims, CLAIM_IF_ACTIVE, run_active_commit, 1 << BASE | 1 << E},
     {"stream", &block_stream_claims, 0, run_stream, (1 << COUNT) - 1},
+    {"mirror", &blockdev_mirror_claims, CLAIM_IF_REPLACE | CLAIM_IF_SHALLOW, run_mirror, (1 << COUNT) - 1},
     {"grow", &block_resize_claims, 0, run_grow, (1 << COUNT) - 1},
     {"shrink", &block_resize_claims, CLAIM_IF_SHRINK, run_shrink, (1 << COUNT) - 1},
     {"backing name", &change_backing_file_claims, 0, run_backing_name, (1 << COUNT) - 1},

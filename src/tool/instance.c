@@ -28,6 +28,7 @@ static const struct {
     bool on_range;
 } patterns[] = {
     {USES(CLAIM_NODE), CLAIM_NODE, CLAIM_NODE, false},
+    {USES(CLAIM_NODE) | USES(CLAIM_TARGET), CLAIM_NODE, CLAIM_NODE, false}, /* the target is a node of its own */
     {USES(CLAIM_TOP) | USES(CLAIM_BASE), CLAIM_TOP, CLAIM_BASE, true},
     {USES(CLAIM_TOP) | USES(CLAIM_BOTTOM), CLAIM_TOP, CLAIM_BOTTOM, true},
 };
