@@ -6,6 +6,8 @@
  * 1. A view that is advanced is normal: skip is less than iov[0].iov_len, empty iovecs in front are stepped over, and a
  *    view with nothing left has count 0.
  * 2. Nothing here goes beyond the `bytes` asked for; a view that holds fewer is a caller's error and an assertion.
+ * 3. A view of bytes that are elsewhere can be advanced, and tells when memory is put into it; anything else that is
+ *    done to it is an assertion.
  *
  * It allocates nothing and owns nothing.
  */
@@ -18,6 +20,10 @@
 struct buffers buffers_advance(struct buffers from, size_t bytes)
 {
     size_t skip = from.skip + bytes;
+    if (from.count == BUFFERS_ELSEWHERE) {
+        from.skip = skip;
+        return from;
+    }
     while (from.count && skip >= from.iov->iov_len) {
         skip -= from.iov->iov_len;
         from.iov++;
@@ -31,6 +37,7 @@ struct buffers buffers_advance(struct buffers from, size_t bytes)
 size_t buffers_size(struct buffers of)
 {
     size_t total = 0;
+    g_assert(!buffers_elsewhere(of));
     for (unsigned i = 0; i < of.count; i++) {
         total += of.iov[i].iov_len;
     }
@@ -40,6 +47,7 @@ size_t buffers_size(struct buffers of)
 /* The contiguous piece at the view's start, no more than *bytes; takes it off *view and *bytes. */
 static struct iovec buffers_take(struct buffers *view, size_t *bytes)
 {
+    g_assert(view->count != BUFFERS_ELSEWHERE);
     while (view->count && view->skip == view->iov->iov_len) {
         view->iov++;
         view->count--;
@@ -62,8 +70,21 @@ void buffers_copy_out(struct buffers from, void *to, size_t bytes)
     }
 }
 
+/* What comes from memory is not taken there. */
+static bool buffers_missed(struct buffers to, size_t bytes)
+{
+    struct buffers_elsewhere *elsewhere = buffers_elsewhere(to);
+    if (elsewhere && bytes) {
+        elsewhere->missed = true;
+    }
+    return elsewhere;
+}
+
 void buffers_copy_in(struct buffers to, const void *from, size_t bytes)
 {
+    if (buffers_missed(to, bytes)) {
+        return;
+    }
     for (const char *in = from; bytes;) {
         struct iovec piece = buffers_take(&to, &bytes);
         memcpy(piece.iov_base, in, piece.iov_len);
@@ -73,6 +94,9 @@ void buffers_copy_in(struct buffers to, const void *from, size_t bytes)
 
 void buffers_fill(struct buffers to, int value, size_t bytes)
 {
+    if (buffers_missed(to, bytes)) {
+        return;
+    }
     while (bytes) {
         struct iovec piece = buffers_take(&to, &bytes);
         memset(piece.iov_base, value, piece.iov_len);
@@ -106,6 +130,7 @@ unsigned buffers_to_iov(struct buffers from, size_t bytes, struct iovec *out, un
 void *buffers_contiguous(struct buffers of, size_t bytes)
 {
     if (!bytes) {
+        g_assert(!buffers_elsewhere(of));
         return of.count ? (char *)of.iov->iov_base + of.skip : NULL;
     }
     size_t left = bytes;

@@ -2,9 +2,12 @@
 #ifndef INTERLOCK_BASE_BUFFERS_H
 #define INTERLOCK_BASE_BUFFERS_H
 
+#include <limits.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/uio.h>
+
+struct file;
 
 /*
  * A view on scattered memory: an array of iovecs, starting `skip` bytes into the first. Passed by
@@ -16,6 +19,33 @@ struct buffers {
     unsigned count; /* iovecs from iov on */
     size_t skip;    /* bytes to skip in iov[0]; less than iov[0].iov_len unless count is 0 */
 };
+
+/*
+ * What a view stands for whose bytes are in a file and which nobody here needs to see: a write takes them from `file`,
+ * from `offset` on, while a read tells `found` where they are, piece by piece, instead of fetching them. Only drivers
+ * that say so (struct driver, `offloads`) are given such a view. What is put into it from memory is not taken:
+ * `missed`.
+ */
+struct buffers_elsewhere {
+    struct file *file;
+    uint64_t offset;
+    struct iovec memory; /* may be used for it, while the request runs: more than nothing */
+    /* [offset, offset + bytes) of `file` are the view's bytes from `at` on, and stay so until this returns: in a
+     * coroutine; 0 or a negative errno, which the read fails with. */
+    int (*found)(struct buffers_elsewhere *elsewhere, struct file *file, uint64_t offset, size_t at, uint64_t bytes);
+    _Bool missed;
+};
+#define BUFFERS_ELSEWHERE UINT_MAX /* in place of a count; `iov` is a struct buffers_elsewhere then */
+
+static inline struct buffers buffers_of_elsewhere(struct buffers_elsewhere *elsewhere)
+{
+    return (struct buffers){(const struct iovec *)elsewhere, BUFFERS_ELSEWHERE, 0};
+}
+/* NULL: its bytes are in memory. */
+static inline struct buffers_elsewhere *buffers_elsewhere(struct buffers of)
+{
+    return of.count == BUFFERS_ELSEWHERE ? (struct buffers_elsewhere *)of.iov : NULL;
+}
 
 /* A view of one iovec that the caller keeps alive. */
 static inline struct buffers buffers_one(const struct iovec *iov)

@@ -3,6 +3,7 @@
 #include "base/buffers.h"
 
 #include <glib.h>
+#include <stdbool.h>
 #include <string.h>
 
 #define TOTAL 40
@@ -74,10 +75,37 @@ static void test_is_zero(void)
     }
 }
 
+static int never_found(struct buffers_elsewhere *elsewhere, struct file *file, uint64_t offset, size_t at,
+                       uint64_t bytes)
+{
+    g_assert_not_reached();
+}
+
+/* What is elsewhere can be walked, and knows what it was not given. */
+static void test_elsewhere(void)
+{
+    struct buffers_elsewhere elsewhere = {.found = never_found};
+    struct buffers there = buffers_of_elsewhere(&elsewhere);
+    g_assert(buffers_elsewhere(there) == &elsewhere);
+    g_assert(!buffers_elsewhere(view));
+    there = buffers_advance(buffers_advance(there, 7), 0);
+    g_assert(buffers_elsewhere(there) == &elsewhere);
+    g_assert_cmpuint(there.skip, ==, 7);
+    buffers_fill(there, 0, 0);
+    buffers_copy_in(there, memory, 0);
+    g_assert(!elsewhere.missed);
+    buffers_fill(there, 0, 1);
+    g_assert(elsewhere.missed);
+    elsewhere.missed = false;
+    buffers_copy_in(there, memory, 1);
+    g_assert(elsewhere.missed);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/buffers/every-range", test_every_range);
     g_test_add_func("/buffers/is-zero", test_is_zero);
+    g_test_add_func("/buffers/elsewhere", test_elsewhere);
     return g_test_run();
 }

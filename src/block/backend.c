@@ -11,7 +11,10 @@
  */
 #include "base/size.h"
 #include "block/private.h"
+#include "loop/loop.h"
 #include <errno.h>
+
+#define CLIENT_NS (1000 * 1000) /* how exactly the coming of clients is known */
 
 /* --- life --- */
 
@@ -138,6 +141,27 @@ void backend_tell_changed(struct backend *backend)
     }
 }
 
+void backend_set_client(struct backend *backend)
+{
+    backend->client = true;
+}
+
+int64_t backend_client_ns(const struct backend *backend)
+{
+    return atomic_load_explicit(&backend->graph->client_ns, memory_order_relaxed);
+}
+
+/* Seldom writes: all loops share it. */
+static inline void backend_note_client(struct backend *backend)
+{
+    if (backend->client) {
+        int64_t now = loop_now_ns();
+        if (now - atomic_load_explicit(&backend->graph->client_ns, memory_order_relaxed) > CLIENT_NS) {
+            atomic_store_explicit(&backend->graph->client_ns, now, memory_order_relaxed);
+        }
+    }
+}
+
 /* --- I/O --- */
 
 uint64_t backend_size(const struct backend *backend)
@@ -161,6 +185,7 @@ int coroutine_fn backend_read(struct backend *backend, uint64_t offset, uint64_t
 {
     gate_enter(&backend->gate);
     int r = backend_check(backend, offset, bytes);
+    backend_note_client(backend);
     if (G_LIKELY(r == 0)) {
         r = edge_read(&backend->root, offset, bytes, to, flags);
     }
@@ -173,10 +198,28 @@ int coroutine_fn backend_write(struct backend *backend, uint64_t offset, uint64_
 {
     gate_enter(&backend->gate);
     int r = backend_check(backend, offset, bytes);
+    backend_note_client(backend);
     if (G_LIKELY(r == 0)) {
         r = edge_write(&backend->root, offset, bytes, from, flags);
     }
     gate_leave(&backend->gate);
+    return r;
+}
+
+int coroutine_fn backend_copy(struct backend *source, uint64_t offset, struct backend *target, uint64_t to,
+                              uint64_t bytes, unsigned flags, struct iovec memory)
+{
+    gate_enter(&source->gate);
+    int r = backend_check(source, offset, bytes);
+    /* Who waited for one gate inside the other would be waited for by a drain of both. */
+    if (r == 0 && !gate_try_enter(&target->gate)) {
+        r = -ENOTSUP;
+    } else if (r == 0) {
+        r = backend_check(target, to, bytes);
+        r = r == 0 ? edge_copy(&source->root, offset, &target->root, to, bytes, flags, memory) : r;
+        gate_leave(&target->gate);
+    }
+    gate_leave(&source->gate);
     return r;
 }
 

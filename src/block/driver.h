@@ -26,6 +26,8 @@ struct driver {
     bool compresses;           /* honours REQUEST_COMPRESSED (a filter passes it on, and need not say so) */
     bool grows_on_write;       /* writes behind the end are legal and move it (edge needs `attributes`) */
     bool guards;               /* a filter that all users of what it shows go through: graph_enter_filter_locked() */
+    bool offloads;             /* read and write know views of bytes that are elsewhere (buffers.h), and answer
+                                  -ENOTSUP where they need those in memory */
     unsigned filtered_claim;   /* ACCESS_ bits that a filter's edge requires for what the filter does of its own */
 
     /*

@@ -19,6 +19,7 @@ struct graph *graph_create(void)
     list_init(&graph->operations);
     graph->ledger = access_ledger_create();
     co_mutex_init(&graph->lock);
+    atomic_init(&graph->client_ns, INT64_MIN / 2);
     return graph;
 }
 

@@ -16,7 +16,8 @@ struct graph {
     struct list backends;
     struct list operations; /* struct operation by link */
     struct access_ledger *ledger;
-    struct co_mutex lock; /* held while the shape changes, across its drains */
+    atomic_int_least64_t client_ns; /* backend_client_ns() */
+    struct co_mutex lock;           /* held while the shape changes, across its drains */
     /* For tests that withhold a claim from an operation: the table that it begins with in place of its own, or NULL. */
     const struct claim_table *(*substitute)(const struct claim_table *table);
 };

@@ -60,6 +60,7 @@ struct backend {
     struct gate gate;            /* requests are inside; closed while it is drained */
     struct operation *operation; /* follows the root edge, or NULL */
     unsigned variable;
+    bool client;
     void (*changed)(void *argument);
     void *argument;
 };

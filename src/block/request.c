@@ -15,6 +15,7 @@
  * look at drains, and does not count.
  */
 #include "block/request.h"
+#include "base/list.h"
 #include "base/size.h"
 #include "block/bitmap.h"
 #include "block/enforce.h"
@@ -55,6 +56,13 @@ static inline bool limits_are_plain(const struct limits *limits, uint64_t bytes)
            (!limits->max_transfer || bytes <= limits->max_transfer);
 }
 
+/* Bytes that are elsewhere: does the driver know that, and nothing need their memory? */
+static inline bool node_takes(const struct node *node, struct buffers view, uint64_t bytes)
+{
+    return G_LIKELY(view.count != BUFFERS_ELSEWHERE) ||
+           (node->driver->offloads && limits_are_plain(&node->limits, bytes));
+}
+
 /* The length of the next piece of a long request. */
 static inline uint64_t piece_of(const struct limits *limits, uint64_t bytes)
 {
@@ -78,6 +86,9 @@ static int coroutine_fn node_read(struct node *node, uint64_t offset, uint64_t b
     }
     if (G_UNLIKELY(!node->driver->read)) {
         return passes_through(node) ? edge_read(node->filtered, offset, bytes, to, flags) : -ENOTSUP;
+    }
+    if (!node_takes(node, to, bytes)) {
+        return -ENOTSUP;
     }
     if (G_LIKELY(limits_are_plain(&node->limits, bytes))) {
         return node->driver->read(node, offset, bytes, to, flags);
@@ -193,6 +204,9 @@ static int coroutine_fn node_write(struct node *node, uint64_t offset, uint64_t 
     if (G_UNLIKELY(!node->driver->write)) {
         return passes_through(node) ? edge_write(node->filtered, offset, bytes, from, flags) : -ENOTSUP;
     }
+    if (!node_takes(node, from, bytes)) {
+        return -ENOTSUP;
+    }
     if (node->no_flush && node->driver->kind == DRIVER_PROTOCOL) {
         flags &= ~REQUEST_FUA;
     }
@@ -224,6 +238,9 @@ int coroutine_fn edge_write(struct edge *edge, uint64_t offset, uint64_t bytes, 
     if (G_UNLIKELY(flags & REQUEST_COMPRESSED) && !node->driver->compresses && node->driver->kind != DRIVER_FILTER) {
         return -ENOTSUP; /* a filter passes it on to who knows */
     }
+    if (G_UNLIKELY(from.count == BUFFERS_ELSEWHERE) && (node->detect_zeroes || flags & REQUEST_COMPRESSED)) {
+        return -ENOTSUP; /* they have to be looked at */
+    }
     if (G_UNLIKELY(node->detect_zeroes) && bytes && buffers_is_zero(from, bytes)) {
         unsigned unmap = node->detect_zeroes_unmap ? REQUEST_MAY_UNMAP : 0;
         return edge_write_zeroes(edge, offset, bytes, (flags & ~REQUEST_COMPRESSED) | unmap);
@@ -231,6 +248,32 @@ int coroutine_fn edge_write(struct edge *edge, uint64_t offset, uint64_t bytes, 
     r = node_write(node, offset, bytes, from, flags);
     record_change(node, offset, bytes, flags);
     return r;
+}
+
+/* --- from edge to edge --- */
+
+struct edge_copying {
+    struct buffers_elsewhere view;
+    struct edge *target;
+    uint64_t to;
+    unsigned flags;
+};
+
+static int coroutine_fn copy_found(struct buffers_elsewhere *view, struct file *file, uint64_t offset, size_t at,
+                                   uint64_t bytes)
+{
+    const struct edge_copying *copying = container_of(view, struct edge_copying, view);
+    struct buffers_elsewhere from = {.file = file, .offset = offset, .memory = view->memory};
+    return edge_write(copying->target, copying->to + at, bytes, buffers_of_elsewhere(&from), copying->flags);
+}
+
+int coroutine_fn edge_copy(struct edge *source, uint64_t offset, struct edge *target, uint64_t to, uint64_t bytes,
+                           unsigned flags, struct iovec memory)
+{
+    struct edge_copying copying = {
+        .view = {.found = copy_found, .memory = memory}, .target = target, .to = to, .flags = flags};
+    int r = edge_read(source, offset, bytes, buffers_of_elsewhere(&copying.view), 0);
+    return r == 0 && copying.view.missed ? -ENOTSUP : r;
 }
 
 /* --- zeroes --- */

@@ -35,6 +35,10 @@ void coroutine_fn backend_destroy(struct backend *backend);
 /* The same for a caller who holds graph->lock; no drain has closed the backend. */
 void coroutine_fn backend_detach_locked(struct backend *backend);
 void coroutine_fn backend_destroy_locked(struct backend *backend);
+/* Its requests are of clients, who wait for them: background work leaves them room while they come. */
+void backend_set_client(struct backend *backend);
+/* When one of those last came to any backend of the same graph, to a millisecond or so: loop_now_ns(). */
+int64_t backend_client_ns(const struct backend *backend);
 struct node *backend_node(const struct backend *backend); /* the root edge's child, or NULL */
 struct edge *backend_edge(struct backend *backend);
 /* Called on the control thread after the node's size or the attached node changed; may be NULL. */
@@ -46,6 +50,10 @@ int coroutine_fn backend_read(struct backend *backend, uint64_t offset, uint64_t
                               unsigned flags);
 int coroutine_fn backend_write(struct backend *backend, uint64_t offset, uint64_t bytes, struct buffers from,
                                unsigned flags);
+/* edge_copy() between two backends, which may be one. -ENOTSUP also while the target is drained: somebody else may be
+ * waiting for the source. */
+int coroutine_fn backend_copy(struct backend *source, uint64_t offset, struct backend *target, uint64_t to,
+                              uint64_t bytes, unsigned flags, struct iovec memory);
 int coroutine_fn backend_write_zeroes(struct backend *backend, uint64_t offset, uint64_t bytes, unsigned flags);
 int coroutine_fn backend_discard(struct backend *backend, uint64_t offset, uint64_t bytes);
 int coroutine_fn backend_flush(struct backend *backend);

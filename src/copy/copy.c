@@ -16,7 +16,10 @@
  * has nothing to write; locks of `busy` are asked for in the same order, so nobody waits in a circle.
  * 5. Where others write to the target as well (config.target_edge), what a piece does was decided or found out under
  * its lock: data are read there, zeroes looked at again.
- * 6. A cancel is seen at the next look at `control`, and nothing sleeps through one: each wait is woken by it.
+ * 6. A piece of data goes from file to file without memory of ours where the drivers between can do that (edge_copy()),
+ * after a look whether a unit of it may be zero. Whatever comes of it but success is forgotten: the piece is read and
+ * written, which tells who failed.
+ * 7. A cancel is seen at the next look at `control`, and nothing sleeps through one: each wait is woken by it.
  *
  * It knows no job and no graph; it opens, closes and flushes nothing.
  */
@@ -35,8 +38,13 @@
 
 #define RETRY_DELAY_NS (100LL * 1000 * 1000)
 #define FOREVER_NS ((int64_t)3600 * 1000 * 1000 * 1000)
-#define ZERO_PIECES 64      /* a piece of zeroes needs no memory: it may be as long as this many others */
-#define EXTENTS_PER_TURN 64 /* looks at extents before the loop's other work gets its turn */
+#define ZERO_PIECES 64                  /* a piece of zeroes needs no memory: it may be as long as this many others */
+#define OFFLOAD_UNITS 32                /* looking into more units of a piece than that costs more than is won */
+#define OFFLOAD_PEEK 512                /* what is zero as a whole begins with so many zeroes */
+#define OFFLOAD_WIDTH 3                 /* one reads while another one writes, and one is on its way */
+#define COMPANY_NS (20LL * 1000 * 1000) /* so long after a client's request we share the processors with it */
+#define OFFLOAD_REST 16                 /* pieces that are read and written after one that could not be offloaded */
+#define EXTENTS_PER_TURN 64             /* looks at extents before the loop's other work gets its turn */
 
 struct copy {
     struct copy_config config;
@@ -54,6 +62,8 @@ struct copy {
     struct dirty *dirty; /* of the running copy_dirty() */
     bool urgent;
     unsigned looks;
+    bool offloads;           /* the last piece was; at first, it may be */
+    unsigned offload_rest;   /* pieces until the next try */
     uint64_t launched, turn; /* ordered: the next number to be given, and the one whose turn it is */
     struct list in_line;     /* ordered: struct copy_piece that wait for their turn, by in_line */
     uint64_t pass;           /* how far the running copy_dirty() has come in its dirty bitmap */
@@ -98,6 +108,13 @@ static uint64_t buffer_bytes(const struct copy *copy)
     return copy->config.piece * (copy->config.shown ? 2 : 1);
 }
 
+/* Are there pieces that need not come into memory, because nobody wants to look at all of it? */
+static bool copy_may_offload(const struct copy_config *config)
+{
+    return config->source && !config->read && !config->shown && config->target &&
+           !(config->write_flags & REQUEST_COMPRESSED);
+}
+
 struct copy *copy_create(const struct copy_config *config)
 {
     struct copy *copy = g_new0(struct copy, 1);
@@ -112,6 +129,7 @@ struct copy *copy_create(const struct copy_config *config)
     if (own->zero_alignment) {
         own->zero_alignment = max_u64(own->zero_alignment, own->alignment);
     }
+    copy->offloads = copy_may_offload(own);
     range_lock_init(&copy->own_busy);
     copy->busy = own->busy ? own->busy : &copy->own_busy;
     list_init(&copy->resting);
@@ -390,6 +408,57 @@ static int coroutine_fn piece_zero_again(struct copy_piece *piece, bool *ret_rea
     return result;
 }
 
+/* --- offload --- */
+
+static int coroutine_fn source_read(const struct copy_config *config, uint64_t offset, uint64_t bytes, void *memory)
+{
+    struct iovec iov = {memory, bytes};
+    return config->target_edge ? edge_read(backend_edge(config->source), offset, bytes, buffers_one(&iov), 0)
+                               : backend_read(config->source, offset, bytes, buffers_one(&iov), 0);
+}
+
+/* May one of its units be zero, or could it not be read? */
+static bool coroutine_fn piece_may_hold_zeroes(const struct copy_piece *piece)
+{
+    const struct copy_config *config = &piece->copy->config;
+    uint64_t unit = max_u64(config->zero_alignment, config->alignment), end = piece->offset + piece->bytes;
+    char memory[OFFLOAD_PEEK];
+    for (uint64_t at = piece->offset; config->zero_alignment && at < end; at = align_down(at, unit) + unit) {
+        uint64_t bytes = min_u64(end - at, sizeof(memory));
+        if (source_read(config, at, bytes, memory) < 0 || memory_is_zero(memory, bytes)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Is it done? */
+static bool coroutine_fn piece_offload(struct copy_piece *piece)
+{
+    struct copy *copy = piece->copy;
+    const struct copy_config *config = &copy->config;
+    struct iovec memory = {piece->buffer, piece->bytes};
+    uint64_t unit = max_u64(config->zero_alignment, config->alignment);
+    if (!copy_may_offload(config) || (config->zero_alignment && piece->bytes > OFFLOAD_UNITS * unit)) {
+        return false;
+    }
+    if (copy->offload_rest) {
+        copy->offload_rest--;
+        return false;
+    }
+    if (piece_may_hold_zeroes(piece)) {
+        return false;
+    }
+    turn_wait(piece);
+    int result = config->target_edge ? edge_copy(backend_edge(config->source), piece->offset, config->target_edge,
+                                                 piece->offset, piece->bytes, config->write_flags, memory)
+                                     : backend_copy(config->source, piece->offset, config->target, piece->offset,
+                                                    piece->bytes, config->write_flags, memory);
+    copy->offloads = result == 0;
+    copy->offload_rest = result < 0 ? OFFLOAD_REST : 0;
+    return result == 0;
+}
+
 static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
 {
     const struct copy_config *config = &piece->copy->config;
@@ -399,6 +468,9 @@ static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
         turn_pass(piece);
         return config->target_edge && piece->copy->dirty ? piece_zero_again(piece, ret_reading)
                                                          : zero_run(config, piece->offset, piece->bytes);
+    }
+    if (piece_offload(piece)) {
+        return 0;
     }
     int result = piece_read(piece);
     if (result < 0) {
@@ -631,11 +703,22 @@ static int coroutine_fn copy_next(struct copy *copy, struct copy_piece **ret)
     return 0;
 }
 
+/* How many pieces may be in flight. What is offloaded keeps a processor busy, and clients need one. */
+static unsigned copy_width(const struct copy *copy)
+{
+    const struct copy_config *config = &copy->config;
+    if (!copy->offloads) {
+        return config->workers;
+    }
+    bool company = loop_now_ns() - backend_client_ns(config->source) < COMPANY_NS;
+    return MIN(config->workers, company ? 1 : OFFLOAD_WIDTH);
+}
+
 /* Waits until the piece may go; 0, or -EAGAIN when something else has to be looked at first. */
 static int coroutine_fn copy_admit(struct copy *copy, struct copy_piece *piece)
 {
     struct copy_control *control = copy->config.control;
-    if (copy->in_flight >= copy->config.workers) {
+    if (copy->in_flight >= copy_width(copy)) {
         copy_sleep(copy, FOREVER_NS);
         return -EAGAIN;
     }

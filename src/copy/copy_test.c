@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The copy engine between two nodes in memory: what is found zero or shown already, in which order pieces begin to be
- * written, comparing, and what failures do to the order. Dirty copies are tested with the jobs that use them.
+ * written, comparing, what failures do to the order, what goes from file to file. Dirty copies are tested with the jobs
+ * that use them.
  */
 #include "block/memory_node.h"
 #include "copy/copy.h"
@@ -277,6 +278,205 @@ static void coroutine_fn comparing(void *argument)
     bed_destroy(bed);
 }
 
+/* --- from file to file --- */
+
+/* A node that has its data in a file, or takes them from one: the "file" is memory. */
+static struct {
+    struct node *source;
+    unsigned found, offloaded, refused;
+    int refuse; /* so many are refused, by the one or the other */
+    bool source_refuses;
+} files;
+
+static int coroutine_fn place_read(struct node *node, uint64_t offset, uint64_t bytes, struct buffers to,
+                                   unsigned flags)
+{
+    struct buffers_elsewhere *elsewhere = buffers_elsewhere(to);
+    if (!elsewhere) {
+        return memory_read(node, offset, bytes, to, flags);
+    }
+    if (files.source_refuses) {
+        return -ENOTSUP;
+    }
+    files.found++;
+    files.source = node;
+    /* In two parts: what is found comes as it is stored. */
+    uint64_t half = bytes / 2;
+    int result = half ? elsewhere->found(elsewhere, NULL, offset, to.skip, half) : 0;
+    return result == 0 ? elsewhere->found(elsewhere, NULL, offset + half, to.skip + half, bytes - half) : result;
+}
+
+static int coroutine_fn place_write(struct node *node, uint64_t offset, uint64_t bytes, struct buffers from,
+                                    unsigned flags)
+{
+    const struct buffers_elsewhere *elsewhere = buffers_elsewhere(from);
+    if (!elsewhere) {
+        return log_write(node, offset, bytes, from, flags);
+    }
+    g_assert(elsewhere->memory.iov_len > 0);
+    inside++;
+    most_inside = MAX(most_inside, inside);
+    coroutine_pause();
+    inside--;
+    if (files.refuse > 0 && bytes < PIECE / 2 + 1 && offset % PIECE) { /* the second half */
+        files.refuse--;
+        files.refused++;
+        return -ENOTSUP;
+    }
+    files.offloaded += bytes;
+    memcpy(memory_of(node)->data + offset, memory_of(files.source)->data + elsewhere->offset + from.skip, bytes);
+    return 0;
+}
+
+static const struct driver place_driver = {
+    .name = "place",
+    .kind = DRIVER_FORMAT,
+    .state_size = sizeof(struct memory_state),
+    .offloads = true,
+    .read = place_read,
+    .write = place_write,
+    .write_zeroes = memory_write_zeroes,
+};
+
+struct offload_bed {
+    struct bed *bed;
+    struct node *source, *target;
+    struct backend *client;
+};
+
+static struct node *coroutine_fn place_node(struct graph *graph, const char *name)
+{
+    struct node *node = node_create(graph, &place_driver, name);
+    atomic_store(&node->size, MEMORY_SIZE);
+    node->writable = node->wants_writable = node->open = node->monitor_owned = node->discard = true;
+    node_publish(node);
+    return node;
+}
+
+static void coroutine_fn offload_begin(struct offload_bed *ret)
+{
+    struct bed *bed = bed_create();
+    backend_destroy(bed->target);
+    *ret = (struct offload_bed){
+        .bed = bed, .source = place_node(bed->graph, "from"), .target = place_node(bed->graph, "to")};
+    memcpy(memory_of(ret->source)->data, bed->source, MEMORY_SIZE);
+    bed->config.source = memory_backend(bed->graph, "source", ret->source, ACCESS_ALL);
+    bed->config.target = bed->target = memory_backend(bed->graph, "target", ret->target, ACCESS_ALL);
+    bed->config.read = NULL;
+    ret->client = memory_backend(bed->graph, "client", ret->source, ACCESS_ALL);
+    memset(&files, 0, sizeof(files));
+}
+
+/* Copies, and looks at what came of it; a target of zeroes again afterwards. */
+static void coroutine_fn offload_copy(struct offload_bed *bed, unsigned offloaded)
+{
+    files.offloaded = most_inside = logged = 0;
+    g_assert_cmpint(bed_copy(bed->bed), ==, 0);
+    g_assert(!memcmp(memory_of(bed->target)->data, memory_of(bed->source)->data, MEMORY_SIZE));
+    g_assert_cmpuint(files.offloaded, ==, offloaded);
+    memset(memory_of(bed->target)->data, 0, MEMORY_SIZE);
+}
+
+static void coroutine_fn offload_end(struct offload_bed *bed)
+{
+    backend_destroy(bed->client);
+    backend_destroy(bed->bed->config.source);
+    bed_destroy(bed->bed);
+}
+
+/* All that may be goes from file to file; what may not, or is refused half-way, is read and written. */
+static void coroutine_fn offloading(void *argument)
+{
+    struct offload_bed bed;
+    offload_begin(&bed);
+    bed.bed->config.workers = 1;
+    offload_copy(&bed, MEMORY_SIZE);
+    g_assert_cmpuint(memory_of(bed.source)->reads, ==, 0);
+    g_assert_cmpuint(logged, ==, 0);
+    /* The first piece, half of which is there already: it and all within the rest after it are not tried. */
+    files.refuse = 1;
+    offload_copy(&bed, PIECE / 2);
+    g_assert_cmpuint(files.refused, ==, 1);
+    g_assert_cmpuint(logged, ==, PIECES);
+    /* A source that cannot. */
+    files.source_refuses = true;
+    offload_copy(&bed, 0);
+    g_assert_cmpuint(logged, ==, PIECES);
+    files.source_refuses = false;
+    /* Who wants to look at the data has to have them. */
+    bed.target->detect_zeroes = true;
+    offload_copy(&bed, 0);
+    bed.target->detect_zeroes = false;
+    offload_end(&bed);
+}
+
+/* After a rest it is tried again: in pieces of half the size there are enough. */
+static void coroutine_fn offloading_again(void *argument)
+{
+    struct offload_bed bed;
+    offload_begin(&bed);
+    bed.bed->config.workers = 1;
+    bed.bed->config.piece = PIECE / 2;
+    files.refuse = 1;
+    /* The first piece is refused with one half of it done, and the 16 after it are not tried. */
+    offload_copy(&bed, MEMORY_SIZE - 17 * PIECE / 2 + PIECE / 4);
+    g_assert_cmpuint(logged, ==, 17);
+    offload_end(&bed);
+}
+
+/* Zeroes in units are found by their beginning, and nowhere else. */
+static void coroutine_fn offloading_zeroes(void *argument)
+{
+    struct offload_bed bed;
+    offload_begin(&bed);
+    bed.bed->config.zero_alignment = 1024;
+    memset(memory_of(bed.source)->data + 3 * PIECE + 1024, 0, 1024);
+    memset(memory_of(bed.source)->data + 5 * PIECE + 512, 0, 1024); /* in two units: the second looks like one */
+    memset(memory_of(bed.source)->data + 7 * PIECE + 8, 0, 1000);   /* does not */
+    offload_copy(&bed, MEMORY_SIZE - 2 * PIECE);
+    g_assert_cmpuint(memory_of(bed.target)->zeroes, ==, 1);
+    offload_end(&bed);
+}
+
+/* While a client's requests come, one piece at a time is under way; else several. */
+static void coroutine_fn offloading_in_company(void *argument)
+{
+    struct offload_bed bed;
+    char byte;
+    struct iovec iov = {&byte, 1};
+    offload_begin(&bed);
+    offload_copy(&bed, MEMORY_SIZE);
+    g_assert_cmpuint(most_inside, >, 1);
+    g_assert_cmpuint(most_inside, <, COPY_WORKERS);
+    g_assert_cmpint(backend_read(bed.client, 0, 1, buffers_one(&iov), 0), ==, 0);
+    offload_copy(&bed, MEMORY_SIZE);
+    g_assert_cmpuint(most_inside, >, 1);
+    backend_set_client(bed.client);
+    g_assert_cmpint(backend_read(bed.client, 0, 1, buffers_one(&iov), 0), ==, 0);
+    g_assert_cmpint(loop_now_ns() - backend_client_ns(bed.client), <, 1000000);
+    offload_copy(&bed, MEMORY_SIZE);
+    g_assert_cmpuint(most_inside, ==, 1);
+    offload_end(&bed);
+}
+
+/* Whatever is long is copied in what memory there is; one piece is the least. */
+static void coroutine_fn bounded_memory(void *argument)
+{
+    struct bed *bed = bed_create();
+    for (unsigned i = 0; i < PIECES; i++) {
+        bed->delays[i] = 3;
+    }
+    bed->config.memory = 3 * PIECE;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(most_inside, ==, 3);
+    most_inside = 0;
+    bed->config.memory = 1;
+    g_assert_cmpint(bed_copy(bed), ==, 0);
+    g_assert_cmpuint(most_inside, ==, 1);
+    g_assert(!memcmp(bed_content(bed), bed->source, MEMORY_SIZE));
+    bed_destroy(bed);
+}
+
 static void in_coroutine_of(const void *entry)
 {
     in_coroutine(entry);
@@ -291,5 +491,10 @@ int main(int argc, char **argv)
     g_test_add_data_func("/copy/zero-runs", zero_runs, in_coroutine_of);
     g_test_add_data_func("/copy/shown-already", shown_already, in_coroutine_of);
     g_test_add_data_func("/copy/comparing", comparing, in_coroutine_of);
+    g_test_add_data_func("/copy/offloading", offloading, in_coroutine_of);
+    g_test_add_data_func("/copy/offloading-again", offloading_again, in_coroutine_of);
+    g_test_add_data_func("/copy/offloading-zeroes", offloading_zeroes, in_coroutine_of);
+    g_test_add_data_func("/copy/offloading-in-company", offloading_in_company, in_coroutine_of);
+    g_test_add_data_func("/copy/bounded-memory", bounded_memory, in_coroutine_of);
     return g_test_run();
 }

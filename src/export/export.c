@@ -255,6 +255,7 @@ static int coroutine_fn export_attach(struct export *export, const struct block_
     struct node *node = operation.bound[CLAIM_NODE];
     g_autofree char *owner = g_strdup_printf("export %s", export->id);
     export->backend = backend_create(graph, owner);
+    backend_set_client(export->backend);
     r = backend_attach_locked(export->backend, node, operation_granted(export->operation, node), err);
     if (r == 0) {
         backend_follow(export->backend, export->operation, CLAIM_NODE);

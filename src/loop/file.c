@@ -102,13 +102,33 @@ static int coroutine_fn file_move(struct file *file, bool write, uint64_t offset
     return r;
 }
 
+static int coroutine_fn file_take(struct file *file, uint64_t offset, uint64_t bytes, struct buffers from, bool fua)
+{
+    const struct buffers_elsewhere *elsewhere = buffers_elsewhere(from);
+    uint64_t place = elsewhere->offset + from.skip;
+
+    if (fua || !file->ops->copy || file->ops != elsewhere->file->ops || place > INT64_MAX ||
+        bytes > INT64_MAX - place || offset > INT64_MAX || bytes > INT64_MAX - offset) {
+        return -ENOTSUP;
+    }
+    return file->ops->copy(elsewhere->file, place, file, offset, bytes, elsewhere->memory);
+}
+
 int coroutine_fn file_read(struct file *file, uint64_t offset, uint64_t bytes, struct buffers to)
 {
+    struct buffers_elsewhere *elsewhere = buffers_elsewhere(to);
+
+    if (elsewhere) {
+        return elsewhere->found(elsewhere, file, offset, to.skip, bytes);
+    }
     return file_move(file, false, offset, bytes, to, false);
 }
 
 int coroutine_fn file_write(struct file *file, uint64_t offset, uint64_t bytes, struct buffers from, bool fua)
 {
+    if (buffers_elsewhere(from)) {
+        return file_take(file, offset, bytes, from, fua);
+    }
     return file_move(file, true, offset, bytes, from, fua);
 }
 

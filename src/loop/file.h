@@ -35,9 +35,11 @@ struct file_info {
 int coroutine_fn file_open(const char *path, unsigned flags, struct file **ret, struct error **err);
 void coroutine_fn file_close(struct file *file); /* accepts NULL */
 int coroutine_fn file_info(struct file *file, struct file_info *ret);
-/* Reads exactly `bytes`; what lies behind the end of the file reads as zeroes. */
+/* Reads exactly `bytes`; what lies behind the end of the file reads as zeroes. Into a view of bytes that are elsewhere:
+ * tells it where they are. */
 int coroutine_fn file_read(struct file *file, uint64_t offset, uint64_t bytes, struct buffers to);
-/* Writes exactly `bytes`; fua: on stable storage before it returns (RWF_DSYNC). */
+/* Writes exactly `bytes`; fua: on stable storage before it returns (RWF_DSYNC). Of bytes that are elsewhere, all, some
+ * or none have been written when it fails: -ENOTSUP where that gains nothing over reading and writing them. */
 int coroutine_fn file_write(struct file *file, uint64_t offset, uint64_t bytes, struct buffers from, bool fua);
 int coroutine_fn file_sync(struct file *file); /* fdatasync */
 

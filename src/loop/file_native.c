@@ -4,7 +4,10 @@
  * way a call goes:
  * - memory file systems (tmpfs, ramfs) never wait for a device: short transfers and small changes are made at once,
  *   long transfers on the worker pool. The kernel lets one writer at a time into such a file, and the others burn a
- *   processor meanwhile: long writes go there in a lane;
+ *   processor meanwhile: long writes go there in a lane, and are made in steps, between which short ones get in;
+ * - from one memory file to another one worker reads and writes, step by step, while another one reads the next: so a
+ *   step is in that processor's cache when it is written. copy_file_range() takes as long there, and reads with the
+ *   target locked;
  * - cached files: a read first takes what the page cache has (RWF_NOWAIT); the rest, and all writes, wait
  *   through the loop's engine;
  * - direct files (O_DIRECT) and block devices: through the engine;
@@ -21,6 +24,7 @@
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +38,12 @@
 /* Longer transfers of a memory file are made by the worker pool: several at once use more than one processor, and the
  * loop serves others meanwhile. */
 #define INLINE_TRANSFER_MAX (256 * KiB)
+/* Long writes go on in steps of so many bytes: about what a short one waits that comes in between. */
+#define LANE_STEP (128 * KiB)
+/* A copy reads so much at a time, which stays in a processor's cache until it is written. */
+#define COPY_STEP (512 * KiB)
+/* For how many yields of its processor a long write lets a short one go first. */
+#define LANE_YIELDS 64
 /* Budget that an inline transfer takes: one unit, and one for so many bytes. */
 #define BYTES_PER_UNIT (32 * KiB)
 
@@ -45,6 +55,8 @@ struct native_file {
     bool block_device;
     unsigned alignment, memory_alignment;
     struct worker_lane *writes; /* of a memory file: its long writes */
+    struct worker_turn turn;    /* of a memory file: writing at length */
+    atomic_uint short_writes;   /* of a memory file: those in the kernel just now */
     atomic_bool nowait;         /* RWF_NOWAIT works */
     atomic_bool durable;        /* RWF_DSYNC works */
 };
@@ -181,6 +193,7 @@ static int open_work(void *argument)
         return r;
     }
     file->writes = file->memory ? worker_lane_create() : NULL;
+    worker_turn_init(&file->turn);
     job->file = file;
     return 0;
 }
@@ -213,6 +226,7 @@ static void coroutine_fn native_close(struct file *file)
 {
     worker_run(close_work, native(file));
     worker_lane_destroy(native(file)->writes);
+    worker_turn_destroy(&native(file)->turn);
     g_free(native(file));
 }
 
@@ -242,7 +256,7 @@ static ssize_t transfer_now(int fd, bool write, const struct iovec *iov, unsigne
 }
 
 struct transfer_job {
-    int fd;
+    struct native_file *file;
     bool write;
     const struct iovec *iov;
     unsigned count;
@@ -254,8 +268,89 @@ static int transfer_work(void *argument)
 {
     struct transfer_job *job = argument;
 
-    job->moved = transfer_now(job->fd, job->write, job->iov, job->count, job->offset, 0);
+    job->moved = transfer_now(job->file->fd, job->write, job->iov, job->count, job->offset, 0);
     return 0;
+}
+
+/* Between two steps of a long write: the kernel would let whoever writes already go on before who waits. */
+static void lane_give_way(struct native_file *file)
+{
+    for (unsigned i = 0; i < LANE_YIELDS && atomic_load_explicit(&file->short_writes, memory_order_relaxed); i++) {
+        sched_yield();
+    }
+}
+
+/* A long write. Returns how much of it was written, or a negative errno. */
+static ssize_t write_in_steps(struct native_file *file, const char *memory, size_t bytes, uint64_t offset)
+{
+    size_t done = 0;
+    ssize_t moved = 0;
+
+    worker_turn_begin(&file->turn);
+    while (done < bytes) {
+        struct iovec step = {(char *)memory + done, MIN(bytes - done, LANE_STEP)};
+
+        if (done + step.iov_len == bytes) {
+            worker_turn_end_soon(&file->turn);
+        }
+        moved = transfer_now(file->fd, true, &step, 1, offset + done, 0);
+        if (moved <= 0) {
+            break;
+        }
+        done += (size_t)moved;
+        lane_give_way(file);
+    }
+    worker_turn_end(&file->turn);
+    return done ? (ssize_t)done : moved;
+}
+
+static int lane_write_work(void *argument)
+{
+    struct transfer_job *job = argument;
+
+    if (job->count > 1) {
+        return transfer_work(job);
+    }
+    job->moved = write_in_steps(job->file, job->iov->iov_base, job->iov->iov_len, job->offset);
+    return 0;
+}
+
+struct copy_job {
+    struct native_file *from, *to;
+    uint64_t from_offset, to_offset, bytes;
+    struct iovec memory;
+};
+
+static int copy_work(void *argument)
+{
+    struct copy_job *job = argument;
+
+    while (job->bytes) {
+        struct iovec step = {job->memory.iov_base, min_u64(job->bytes, MIN(job->memory.iov_len, COPY_STEP))};
+        ssize_t moved = transfer_now(job->from->fd, false, &step, 1, job->from_offset, 0);
+
+        if (moved > 0) {
+            moved = write_in_steps(job->to, step.iov_base, (size_t)moved, job->to_offset);
+        }
+        if (moved <= 0) {
+            return -ENOTSUP; /* at the end of the file too; what is wrong, reading and writing finds out */
+        }
+        job->bytes -= (uint64_t)moved;
+        job->from_offset += (uint64_t)moved;
+        job->to_offset += (uint64_t)moved;
+    }
+    return 0;
+}
+
+static int coroutine_fn native_copy(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset,
+                                    uint64_t bytes, struct iovec memory)
+{
+    struct copy_job job = {native(from), native(to), offset, to_offset, bytes, memory};
+
+    if (!job.from->memory || !job.to->memory) {
+        return -ENOTSUP;
+    }
+    return worker_run(copy_work, &job);
 }
 
 /* A transfer of a memory file. */
@@ -265,16 +360,22 @@ static ssize_t coroutine_fn transfer_memory(struct native_file *file, bool write
     ssize_t moved;
 
     if (iov_bytes(iov, count) > INLINE_TRANSFER_MAX) {
-        struct transfer_job job = {.fd = file->fd, .write = write, .iov = iov, .count = count, .offset = offset};
+        struct transfer_job job = {.file = file, .write = write, .iov = iov, .count = count, .offset = offset};
 
         if (write) {
-            worker_lane_run(file->writes, transfer_work, &job);
+            worker_lane_run(file->writes, lane_write_work, &job);
         } else {
             worker_run(transfer_work, &job);
         }
         return job.moved;
     }
-    moved = transfer_now(file->fd, write, iov, count, offset, 0);
+    if (write) {
+        atomic_fetch_add_explicit(&file->short_writes, 1, memory_order_relaxed);
+        moved = transfer_now(file->fd, true, iov, count, offset, 0);
+        atomic_fetch_sub_explicit(&file->short_writes, 1, memory_order_relaxed);
+    } else {
+        moved = transfer_now(file->fd, false, iov, count, offset, 0);
+    }
     loop_spend(1 + (moved > 0 ? (unsigned)((uint64_t)moved / BYTES_PER_UNIT) : 0));
     return moved;
 }
@@ -721,6 +822,7 @@ const struct file_ops file_native_ops = {
     .info = native_info,
     .read = native_read,
     .write = native_write,
+    .copy = native_copy,
     .sync = native_sync,
     .allocate = native_allocate,
     .truncate = native_truncate,

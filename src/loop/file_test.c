@@ -3,6 +3,7 @@
  * Files on tmpfs, on disk and with O_DIRECT: exact transfers, zeroes behind the end, allocation, extents,
  * locks, many at once from two loops; on both engines.
  */
+#include "base/list.h"
 #include "base/size.h"
 #include "loop/file.h"
 #include "loop/sync.h"
@@ -229,15 +230,118 @@ static void swarm_run(const char *path, unsigned extra)
     loop_thread_join(other);
 }
 
+/* ---- from file to file ---- */
+
+#define COPY_TOTAL (6 * MiB)
+#define COPY_PIECE (1536 * KiB + 4096)
+
+struct file_copying {
+    struct buffers_elsewhere view;
+    struct file *to;
+    uint64_t to_offset;
+};
+
+static int found_to_write(struct buffers_elsewhere *view, struct file *file, uint64_t offset, size_t at, uint64_t bytes)
+{
+    struct file_copying *copying = container_of(view, struct file_copying, view);
+    struct buffers_elsewhere from = {.file = file, .offset = offset, .memory = view->memory};
+
+    return file_write(copying->to, copying->to_offset + at, bytes, buffers_of_elsewhere(&from), false);
+}
+
+static int copy_file(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset, uint64_t bytes)
+{
+    g_autofree char *memory = g_malloc(100000);
+    struct file_copying copying = {
+        .view = {.found = found_to_write, .memory = {memory, 100000}}, .to = to, .to_offset = to_offset};
+
+    return file_read(from, offset, bytes, buffers_of_elsewhere(&copying.view));
+}
+
+struct copying_piece {
+    struct file *from, *to;
+    uint64_t offset, bytes;
+    struct co_group *group;
+};
+
+static void copying_piece_entry(void *argument)
+{
+    struct copying_piece *piece = argument;
+
+    g_assert_cmpint(copy_file(piece->from, piece->offset, piece->to, piece->offset + 4096, piece->bytes), ==, 0);
+    co_group_leave(piece->group);
+}
+
+/* Long pieces at once and short writes between them, all into one file: everything is where it belongs. */
+static void copies_at_once(struct file *from, struct file *to, const char *data)
+{
+    struct copying_piece pieces[COPY_TOTAL / COPY_PIECE + 1];
+    struct co_group group;
+    char mark[4096], back[4096];
+    struct iovec iov = {mark, sizeof(mark)}, iov_back = {back, sizeof(back)};
+
+    co_group_init(&group);
+    for (unsigned i = 0; i < array_size(pieces); i++) {
+        uint64_t offset = (uint64_t)i * COPY_PIECE;
+
+        pieces[i] = (struct copying_piece){from, to, offset, min_u64(COPY_TOTAL - offset, COPY_PIECE), &group};
+        co_group_enter(&group);
+        coroutine_enter(coroutine_create(copying_piece_entry, &pieces[i]));
+    }
+    memset(mark, 0x77, sizeof(mark));
+    for (unsigned i = 0; i < 50; i++) {
+        uint64_t offset = COPY_TOTAL + MiB + i * sizeof(mark);
+
+        g_assert_cmpint(file_write(to, offset, sizeof(mark), buffers_one(&iov), false), ==, 0);
+        g_assert_cmpint(file_read(to, offset, sizeof(back), buffers_one(&iov_back)), ==, 0);
+        g_assert_true(!memcmp(mark, back, sizeof(mark)));
+        coroutine_pause();
+    }
+    co_group_wait(&group);
+    co_group_destroy(&group);
+    char *all = file_memory(COPY_TOTAL);
+    struct iovec whole = {all, COPY_TOTAL};
+
+    g_assert_cmpint(file_read(to, 4096, COPY_TOTAL, buffers_one(&whole)), ==, 0);
+    g_assert_true(!memcmp(all, data, COPY_TOTAL));
+    free(all);
+}
+
+static void copies(const char *path, const char *other)
+{
+    struct file *from = must_open(path, FILE_WRITABLE | FILE_CREATE | FILE_TRUNCATE);
+    struct file *to = must_open(other, FILE_WRITABLE | FILE_CREATE | FILE_TRUNCATE);
+    char *data = file_memory(COPY_TOTAL);
+    struct iovec whole = {data, COPY_TOTAL};
+    struct statfs system;
+
+    fill(data, COPY_TOTAL, 5);
+    g_assert_cmpint(file_write(from, 0, COPY_TOTAL, buffers_one(&whole), false), ==, 0);
+    g_assert_cmpint(statfs(path, &system), ==, 0);
+    if (system.f_type == 0x01021994 /* tmpfs */) {
+        copies_at_once(from, to, data);
+        /* What lies behind the end is no file's. */
+        g_assert_cmpint(copy_file(from, COPY_TOTAL - 4096, to, 0, 8192), ==, -ENOTSUP);
+    } else {
+        g_assert_cmpint(copy_file(from, 0, to, 0, 4096), ==, -ENOTSUP);
+    }
+    g_assert_cmpint(copy_file(from, 0, to, INT64_MAX - 10, 4096), ==, -ENOTSUP);
+    file_close(from);
+    file_close(to);
+    free(data);
+    unlink(other);
+}
+
 static void in_folder(const char *folder)
 {
-    g_autofree char *path = make_path(folder, "file");
+    g_autofree char *path = make_path(folder, "file"), *other = make_path(folder, "other");
 
     transfers(path, 0);
     odd_pieces(path);
     allocation(path);
     locks(path);
     swarm_run(path, 0);
+    copies(path, other);
     g_assert_cmpint(file_unlink(path), ==, 0);
     g_assert_cmpint(file_unlink(path), ==, -ENOENT);
 }

@@ -6,6 +6,7 @@
 #include "loop/coroutine.h"
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 /*
@@ -31,6 +32,18 @@ static inline void coroutine_fn gate_enter(struct gate *gate)
     if (__builtin_expect(atomic_fetch_add(&gate->state, 1) >= GATE_CLOSED, 0)) {
         gate_enter_closed(gate);
     }
+}
+
+/* Goes in if it is open. */
+static inline bool gate_try_enter(struct gate *gate)
+{
+    uint_fast64_t old = atomic_load_explicit(&gate->state, memory_order_relaxed);
+    do {
+        if (old >= GATE_CLOSED) {
+            return false;
+        }
+    } while (!atomic_compare_exchange_weak(&gate->state, &old, old + 1));
+    return true;
 }
 
 /* Goes out. Does not touch the gate any more once a closer may have seen it empty. */

@@ -650,12 +650,40 @@ static int coroutine_fn sim_file_slurp(const char *path, size_t max, char **ret,
     return 0;
 }
 
+/* As the worker pool would: in its own time, with what it has read in `memory`. */
+static int coroutine_fn sim_file_copy(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset,
+                                      uint64_t bytes, struct iovec memory)
+{
+    uint64_t have = 0, at = 0; /* what is in memory, and how much of it has been written */
+
+    while (bytes) {
+        struct iovec iov = {(char *)memory.iov_base + at, have ? have - at : min_u64(bytes, memory.iov_len)};
+        ssize_t moved = have ? sim_file_write(to, to_offset, &iov, 1, false) : sim_file_read(from, offset, &iov, 1);
+
+        if (moved <= 0) {
+            return -ENOTSUP;
+        }
+        if (!have) {
+            have = (uint64_t)moved;
+            offset += have;
+            continue;
+        }
+        at += (uint64_t)moved;
+        to_offset += (uint64_t)moved;
+        bytes -= (uint64_t)moved;
+        have = at < have ? have : 0;
+        at = have ? at : 0;
+    }
+    return 0;
+}
+
 const struct file_ops sim_file_ops = {
     .open = sim_file_open,
     .close = sim_file_close,
     .info = sim_file_info,
     .read = sim_file_read,
     .write = sim_file_write,
+    .copy = sim_file_copy,
     .sync = sim_file_sync,
     .allocate = sim_file_allocate,
     .truncate = sim_file_truncate,

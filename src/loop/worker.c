@@ -7,6 +7,9 @@
  * 3. a thread that waited IDLE_SECONDS without a job ends: an idle process has no workers.
  * Nobody joins the threads: they hold nothing that outlives a job.
  *
+ * A turn is a lock whose holder announces its end: a worker that sleeps takes longer to wake up than a processor takes
+ * to do what the turn is for. Between announcement and end the next one yields its processor, and does not sleep.
+ *
  * A lane is a queue of its own whose jobs one worker at a time does in order. It stands in the pool's queue as one job
  * while it has any; its worker does not look at it again once its last job's coroutine may run, which may free it.
  */
@@ -16,6 +19,7 @@
 #include <errno.h>
 #include <glib.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <time.h>
 
@@ -216,6 +220,62 @@ int coroutine_fn worker_lane_run(struct worker_lane *lane, int (*work)(void *arg
     }
     coroutine_yield();
     return job.result;
+}
+
+/* ---- turns ---- */
+
+void worker_turn_init(struct worker_turn *turn)
+{
+    *turn = (struct worker_turn){.waiting = 0};
+    pthread_mutex_init(&turn->guard, NULL);
+    pthread_cond_init(&turn->nearly_over, NULL);
+}
+
+void worker_turn_destroy(struct worker_turn *turn)
+{
+    g_assert(!atomic_load(&turn->taken) && !turn->waiting);
+    pthread_cond_destroy(&turn->nearly_over);
+    pthread_mutex_destroy(&turn->guard);
+}
+
+void worker_turn_begin(struct worker_turn *turn)
+{
+    while (atomic_exchange(&turn->taken, true)) {
+        if (atomic_load(&turn->ending)) {
+            sched_yield();
+            continue;
+        }
+        pthread_mutex_lock(&turn->guard);
+        turn->waiting++;
+        /* Whoever ends it, or says so, after this look finds us waiting. */
+        if (atomic_load(&turn->taken) && !atomic_load(&turn->ending)) {
+            pthread_cond_wait(&turn->nearly_over, &turn->guard);
+        }
+        turn->waiting--;
+        pthread_mutex_unlock(&turn->guard);
+    }
+}
+
+static void turn_wake_one(struct worker_turn *turn)
+{
+    pthread_mutex_lock(&turn->guard);
+    if (turn->waiting) {
+        pthread_cond_signal(&turn->nearly_over);
+    }
+    pthread_mutex_unlock(&turn->guard);
+}
+
+void worker_turn_end_soon(struct worker_turn *turn)
+{
+    atomic_store(&turn->ending, true);
+    turn_wake_one(turn);
+}
+
+void worker_turn_end(struct worker_turn *turn)
+{
+    atomic_store(&turn->ending, false);
+    atomic_store(&turn->taken, false);
+    turn_wake_one(turn);
 }
 
 int coroutine_fn worker_run(int (*work)(void *argument), void *argument)

@@ -3,6 +3,9 @@
 #define INTERLOCK_LOOP_WORKER_H
 
 #include "loop/coroutine.h"
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 
 /* Runs `work` on the process-wide worker pool while the coroutine sleeps; returns what it returned.
  * For what has no asynchronous system call, and for computing that would hold up a loop. */
@@ -16,5 +19,21 @@ struct worker_lane;
 struct worker_lane *worker_lane_create(void);
 void worker_lane_destroy(struct worker_lane *lane); /* accepts NULL */
 int coroutine_fn worker_lane_run(struct worker_lane *lane, int (*work)(void *argument), void *argument);
+
+/*
+ * A turn, for the same in the middle of a job that does other things as well: one worker at a time has it. Who has it
+ * says when it is nearly over, so that the next one is awake by then. Any thread but a loop's.
+ */
+struct worker_turn {
+    pthread_mutex_t guard;
+    pthread_cond_t nearly_over;
+    atomic_bool taken, ending;
+    unsigned waiting; /* asleep */
+};
+void worker_turn_init(struct worker_turn *turn);
+void worker_turn_destroy(struct worker_turn *turn);
+void worker_turn_begin(struct worker_turn *turn);
+void worker_turn_end_soon(struct worker_turn *turn); /* a hint; not asked for */
+void worker_turn_end(struct worker_turn *turn);
 
 #endif

@@ -263,6 +263,7 @@ const struct driver driver_track = {
     .kind = DRIVER_FILTER,
     .state_size = sizeof(struct track),
     .write_if_unallocated = true,
+    .offloads = true,
     .write = track_write,
     .write_zeroes = track_write_zeroes,
     .discard = track_discard,

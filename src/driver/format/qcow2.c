@@ -406,6 +406,7 @@ const struct driver driver_qcow2 = {
     .state_size = sizeof(struct qcow2),
     .backing = true,
     .write_if_unallocated = true,
+    .offloads = true,
     .compresses = true,
     .open = qcow2_open,
     .close = qcow2_close,

@@ -14,6 +14,9 @@ int coroutine_fn qcow2_data_read(struct qcow2 *image, uint64_t host, uint64_t gu
 {
     struct edge *edge = qcow2_data_edge(image);
     if (edge && image->crypto) {
+        if (buffers_elsewhere(to)) {
+            return -ENOTSUP;
+        }
         return qcow2_crypto_read(image->crypto, edge, host, guest, bytes, to);
     }
     return edge ? edge_read(edge, host, bytes, to, 0) : -ENOMEDIUM;
@@ -24,6 +27,9 @@ int coroutine_fn qcow2_data_write(struct qcow2 *image, uint64_t host, uint64_t g
 {
     struct edge *edge = qcow2_data_edge(image);
     if (edge && image->crypto) {
+        if (buffers_elsewhere(from)) {
+            return -ENOTSUP;
+        }
         return qcow2_crypto_write(image->crypto, edge, host, guest, bytes, from);
     }
     return edge ? edge_write(edge, host, bytes, from, 0) : -ENOMEDIUM;

@@ -66,6 +66,9 @@ int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, 
         code = qcow2_lookup(image, offset, bytes, &run);
         unsigned parity = qcow2_epoch_enter(image);
         co_mutex_unlock(&image->lock);
+        if (code == 0 && run.kind == QCOW2_COMPRESSED_DATA && buffers_elsewhere(to)) {
+            code = -ENOTSUP;
+        }
         if (code == 0) {
             tell_read(image, &run);
         }

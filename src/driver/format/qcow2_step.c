@@ -176,6 +176,9 @@ static int coroutine_fn write_step(struct step *step)
     if (head + tail == 0) {
         return write_at(step, step->offset, step->bytes, step->from);
     }
+    if (buffers_elsewhere(step->from)) {
+        return -ENOTSUP;
+    }
     unsigned room = step->from.count + 2 + (head + tail) / sizeof(zeroes) + 2;
     struct iovec few[32];
     g_autofree struct iovec *many = NULL;

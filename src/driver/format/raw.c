@@ -136,6 +136,7 @@ const struct driver driver_raw = {
     .id = BLOCKDEV_DRIVER_RAW,
     .kind = DRIVER_FORMAT,
     .state_size = sizeof(struct raw_state),
+    .offloads = true,
     .open = raw_open,
     .read = raw_read,
     .write = raw_write,

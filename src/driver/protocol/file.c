@@ -341,6 +341,7 @@ const struct driver driver_file = {
     .kind = DRIVER_PROTOCOL,
     .state_size = sizeof(struct file_state),
     .grows_on_write = true,
+    .offloads = true,
     .open = file_driver_open,
     .close = file_driver_close,
     .read = file_driver_read,
