@@ -190,15 +190,18 @@ class Commands(TestCase):
         self.run_both(script, ["lost"], self.prepare)
 
     def test_random_commands_and_writes_leave_the_peers_bits(self):
-        """The same writes and commands on ours and the peer's, then the same digests; mixed granularities."""
+        """The same writes, commands and transactions (half of which fail at their end) on ours and the peer's, then the same
+        digests; mixed granularities."""
         steps = scale(120, 1500)
         size = 4 * MIB + 5 * 512
         random = self.random
         script = []
         names = {}
         for _ in range(steps):
-            verb = random.randrange(10)
-            if verb < 5 or not names:
+            verb = random.randrange(12)
+            if verb >= 10 and len(names) > 3:
+                script.append(self.draw_transaction(names))
+            elif verb < 5 or not names:
                 length = random.choice([1, 512, 4096, 70000, 300000])
                 script.append(("write", random.randrange(size - length), length))
             elif verb == 5:
@@ -218,6 +221,41 @@ class Commands(TestCase):
         digests = [self.play(script, size, command) for command in BOTH]
         self.assertEqual(*digests)
 
+    def draw_transaction(self, names):
+        """No bitmap is in it twice: what one action of a transaction shows to the next differs."""
+        random = self.random
+        first, second, third, fourth = random.sample(list(names), 4)
+        actions = [(random.choice([ENABLE, DISABLE]), first), (CLEAR, second), (MERGE, third, [fourth])]
+        if random.random() < 0.5:
+            actions.append((REMOVE, random.choice([name for name in names if name not in (first, second, third, fourth)] or
+                                                  [None])))
+        actions = [action for action in actions if action[1]]
+        random.shuffle(actions)
+        works = random.random() < 0.5
+        if works:
+            for action in actions:
+                if action[0] == REMOVE:
+                    del names[action[1]]
+        return ("transaction", works, actions)
+
+    @staticmethod
+    def arguments(place, verb, first, rest):
+        """What a command takes; `place` says which node a bitmap belongs to."""
+        if verb == MERGE:
+            sources = [{"node": place[source], "name": source} for source in rest[0]]
+            return {"node": place[first], "target": first, "bitmaps": sources}
+        return {"node": place[first], "name": first, **(rest[0] if rest else {})}
+
+    def transact(self, daemon, place, works, actions):
+        sent = [{"type": verb, "data": self.arguments(place, verb, first, rest)} for verb, first, *rest in actions]
+        if works:
+            daemon.qmp.execute("transaction", {"actions": sent})
+            for verb, first, *_ in actions:
+                if verb == REMOVE:
+                    del place[first]
+        else:
+            self.assert_refused("abort", daemon.qmp.execute, "transaction", {"actions": [*sent, {"type": "abort", "data": {}}]})
+
     def play(self, script, size, command):
         prefix = "peer" if command else "ours"
         paths = {node: self.create_image(f"{prefix}-{node}.qcow2", size) for node in ("one", "two")}
@@ -233,16 +271,15 @@ class Commands(TestCase):
                 if verb == "write":
                     handle.pwrite(bytes([number % 256]) * rest[0], first)
                     continue
-                if verb == ADD:
-                    place[first] = "two" if number % 4 == 0 else "one"
-                    daemon.qmp.execute(ADD, {"node": place[first], "name": first, **rest[0]})
-                elif verb == MERGE:
-                    sources = [{"node": place[source], "name": source} for source in rest[0]]
-                    daemon.qmp.execute(MERGE, {"node": place[first], "target": first, "bitmaps": sources})
+                if verb == "transaction":
+                    self.transact(daemon, place, first, *rest)
                 else:
-                    daemon.qmp.execute(verb, {"node": place[first], "name": first})
+                    if verb == ADD:
+                        place[first] = "two" if number % 4 == 0 else "one"
+                    daemon.qmp.execute(verb, self.arguments(place, verb, first, rest))
                     if verb == REMOVE:
                         del place[first]
+                digests.append({node: bitmaps_of(daemon, node) for node in paths})
                 for name, node in place.items():
                     digests.append((name, daemon.qmp.execute(SHA, {"node": node, "name": name})["sha256"]))
         daemon.stop()
@@ -693,8 +730,9 @@ class Increments(TestCase):
         old = self.bitmap
         self.number += 1
         self.bitmap = f"increment{self.number}"
-        self.bitmap_add(self.bitmap)
-        self.server.qmp.execute(DISABLE, {"node": "disk", "name": old})
+        new = {"node": "disk", "name": self.bitmap, "persistent": True, "granularity": 512 << self.random.randrange(9)}
+        self.server.qmp.execute("transaction", {"actions": [
+            {"type": ADD, "data": new}, {"type": DISABLE, "data": {"node": "disk", "name": old}}]})
         return old
 
     def by_turns(self):
