@@ -64,6 +64,11 @@ struct driver {
     /* Writes the backing string and format into the header (NULL: none), flushed before and after; one sector write
      * makes the change, so a crash leaves the one or the other. */
     int coroutine_fn (*change_backing)(struct node *node, const char *file, const char *format, struct error **err);
+    /* blockdev-reopen, drained, the graph's lock held: takes the node's direct, no_flush and discard as they are now,
+     * and of `options` those that `reopenable` lists (ended by NULL; the others are what they were). On failure nothing
+     * has changed; going back to the options before does not fail. NULL: there is nothing to do. */
+    int coroutine_fn (*reopen)(struct node *node, const struct blockdev_options *options, struct error **err);
+    const char *const *reopenable; /* NULL: none */
     /* For query-named-block-nodes: "format-specific" etc; may be NULL. */
     struct image_info_specific *(*specific_info)(struct node *node);
     uint64_t coroutine_fn (*allocated_size)(struct node *node); /* bytes on disk; NULL: ask the file child */

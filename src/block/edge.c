@@ -99,6 +99,7 @@ static struct edge **edge_shortcut(const struct edge *edge)
 void edge_link(struct edge *edge, struct node *child)
 {
     g_assert(!edge->child);
+    node_catch_up(child);
     edge->child = child;
     list_append(&child->parents, &edge->child_link);
     if (edge->parent) {

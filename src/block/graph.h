@@ -71,6 +71,10 @@ int node_writable_check(struct node *node, struct error **err);
 int coroutine_fn node_writable_begin_locked(struct node *node, struct error **err);
 void coroutine_fn node_writable_end_locked(struct node *node);
 
+/* Changes what the node's options want (blockdev-reopen): it becomes writable, or read-only if no job needs it
+ * writable. The caller holds graph->lock and has drained the node, and holds claims that say so. */
+int coroutine_fn node_want_writable_locked(struct node *node, bool wanted, struct error **err);
+
 /* Writes the backing string and format (NULL: none) into the image's header, and notes them in the node. `operation`
  * must hold `graph` on it. Drained and writable; graph->lock is held. */
 int coroutine_fn node_change_backing(struct node *node, const struct operation *operation, const char *file,

@@ -83,6 +83,7 @@ static void coroutine_fn node_close(struct node *node, struct list *dying)
     g_free(node->header_backing_format);
     g_free(node->header_data);
     g_free(node->opened_for);
+    json_decref(node->options);
     g_free(node->name);
     g_free(node);
 }
@@ -148,6 +149,19 @@ void node_size_changed(struct node *node)
             atomic_store(&edge->parent->size, atomic_load(&node->size)); /* its limits stay its own */
             node_size_changed(edge->parent);
         }
+    }
+}
+
+void node_catch_up(struct node *node)
+{
+    if (node->driver->kind != DRIVER_FILTER || !node->filtered || node->driver->truncate || node->driver->guards) {
+        return;
+    }
+    node_catch_up(node->filtered->child);
+    uint64_t size = atomic_load(&node->filtered->child->size);
+    if (size != atomic_load(&node->size)) {
+        atomic_store(&node->size, size);
+        node_size_changed(node);
     }
 }
 
@@ -278,6 +292,30 @@ static void coroutine_fn node_stop_writing(struct node *node)
         node->made_files_writable = false;
         containers_stop_writing(&containers);
     }
+}
+
+int coroutine_fn node_want_writable_locked(struct node *node, bool wanted, struct error **err)
+{
+    bool never = node->never_writable;
+    int r = 0;
+    if (wanted && !node->writable) {
+        node->never_writable = false;
+        r = node_start_writing(node, err);
+        node->never_writable = r < 0 && never;
+    } else if (!wanted && node->writable && node->writers) {
+        r = error_set(err, -EBUSY, "Node '%s' cannot become read-only: a user needs it writable", node->name);
+    }
+    if (r < 0) {
+        return r;
+    }
+    node->wants_writable = wanted;
+    if (!wanted && node->writable) {
+        node_stop_writing(node);
+        if (node->writable) {
+            return error_set(err, -EIO, "Node '%s' cannot become read-only: it cannot be flushed", node->name);
+        }
+    }
+    return 0;
 }
 
 int coroutine_fn node_writable_begin_locked(struct node *node, struct error **err)

@@ -5,6 +5,7 @@
 #include "access/access.h"
 #include "base/list.h"
 #include "loop/sync.h"
+#include <jansson.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -99,6 +100,7 @@ struct node {
     char *header_backing;   /* the image's own backing string and format, or NULL */
     char *header_backing_format;
     char *header_data;         /* the name of its data file in the header, if no option gave one, or NULL */
+    json_t *options;           /* what it was opened with, or NULL: a job's own node */
     char *opened_for;          /* who made it implicitly ("backing of top", "filter of block-commit j1"), or NULL */
     struct list bitmaps;       /* struct bitmap by link (block/bitmap.h) */
     struct range_lock overlap; /* used only when limits.alignment > 1, or by a driver that asked */

@@ -20,7 +20,6 @@
 #include <errno.h>
 #include <string.h>
 
-#define CHAIN_LIMIT 200
 #define NAME_LIMIT 31
 #define NESTING_LIMIT 8
 
@@ -115,17 +114,6 @@ static char *implicit_name(const struct opening *opening, const struct inheritan
 
 /* --- what options say --- */
 
-/* The children that options describe, besides backing: at most two. */
-struct option_child {
-    enum edge_role role;
-    const struct blockdev_ref *ref;
-};
-struct option_children {
-    struct option_child list[2];
-    unsigned count;
-    const struct blockdev_ref_or_null *backing; /* NULL: not given */
-};
-
 static void option_children_add(struct option_children *children, enum edge_role role, const struct blockdev_ref *ref)
 {
     if (ref) {
@@ -133,7 +121,7 @@ static void option_children_add(struct option_children *children, enum edge_role
     }
 }
 
-static struct option_children options_children(const struct blockdev_options *options)
+struct option_children options_children(const struct blockdev_options *options)
 {
     struct option_children children = {0};
     switch (options->driver) {
@@ -293,8 +281,7 @@ static struct inheritance inherit(struct node *parent, enum edge_role role, cons
                                 .discard = role != EDGE_BACKING};
 }
 
-/* Where exactly the edge to a child leads that options name. */
-static struct node *place_of_child(const struct node *parent, enum edge_role role, struct node *child)
+struct node *place_of_child(const struct node *parent, enum edge_role role, struct node *child)
 {
     if (parent->driver->guards && role == EDGE_FILTERED) {
         return node_beneath_filters(child); /* nothing that is written gets past it */
@@ -402,6 +389,7 @@ static int coroutine_fn open_image(struct opening *opening, const struct blockde
     g_ptr_array_add(opening->nodes, node);
     node->check_only = (opening->flags & GRAPH_OPEN_CHECK) && !from->parent;
     node->no_data = opening->flags & GRAPH_OPEN_NO_DATA;
+    node->options = blockdev_options_to_json(options);
     r = apply_options(node, options, from, err);
     struct option_children children = options_children(options);
     for (unsigned i = 0; i < children.count && r == 0; i++) {

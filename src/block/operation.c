@@ -63,6 +63,33 @@ static void derive_overlays(struct derivation *derivation, const struct claim_cl
     }
 }
 
+static bool claim_is_there(const struct derivation *derivation, const struct claim_clause *clause,
+                           const struct node *node)
+{
+    for (guint i = 0; i < derivation->set.claims->len; i++) {
+        const struct access_claim *claim = &g_array_index(derivation->set.claims, struct access_claim, i);
+        if (claim->path == clause->path && claim->require == clause->require && g_str_equal(claim->node, node->name)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* All overlays, and theirs; each once, however many ways lead there. Chains have a limit (open.c). */
+static void derive_above(struct derivation *derivation, const struct claim_clause *clause, struct node *first)
+{
+    list_for_each (link, &first->parents) {
+        const struct edge *edge = container_of(link, struct edge, child_link);
+        if (edge->role == EDGE_FILTERED) {
+            derive_above(derivation, clause, edge->parent);
+        } else if ((edge->role == EDGE_BACKING || edge_is_container(edge)) && !edge->parent->stale &&
+                   !claim_is_there(derivation, clause, edge->parent)) {
+            claim_add(derivation, clause, edge->parent);
+            derive_above(derivation, clause, edge->parent);
+        }
+    }
+}
+
 static void derive_range(struct derivation *derivation, const struct claim_clause *clause, struct node *first,
                          struct node *second)
 {
@@ -90,6 +117,9 @@ static void derive_clause(struct derivation *derivation, const struct claim_clau
         break;
     case CLAIM_ROLE_RANGE:
         derive_range(derivation, clause, first, variable(derivation, clause->second));
+        break;
+    case CLAIM_ROLE_ABOVE:
+        derive_above(derivation, clause, first);
         break;
     case CLAIM_ROLE_BELOW:
         below = node_backing(first);

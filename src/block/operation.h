@@ -30,6 +30,7 @@ enum claim_role {
     CLAIM_ROLE_OVERLAYS, /* (first): parents through backing edges, and formats in the image */
     CLAIM_ROLE_RANGE,    /* (first, second): below first, down to and with second; up to the end if second is unbound */
     CLAIM_ROLE_BELOW,    /* (first): the node that first's backing edge leads to, if any */
+    CLAIM_ROLE_ABOVE,    /* (first): everything that sees first's view through backing edges, formats and filters */
 };
 enum claim_condition {
     CLAIM_IF_ACTIVE = 1 << 0,
@@ -39,6 +40,9 @@ enum claim_condition {
     CLAIM_IF_REPLACE = 1 << 4, /* at its end the target takes the node's place */
     CLAIM_IF_DISCARD = 1 << 5, /* what has been copied is discarded in the node */
     CLAIM_IF_SHALLOW = 1 << 6, /* at its end the target leans on what the node leans on, or on the node */
+    CLAIM_IF_RELINK = 1 << 7,  /* an edge of the node moves */
+    CLAIM_IF_DIFFER = 1 << 8,  /* to other data */
+    CLAIM_IF_DEMOTE = 1 << 9,  /* the node becomes read-only */
 };
 enum claim_adopt {
     CLAIM_ADOPT_NONE,

@@ -18,6 +18,9 @@ struct node *node_create(struct graph *graph, const struct driver *driver, const
 /* From here on it is found by its name. */
 void node_publish(struct node *node);
 void node_follow_child(struct node *filter); /* a filter takes size and limits of what it shows */
+/* A filter over a node that grew by writes which did not go through it takes its size; those below it first. Filters
+ * that keep a size of their own (driver->truncate) do not. */
+void node_catch_up(struct node *node);
 /* After node->size changed: filters above take it, and the backends above are told. */
 void node_size_changed(struct node *node);
 /* Printable list of who uses the node, with an operation's claims behind it: "'a' (backing) and export e0"; g_free().
@@ -74,6 +77,21 @@ void chain_for_each_edge(struct node *top, struct node *base, void (*visit)(stru
                          void *argument);
 
 /* --- open.c --- */
+
+/* The children that options describe, besides backing: at most two. */
+struct option_child {
+    enum edge_role role;
+    const struct blockdev_ref *ref;
+};
+struct option_children {
+    struct option_child list[2];
+    unsigned count;
+    const struct blockdev_ref_or_null *backing; /* NULL: not given */
+};
+struct option_children options_children(const struct blockdev_options *options);
+/* Where exactly the edge to a child leads that options name. */
+struct node *place_of_child(const struct node *parent, enum edge_role role, struct node *child);
+#define CHAIN_LIMIT 200 /* images in a backing chain */
 
 /* Opens a node and all that its options and headers name; graph->lock is held. `flags`: enum graph_open_flags. One
  * reference, the caller's. */

@@ -53,6 +53,25 @@ static void read_options(struct node *node, const struct blockdev_options_qcow2 
     to->refcount_cache_bytes = from->has_refcount_cache_size ? from->refcount_cache_size : 0;
 }
 
+static const char *const reopenable[] = {"pass-discard-request",
+                                         "pass-discard-snapshot",
+                                         "pass-discard-other",
+                                         "discard-no-unref",
+                                         "overlap-check",
+                                         "lazy-refcounts",
+                                         NULL};
+
+static int coroutine_fn qcow2_reopen(struct node *node, const struct blockdev_options *options, struct error **err)
+{
+    struct qcow2 *image = node->state;
+    read_options(node, &options->u.qcow2, &image->options);
+    qcow2_overlap_forget(image);
+    image->overlap_places = 0;
+    qcow2_overlap_configure(image, &options->u.qcow2);
+    qcow2_overlap_forget(image);
+    return 0;
+}
+
 /* Bytes of cache for L2 tables and refcount blocks; memory is taken as they are used. */
 static int size_caches(const struct qcow2 *image, uint64_t *ret_l2, uint64_t *ret_refcounts, struct error **err)
 {
@@ -418,6 +437,8 @@ const struct driver driver_qcow2 = {
     .block_status = qcow2_block_status,
     .truncate = qcow2_truncate,
     .set_writable = qcow2_set_writable,
+    .reopen = qcow2_reopen,
+    .reopenable = reopenable,
     .change_backing = qcow2_change_backing,
     .specific_info = qcow2_specific_info,
     .image = &qcow2_image,

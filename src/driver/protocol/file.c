@@ -31,6 +31,7 @@ struct file_state {
     struct file *file;
     char *path; /* absolute: it is opened again, wherever the program may stand then */
     bool locking;
+    bool direct; /* as it is open */
     atomic_bool no_zero, no_punch;
     atomic_int sync_error; /* 0 or a negative errno, see 4. */
     atomic_uint_fast64_t generation;
@@ -114,6 +115,7 @@ static int coroutine_fn file_driver_open(struct node *node, const struct blockde
         g_free(state->path);
         return r;
     }
+    state->direct = node->direct;
     co_mutex_init(&state->guard);
     node->filename = g_strdup(own->filename);
     return 0;
@@ -175,7 +177,28 @@ static int coroutine_fn file_driver_set_writable(struct node *node, bool writabl
     }
     file_close(state->file);
     state->file = file;
+    state->direct = node->direct;
     return 0;
+}
+
+static const char *const reopenable[] = {"aio", NULL};
+
+/* cache.direct alone is the file's own business. */
+static int coroutine_fn file_driver_reopen(struct node *node, const struct blockdev_options *options,
+                                           struct error **err)
+{
+    struct file_state *state = file_state(node);
+    struct file_info info;
+    if (state->direct == node->direct) {
+        return 0;
+    }
+    cut_tail(node);
+    int r = file_driver_set_writable(node, node->writable, err);
+    if (r == 0 && file_info(state->file, &info) == 0) {
+        node->limits.alignment = info.alignment;
+        node->limits.memory_alignment = info.memory_alignment;
+    }
+    return r;
 }
 
 /* --- data --- */
@@ -352,6 +375,8 @@ const struct driver driver_file = {
     .block_status = file_driver_block_status,
     .truncate = file_driver_truncate,
     .set_writable = file_driver_set_writable,
+    .reopen = file_driver_reopen,
+    .reopenable = reopenable,
     .specific_info = file_driver_specific_info,
     .allocated_size = file_driver_allocated_size,
     .image = &file_image,
