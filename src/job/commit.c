@@ -16,53 +16,25 @@
  *     back.
  *
  * 1. The set of overlays is a role: it is derived again under the lock at the end, and each is writable by then.
- * 2. B has T's size at least before anything is copied, and behind T's end reads as zeroes, as its overlays expect.
+ * 2. B has T's size at least before anything is copied (the run begins with it), and behind T's end reads as zeroes, as
+ *    its overlays expect.
  * 3. In an active commit the tracking filter is the head of T from before the first look at T until after the pivot.
- * 4. commit_clean() undoes in reverse what commit_prepare_graph() did, and the claims, from whatever point; it is the
- * only undoing.
+ * 4. commit_clean() undoes in reverse what the start did, and the claims, from whatever point.
  *
- * The life cycle is job.c's; claims and adoption come from the schema's table.
+ * How it begins is commit_start.c's, the life cycle job.c's; claims and adoption come from the schema's table.
  */
-#include "job/commit.h"
 #include "base/size.h"
-#include "block/dirty.h"
-#include "block/graph.h"
-#include "block/operation.h"
-#include "block/user.h"
-#include "driver/filter/track.h"
-#include "job/policy.h"
+#include "block/driver.h"
+#include "job/commit_private.h"
 #include "job/relink.h"
-#include "schema/claims.h"
 #include <errno.h>
 #include <glib.h>
 
-#define DIRTY_GRANULARITY_MIN (64 * KiB)
 #define READY_LOOK_NS ((int64_t)100 * 1000 * 1000) /* how often a job that is ready looks for new dirt */
 #define CONVERGED (16 * MiB)                       /* little enough to be copied while users wait */
 #define CONVERGE_ROUNDS 8
 #define TAIL_PIECE (64 * MiB)
 #define SCAN_PER_TURN 64
-
-struct commit {
-    struct job *job;
-    struct graph *graph;
-    struct node *top, *base; /* references */
-    bool active;
-    char *base_before;  /* commit_base_before() */
-    char *backing_file; /* given by the user, or NULL */
-    bool mask_protocol;
-    struct operation *operation;
-    bool base_writable;  /* a node_writable_begin() of ours */
-    GPtrArray *overlays; /* struct node, references, writable by us */
-    struct backend *source, *target;
-    struct node *filter; /* active; a reference */
-    bool filter_inserted;
-    struct dirty *dirty;
-    struct copy *copy;
-    bool pivoted;
-    uint64_t size; /* T's */
-    uint64_t scanned;
-};
 
 /* --- what lies where --- */
 
@@ -198,16 +170,26 @@ static int coroutine_fn commit_run_active(struct commit *commit)
     return result;
 }
 
+/* Not before the job runs: a start that is taken back has changed no size. */
+static int coroutine_fn commit_grow_base(struct commit *commit, struct error **err)
+{
+    return backend_size(commit->target) < commit->size ? backend_truncate(commit->target, commit->size, err) : 0;
+}
+
 static int coroutine_fn commit_run(struct job *job, struct error **err)
 {
     struct commit *commit = job->state;
-    int result = commit->active ? commit_run_active(commit) : commit_run_middle(commit);
+    int result = commit_grow_base(commit, err);
+    if (result < 0) {
+        return result;
+    }
+    result = commit->active ? commit_run_active(commit) : commit_run_middle(commit);
     return result < 0 ? result : job_flush(job, commit->target, err);
 }
 
 /* --- the end --- */
 
-static struct node *commit_fresh_overlay(const struct commit *commit)
+struct node *commit_fresh_overlay(const struct commit *commit)
 {
     list_for_each (link, &node_head(commit->top)->parents) {
         const struct edge *edge = container_of(link, struct edge, child_link);
@@ -219,7 +201,7 @@ static struct node *commit_fresh_overlay(const struct commit *commit)
     return NULL;
 }
 
-static int commit_check_overlay(const struct commit *commit, const struct node *overlay, struct error **err)
+int commit_check_overlay(const struct commit *commit, const struct node *overlay, struct error **err)
 {
     if (!overlay->driver->change_backing) {
         return error_set(err, -ENOTSUP, "Driver '%s' of node '%s', which leans on '%s', cannot change its backing file",
@@ -438,192 +420,9 @@ static const struct job_policy commit_policy = {
     .target_state = commit_target_state,
 };
 
-/* Finds top and base as the arguments name them. */
-static int commit_resolve(struct commit *commit, const struct block_commit_args *args, struct error **err)
+void commit_make_job(struct commit *commit, struct jobs *jobs, const struct job_config *config)
 {
-    struct node *device = graph_find(commit->graph, args->device), *top, *base;
-    if (!device) {
-        return error_set_class(err, ERROR_DEVICE_NOT_FOUND, -ENODEV, "Device '%s' not found", args->device);
-    }
-    if ((args->top && args->top_node) || (args->base && args->base_node)) {
-        const char *name = args->top && args->top_node ? "top" : "base";
-        return error_set(err, -EINVAL, "'%s' and '%s-node' cannot be specified at the same time", name, name);
-    }
-    device = top = node_beneath_filters(device);
-    if (args->top_node && !(top = relink_find_node(commit->graph, args->top_node, err))) {
-        return -ENODEV;
-    }
-    if (args->top && !(top = relink_find_file(device, args->top))) {
-        return error_set(err, -ENOENT, "Top image file %s not found below node '%s'", args->top, args->device);
-    }
-    if (top != device && !node_is_above(device, top)) {
-        return error_set(err, -EINVAL, "Node '%s' is not in the backing chain of '%s'", top->name, args->device);
-    }
-    for (base = top; node_backing(base);) {
-        base = node_backing(base);
-    }
-    if (args->base_node && !(base = relink_find_node(commit->graph, args->base_node, err))) {
-        return -ENODEV;
-    }
-    if (args->base && !(base = relink_find_file(top, args->base))) {
-        return error_set(err, -ENOENT, "Base image file %s not found below node '%s'", args->base, top->name);
-    }
-    if (base == top) {
-        return error_set(err, -EINVAL, "Cannot commit node '%s' into itself%s", top->name,
-                         node_backing(top) ? "" : ": there is nothing below it");
-    }
-    if (!node_is_above(top, base)) {
-        return error_set(err, -EINVAL, "Node '%s' is not in the backing chain of '%s'", base->name, top->name);
-    }
-    commit->top = node_ref(top);
-    commit->base = node_ref(base);
-    return 0;
-}
-
-static int commit_check_args(const struct commit *commit, const struct block_commit_args *args, struct error **err)
-{
-    if (args->has_speed && args->speed < 0) {
-        return error_set(err, -EINVAL, "Parameter 'speed' expects a non-negative value");
-    }
-    if (commit->active && args->backing_file) {
-        return error_set(err, -EINVAL, "'backing-file' is for the headers of overlays, but '%s' has none",
-                         commit->top->name);
-    }
-    return args->filter_node_name ? graph_check_name(commit->graph, args->filter_node_name, err) : 0;
-}
-
-static int coroutine_fn commit_begin_backends(struct commit *commit, const char *id, struct error **err)
-{
-    g_autofree char *owner = g_strdup_printf("block-commit %s", id);
-    commit->source = backend_create(commit->graph, owner);
-    commit->target = backend_create(commit->graph, owner);
-    unsigned granted = operation_granted(commit->operation, commit->top) & ACCESS_READ_DATA;
-    int result = backend_attach(commit->source, commit->top, granted, err);
-    if (result == 0) {
-        result = backend_attach(commit->target, commit->base, operation_granted(commit->operation, commit->base), err);
-    }
-    if (result < 0) {
-        return result;
-    }
-    commit->size = backend_size(commit->source);
-    if (backend_size(commit->target) < commit->size) {
-        result = backend_truncate(commit->target, commit->size, err);
-    }
-    return result;
-}
-
-/* The tracking filter, over T. Marks come from here on; the first look at T comes later. */
-static int coroutine_fn commit_begin_tracking(struct commit *commit, const char *id, const char *name,
-                                              struct error **err)
-{
-    g_autofree char *made_name = name ? NULL : g_strdup_printf("#commit-%s", id);
-    g_autofree char *opened_for = g_strdup_printf("filter of block-commit %s", id);
-    uint64_t granularity = max_u64(DIRTY_GRANULARITY_MIN, commit->base->limits.cluster_size);
-    int result = dirty_create(atomic_load(&commit->top->size), granularity, &commit->dirty);
-    if (result < 0) {
-        return error_set_errno(err, result, "Cannot track the writes to node '%s'", commit->top->name);
-    }
-    result = graph_create_node(commit->graph, &driver_track, name ? name : made_name, opened_for, &commit->filter, err);
-    if (result < 0) {
-        return result;
-    }
-    track_set_dirty(commit->filter, commit->dirty);
-    result = graph_insert_filter(commit->graph, commit->operation, commit->filter, commit->top, err);
-    commit->filter_inserted = result == 0;
-    return result;
-}
-
-/* The overlays that are there already; commit_lock() looks at those that come. */
-static int commit_check_overlays(const struct commit *commit, struct error **err)
-{
-    list_for_each (link, &node_head(commit->top)->parents) {
-        const struct edge *edge = container_of(link, struct edge, child_link);
-        int result = 0;
-        if (edge->role == EDGE_BACKING && !edge->parent->stale) {
-            result = commit_check_overlay(commit, edge->parent, err);
-        }
-        if (result < 0) {
-            return result;
-        }
-    }
-    return 0;
-}
-
-/* For the dry run: can the headers be written? */
-static int commit_check_writable(const struct commit *commit, struct error **err)
-{
-    int result = 0;
-    list_for_each (link, &node_head(commit->top)->parents) {
-        const struct edge *edge = container_of(link, struct edge, child_link);
-        if (result == 0 && edge->role == EDGE_BACKING && !edge->parent->stale) {
-            result = node_writable_check(edge->parent, err);
-        }
-    }
-    return result;
-}
-
-/* All that the arguments decide, up to the claims; graph->lock is held. `args` has a job-id. */
-static int commit_plan(struct commit *commit, struct jobs *jobs, const struct block_commit_args *args,
-                       struct operation_config *ret, struct error **err)
-{
-    int result = commit_resolve(commit, args, err);
-    if (result == 0 && args->backing_file) {
-        result = relink_check_chosen(commit->graph, commit->base, commit->base_before, err);
-    }
-    if (result == 0) {
-        commit->active = !commit_fresh_overlay(commit);
-        result = commit_check_args(commit, args, err);
-    }
-    if (result == 0) {
-        result = commit_check_overlays(commit, err);
-    }
-    if (result == 0) {
-        result = job_check_id(jobs, args->job_id, err);
-    }
-    *ret = (struct operation_config){
-        .kind = "job",
-        .id = args->job_id,
-        .table = &block_commit_claims,
-        .bound = {[CLAIM_TOP] = commit->top, [CLAIM_BASE] = commit->base},
-        .conditions = commit->active ? CLAIM_IF_ACTIVE : 0,
-        .progress = job_percent,
-        .argument = &commit->job,
-    };
-    return result;
-}
-
-static int coroutine_fn commit_prepare_graph(struct commit *commit, const struct block_commit_args *args,
-                                             struct error **err)
-{
-    int result = node_writable_begin(commit->base, err);
-    commit->base_writable = result == 0;
-    if (result == 0) {
-        result = commit_lock(commit, err);
-        if (result == 0) {
-            graph_unlock(commit->graph);
-        }
-    }
-    if (result == 0 && commit->active) {
-        result = commit_begin_tracking(commit, args->job_id, args->filter_node_name, err);
-    }
-    if (result == 0) {
-        result = commit_begin_backends(commit, args->job_id, err);
-    }
-    return result;
-}
-
-static void commit_launch(struct commit *commit, struct jobs *jobs, const struct block_commit_args *args)
-{
-    enum blockdev_on_error on_error = args->has_on_error ? args->on_error : BLOCKDEV_ON_ERROR_REPORT;
-    struct job_config config = {
-        .id = args->job_id,
-        .speed = args->has_speed ? args->speed : 0,
-        .on_source_error = on_error,
-        .on_target_error = on_error,
-        .auto_finalize = !args->has_auto_finalize || args->auto_finalize,
-        .auto_dismiss = !args->has_auto_dismiss || args->auto_dismiss,
-    };
-    struct job *job = job_create(jobs, &commit_policy, &config);
+    struct job *job = job_create(jobs, &commit_policy, config);
     struct copy_config copy_config = {
         .control = &job->control,
         .source = commit->source,
@@ -637,77 +436,4 @@ static void commit_launch(struct commit *commit, struct jobs *jobs, const struct
     commit->copy = copy_create(&copy_config);
     commit->job = job;
     job->state = commit;
-    job_start(job);
-}
-
-static struct commit *commit_create(struct jobs *jobs, const struct block_commit_args *args,
-                                    struct block_commit_args *ret_named)
-{
-    struct commit *commit = g_new0(struct commit, 1);
-    commit->graph = jobs_graph(jobs);
-    commit->overlays = g_ptr_array_new();
-    commit->backing_file = g_strdup(args->backing_file);
-    commit->mask_protocol = args->has_backing_mask_protocol && args->backing_mask_protocol;
-    *ret_named = *args;
-    ret_named->job_id = args->job_id ? args->job_id : "";
-    return commit;
-}
-
-/* The base that the arguments stand for before the graph is locked, or NULL: while the command waits for another job's
- * last step, the same arguments may come to mean another image. g_free(). */
-static char *coroutine_fn commit_base_before(struct commit *commit, const struct block_commit_args *args)
-{
-    struct commit seen = {.graph = commit->graph};
-    char *name = commit_resolve(&seen, args, NULL) == 0 ? g_strdup(seen.base->name) : NULL;
-    node_release(seen.top);
-    node_release(seen.base);
-    return name;
-}
-
-int coroutine_fn commit_start(struct jobs *jobs, const struct block_commit_args *args, struct error **err)
-{
-    struct block_commit_args named;
-    struct operation_config config;
-    struct commit *commit = commit_create(jobs, args, &named);
-    commit->base_before = args->backing_file ? commit_base_before(commit, args) : NULL;
-    graph_lock(commit->graph); /* what is claimed is what was found: no other job is in its last step */
-    int result = commit_plan(commit, jobs, &named, &config, err);
-    if (result == 0) {
-        result = operation_begin(commit->graph, &config, &commit->operation, err);
-    }
-    graph_unlock(commit->graph);
-    if (result == 0) {
-        result = commit_prepare_graph(commit, &named, err);
-    }
-    if (result == 0) {
-        result = job_check_id(jobs, named.job_id, err); /* the graph took its time */
-    }
-    if (result < 0) {
-        commit_destroy(commit);
-        return result;
-    }
-    commit_launch(commit, jobs, &named);
-    return 0;
-}
-
-int coroutine_fn commit_check(struct jobs *jobs, const struct block_commit_args *args, json_t **ret_claims,
-                              struct error **err)
-{
-    struct block_commit_args named;
-    struct operation_config config;
-    struct commit *commit = commit_create(jobs, args, &named);
-    graph_lock(commit->graph);
-    int result = commit_plan(commit, jobs, &named, &config, err);
-    if (result == 0) {
-        result = operation_preview(commit->graph, &config, ret_claims, err);
-    }
-    if (result == 0) {
-        result = node_writable_check(commit->base, err);
-    }
-    if (result == 0) {
-        result = commit_check_writable(commit, err);
-    }
-    graph_unlock(commit->graph);
-    commit_destroy(commit);
-    return result;
 }

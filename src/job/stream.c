@@ -188,6 +188,15 @@ static int coroutine_fn stream_prepare(struct job *job, struct error **err)
 
 /* --- beginning and cleaning up --- */
 
+static void coroutine_fn stream_free(struct stream *stream)
+{
+    node_release(stream->node);
+    g_free(stream->base_name);
+    g_free(stream->backing_file);
+    g_free(stream->base_before);
+    g_free(stream);
+}
+
 static void coroutine_fn stream_destroy(struct stream *stream)
 {
     copy_destroy(stream->copy);
@@ -196,11 +205,7 @@ static void coroutine_fn stream_destroy(struct stream *stream)
     if (stream->writable) {
         node_writable_end(stream->node);
     }
-    node_release(stream->node);
-    g_free(stream->base_name);
-    g_free(stream->backing_file);
-    g_free(stream->base_before);
-    g_free(stream);
+    stream_free(stream);
 }
 
 static void coroutine_fn stream_clean(struct job *job)
@@ -314,26 +319,61 @@ static int stream_check_node(const struct stream *stream, const struct block_str
     return result;
 }
 
-/* All that the arguments decide, up to the claims; graph->lock is held. */
-static int stream_plan(struct stream *stream, struct jobs *jobs, const char *id, const struct block_stream_args *args,
-                       struct operation_config *ret, struct error **err)
+/* The same as a commit's: what the new name was given for when the command came ("": for nothing), or NULL. */
+static char *coroutine_fn stream_base_before(struct stream *stream, const struct block_stream_args *args)
 {
-    int result = stream_check_args(args, err);
-    if (result == 0) {
-        result = stream_resolve(stream, args, err);
+    struct stream seen = {.graph = stream->graph};
+    bool found = stream_resolve(&seen, args, NULL) == 0;
+    const struct node *base = found ? node_backing(seen.bottom) : NULL;
+    char *name = found ? g_strdup(base ? base->name : "") : NULL;
+    node_release(seen.node);
+    g_free(seen.base_name);
+    return name;
+}
+
+/* --- the start, as an action --- */
+
+struct stream_start {
+    struct jobs *jobs;
+    struct job_group *group;
+    const struct block_stream_args *args; /* borrowed */
+    const char *id;
+    struct stream *stream; /* the job's once that has started */
+    struct operation_config config;
+};
+
+static int coroutine_fn stream_prepare_action(struct action *action, struct error **err)
+{
+    struct stream_start *start = action->state;
+    if (start->args->backing_file) {
+        start->stream->base_before = stream_base_before(start->stream, start->args);
     }
-    if (result == 0 && args->backing_file) {
+    return 0;
+}
+
+static int coroutine_fn stream_plan(struct action *action, struct error **err)
+{
+    struct stream_start *start = action->state;
+    struct stream *stream = start->stream;
+    int result = stream_check_args(start->args, err);
+    if (result == 0) {
+        result = stream_resolve(stream, start->args, err);
+    }
+    if (result == 0 && start->args->backing_file) {
         result = relink_check_chosen(stream->graph, node_backing(stream->bottom), stream->base_before, err);
     }
     if (result == 0) {
-        result = job_check_id(jobs, id, err);
+        result = job_check_id(start->jobs, start->id, err);
     }
     if (result == 0) {
-        result = stream_check_node(stream, args, err);
+        result = stream_check_node(stream, start->args, err);
     }
-    *ret = (struct operation_config){
+    if (result == 0) {
+        action_drain(action, stream->node);
+    }
+    start->config = (struct operation_config){
         .kind = "job",
-        .id = id,
+        .id = start->id,
         .table = &block_stream_claims,
         .bound = {[CLAIM_TOP] = stream->node, [CLAIM_BOTTOM] = stream->bottom},
         .progress = job_percent,
@@ -342,31 +382,28 @@ static int stream_plan(struct stream *stream, struct jobs *jobs, const char *id,
     return result;
 }
 
-static int coroutine_fn stream_prepare_graph(struct stream *stream, const char *id, struct error **err)
+static int coroutine_fn stream_preview(struct action *action, json_t **ret_claims, struct error **err)
 {
-    int result = node_writable_begin(stream->node, err);
-    stream->writable = result == 0;
-    if (result == 0) {
-        g_autofree char *owner = g_strdup_printf("block-stream %s", id);
-        stream->backend = backend_create(stream->graph, owner);
-        result = backend_attach(stream->backend, stream->node, operation_granted(stream->operation, stream->node), err);
-    }
-    return result;
+    struct stream_start *start = action->state;
+    int result = operation_preview(action->graph, &start->config, ret_claims, err);
+    return result < 0 ? result : node_writable_check(start->stream->node, err);
 }
 
-static void stream_launch(struct stream *stream, struct jobs *jobs, const char *id,
-                          const struct block_stream_args *args)
+static void stream_create_job(struct stream_start *start)
 {
+    struct stream *stream = start->stream;
+    const struct block_stream_args *args = start->args;
     enum blockdev_on_error on_error = args->has_on_error ? args->on_error : BLOCKDEV_ON_ERROR_REPORT;
     struct job_config config = {
-        .id = id,
+        .id = start->id,
         .speed = args->has_speed ? args->speed : 0,
         .on_source_error = on_error,
         .on_target_error = on_error,
         .auto_finalize = !args->has_auto_finalize || args->auto_finalize,
         .auto_dismiss = !args->has_auto_dismiss || args->auto_dismiss,
+        .group = start->group,
     };
-    struct job *job = job_create(jobs, &stream_policy, &config);
+    struct job *job = job_create(start->jobs, &stream_policy, &config);
     struct copy_config copy_config = {
         .control = &job->control,
         .source = stream->backend,
@@ -381,71 +418,104 @@ static void stream_launch(struct stream *stream, struct jobs *jobs, const char *
     stream->copy = copy_create(&copy_config);
     stream->job = job;
     job->state = stream;
-    job_start(job);
 }
 
-static struct stream *stream_create(struct jobs *jobs, const struct block_stream_args *args)
+/* From whatever point of stream_apply(); graph->lock is held, all is drained. */
+static void coroutine_fn stream_withdraw(struct stream *stream)
 {
+    copy_destroy(g_steal_pointer(&stream->copy));
+    if (stream->job) {
+        job_discard(g_steal_pointer(&stream->job));
+    }
+    backend_destroy_locked(g_steal_pointer(&stream->backend));
+    operation_end_locked(g_steal_pointer(&stream->operation));
+    if (stream->writable) {
+        node_writable_end_locked(stream->node);
+        stream->writable = false;
+    }
+}
+
+static int coroutine_fn stream_apply(struct action *action, struct error **err)
+{
+    struct stream_start *start = action->state;
+    struct stream *stream = start->stream;
+    g_autofree char *owner = g_strdup_printf("block-stream %s", start->id);
+    int result = operation_begin(action->graph, &start->config, &stream->operation, err);
+    if (result == 0) {
+        result = node_writable_begin_locked(stream->node, err);
+        stream->writable = result == 0;
+    }
+    if (result == 0) {
+        unsigned granted = operation_granted(stream->operation, stream->node);
+        stream->backend = backend_create(action->graph, owner);
+        result = backend_attach_locked(stream->backend, stream->node, granted, err);
+    }
+    if (result == 0) {
+        stream_create_job(start);
+    } else {
+        stream_withdraw(stream);
+    }
+    return result;
+}
+
+static void coroutine_fn stream_revert(struct action *action)
+{
+    stream_withdraw(((struct stream_start *)action->state)->stream);
+}
+
+static void coroutine_fn stream_commit(struct action *action)
+{
+    struct stream_start *start = action->state;
+    job_start(start->stream->job);
+    start->stream = NULL;
+}
+
+static void coroutine_fn stream_clean_action(struct action *action)
+{
+    struct stream_start *start = action->state;
+    if (start->stream) {
+        stream_free(start->stream);
+    }
+    g_free(start);
+}
+
+static const struct action_kind stream_kind = {
+    .name = "block-stream",
+    .prepare = stream_prepare_action,
+    .plan = stream_plan,
+    .apply = stream_apply,
+    .revert = stream_revert,
+    .commit = stream_commit,
+    .clean = stream_clean_action,
+    .preview = stream_preview,
+};
+
+void stream_action(struct action *ret, struct jobs *jobs, struct job_group *group, const struct block_stream_args *args)
+{
+    struct stream_start *start = g_new0(struct stream_start, 1);
     struct stream *stream = g_new0(struct stream, 1);
     stream->graph = jobs_graph(jobs);
     stream->backing_file = g_strdup(args->backing_file);
     stream->mask_protocol = args->has_backing_mask_protocol && args->backing_mask_protocol;
-    return stream;
-}
-
-/* The same as a commit's: what the new name was given for when the command came ("": for nothing), or NULL. */
-static char *coroutine_fn stream_base_before(struct stream *stream, const struct block_stream_args *args)
-{
-    struct stream seen = {.graph = stream->graph};
-    bool found = stream_resolve(&seen, args, NULL) == 0;
-    const struct node *base = found ? node_backing(seen.bottom) : NULL;
-    char *name = found ? g_strdup(base ? base->name : "") : NULL;
-    node_release(seen.node);
-    g_free(seen.base_name);
-    return name;
+    start->jobs = jobs;
+    start->group = group;
+    start->args = args;
+    start->id = args->job_id ? args->job_id : "";
+    start->stream = stream;
+    *ret = (struct action){.kind = &stream_kind, .state = start};
 }
 
 int coroutine_fn stream_start(struct jobs *jobs, const struct block_stream_args *args, struct error **err)
 {
-    struct stream *stream = stream_create(jobs, args);
-    struct operation_config config;
-    const char *id = args->job_id ? args->job_id : "";
-    stream->base_before = args->backing_file ? stream_base_before(stream, args) : NULL;
-    graph_lock(stream->graph); /* what is claimed is what was found: no other job is in its last step */
-    int result = stream_plan(stream, jobs, id, args, &config, err);
-    if (result == 0) {
-        result = operation_begin(stream->graph, &config, &stream->operation, err);
-    }
-    graph_unlock(stream->graph);
-    if (result == 0) {
-        result = stream_prepare_graph(stream, id, err);
-    }
-    if (result == 0) {
-        result = job_check_id(jobs, id, err); /* the graph took its time */
-    }
-    if (result < 0) {
-        stream_destroy(stream);
-        return result;
-    }
-    stream_launch(stream, jobs, id, args);
-    return 0;
+    struct action action;
+    stream_action(&action, jobs, NULL, args);
+    return actions_run(jobs_graph(jobs), &action, 1, err);
 }
 
 int coroutine_fn stream_check(struct jobs *jobs, const struct block_stream_args *args, json_t **ret_claims,
                               struct error **err)
 {
-    struct stream *stream = stream_create(jobs, args);
-    struct operation_config config;
-    const char *id = args->job_id ? args->job_id : "";
-    graph_lock(stream->graph);
-    int result = stream_plan(stream, jobs, id, args, &config, err);
-    if (result == 0) {
-        result = operation_preview(stream->graph, &config, ret_claims, err);
-    }
-    if (result == 0) {
-        result = node_writable_check(stream->node, err);
-    }
-    graph_unlock(stream->graph);
-    stream_destroy(stream);
-    return result;
+    struct action action;
+    stream_action(&action, jobs, NULL, args);
+    return actions_check(jobs_graph(jobs), &action, 1, ret_claims, err);
 }
