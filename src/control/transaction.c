@@ -13,9 +13,13 @@
 #include "block/action.h"
 #include "block/bitmap_action.h"
 #include "control/control.h"
+#include "job/backup.h"
+#include "job/commit.h"
 #include "job/internal_snapshot.h"
+#include "job/mirror.h"
 #include "job/policy.h"
 #include "job/snapshot.h"
+#include "job/stream.h"
 #include "schema/commands.h"
 #include <errno.h>
 #include <glib.h>
@@ -116,6 +120,38 @@ static void make_internal_snapshot(const struct making *making, struct transacti
     internal_snapshot_action(ret, from->u.blockdev_snapshot_internal_sync.data);
 }
 
+static void make_commit(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    const struct block_commit_args *args = from->u.block_commit.data;
+
+    is_near(making, args->device, args->top_node);
+    commit_action(ret, making->control->jobs, making->group, args);
+}
+
+static void make_stream(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.block_stream.data->device, NULL);
+    stream_action(ret, making->control->jobs, making->group, from->u.block_stream.data);
+}
+
+static void make_backup(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.blockdev_backup.data->device, from->u.blockdev_backup.data->target);
+    blockdev_backup_action(ret, making->control->jobs, making->group, from->u.blockdev_backup.data);
+}
+
+static void make_drive_backup(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.drive_backup.data->device, NULL);
+    drive_backup_action(ret, making->control->jobs, making->group, from->u.drive_backup.data);
+}
+
+static void make_mirror(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.blockdev_mirror.data->device, from->u.blockdev_mirror.data->target);
+    mirror_action(ret, making->control->jobs, from->u.blockdev_mirror.data, making->group);
+}
+
 static const struct {
     void (*make)(const struct making *making, struct transaction_action *from, struct action *ret);
     bool begins_job;
@@ -130,6 +166,11 @@ static const struct {
     [TRANSACTION_ACTION_KIND_BLOCKDEV_SNAPSHOT] = {make_snapshot, false},
     [TRANSACTION_ACTION_KIND_BLOCKDEV_SNAPSHOT_SYNC] = {make_snapshot_sync, false},
     [TRANSACTION_ACTION_KIND_BLOCKDEV_SNAPSHOT_INTERNAL_SYNC] = {make_internal_snapshot, false},
+    [TRANSACTION_ACTION_KIND_BLOCK_COMMIT] = {make_commit, true},
+    [TRANSACTION_ACTION_KIND_BLOCK_STREAM] = {make_stream, true},
+    [TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP] = {make_backup, true},
+    [TRANSACTION_ACTION_KIND_BLOCKDEV_MIRROR] = {make_mirror, true},
+    [TRANSACTION_ACTION_KIND_DRIVE_BACKUP] = {make_drive_backup, true},
 };
 
 /* --- the command --- */
