@@ -76,7 +76,9 @@ int coroutine_fn command_nbd_server_start(struct control *control, struct nbd_se
     if (!code) {
         struct nbd_server_config config = {.address = &address,
                                            .handshake_max_seconds = (unsigned)args->handshake_max_seconds,
-                                           .max_connections = (unsigned)args->max_connections};
+                                           .max_connections = (unsigned)args->max_connections,
+                                           .tls_credentials = args->tls_creds,
+                                           .tls_authorization = args->tls_authz};
 
         code = nbd_server_start(control->exports, &config, err);
         address_clear(&address);

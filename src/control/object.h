@@ -6,7 +6,9 @@
 #include "loop/coroutine.h"
 #include "schema/types.h"
 
-/* Adds a secret as object-add and `--object` describe it. Control thread. */
-int coroutine_fn object_add_secret(const struct object_options *options, struct error **err);
+/* Adds an object as object-add and `--object` describe it, of any type but iothread (-ENOTSUP). Control thread. */
+int coroutine_fn object_add_plain(const struct object_options *options, struct error **err);
+/* All that were added so; nobody uses them any more. */
+void object_remove_all(void);
 
 #endif

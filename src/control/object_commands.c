@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * object-add and object-del: I/O threads (iothread.c has them) and secrets (crypto/secret.c).
+ * object-add and object-del: I/O threads (iothread.c has them), secrets, TLS credentials and authorizations
+ * (src/crypto).
  *
  * 1. An id names one object, of whatever type.
  * 2. A secret may go while an image that it opened is open: what was unlocked stays so, and only what asks for the
@@ -9,11 +10,13 @@
 #include "control/control.h"
 #include "control/iothread.h"
 #include "control/object.h"
+#include "crypto/authorize.h"
 #include "crypto/secret.h"
+#include "crypto/tls.h"
 #include "schema/commands.h"
 #include <errno.h>
 
-int coroutine_fn object_add_secret(const struct object_options *options, struct error **err)
+static int coroutine_fn object_add_secret(const struct object_options *options, struct error **err)
 {
     const struct object_options_secret *own = &options->u.secret;
     struct secret_options secret = {
@@ -27,16 +30,89 @@ int coroutine_fn object_add_secret(const struct object_options *options, struct 
     return secret_add(&secret, err);
 }
 
+static int coroutine_fn add_tls_anon(const struct object_options *options, struct error **err)
+{
+    const struct object_options_tls_creds_anon *own = &options->u.tls_creds_anon;
+    struct tls_options tls = {.id = options->id,
+                              .kind = TLS_ANONYMOUS,
+                              .client = own->endpoint == TLS_CREDS_ENDPOINT_CLIENT,
+                              .priority = own->priority};
+    return tls_credentials_add(&tls, err);
+}
+
+static int coroutine_fn add_tls_psk(const struct object_options *options, struct error **err)
+{
+    const struct object_options_tls_creds_psk *own = &options->u.tls_creds_psk;
+    struct tls_options tls = {.id = options->id,
+                              .kind = TLS_PSK,
+                              .client = own->endpoint == TLS_CREDS_ENDPOINT_CLIENT,
+                              .directory = own->dir,
+                              .priority = own->priority,
+                              .username = own->username};
+    return tls_credentials_add(&tls, err);
+}
+
+static int coroutine_fn add_tls_x509(const struct object_options *options, struct error **err)
+{
+    const struct object_options_tls_creds_x509 *own = &options->u.tls_creds_x509;
+    struct tls_options tls = {.id = options->id,
+                              .kind = TLS_X509,
+                              .client = own->endpoint == TLS_CREDS_ENDPOINT_CLIENT,
+                              .directory = own->dir,
+                              .priority = own->priority,
+                              .verify_peer = own->verify_peer,
+                              .password_id = own->passwordid};
+    return tls_credentials_add(&tls, err);
+}
+
+int coroutine_fn object_add_plain(const struct object_options *options, struct error **err)
+{
+    if (secret_exists(options->id) || tls_credentials_exist(options->id) || authorization_exists(options->id)) {
+        return error_set(err, -EEXIST, "There is an object '%s' already", options->id);
+    }
+    switch (options->qom_type) {
+    case OBJECT_TYPE_SECRET:
+        return object_add_secret(options, err);
+    case OBJECT_TYPE_TLS_CREDS_ANON:
+        return add_tls_anon(options, err);
+    case OBJECT_TYPE_TLS_CREDS_PSK:
+        return add_tls_psk(options, err);
+    case OBJECT_TYPE_TLS_CREDS_X509:
+        return add_tls_x509(options, err);
+    case OBJECT_TYPE_AUTHZ_SIMPLE:
+    case OBJECT_TYPE_AUTHZ_LIST:
+    case OBJECT_TYPE_AUTHZ_LIST_FILE:
+        return authorization_add(options, err);
+    default:
+        return error_set(err, -ENOTSUP, "Objects of type '%s' are of no use to this program",
+                         object_type_name(options->qom_type));
+    }
+}
+
 int coroutine_fn command_object_add(struct control *control, struct object_options *args, struct error **err)
 {
-    if (secret_exists(args->id) || iothreads_find(control->iothreads, args->id)) {
+    if (iothreads_find(control->iothreads, args->id)) {
         return error_set(err, -EEXIST, "There is an object '%s' already", args->id);
     }
-    return args->qom_type == OBJECT_TYPE_SECRET ? object_add_secret(args, err)
-                                                : iothreads_add(control->iothreads, args->id, err);
+    if (args->qom_type != OBJECT_TYPE_IOTHREAD) {
+        return object_add_plain(args, err);
+    }
+    return secret_exists(args->id) || tls_credentials_exist(args->id) || authorization_exists(args->id)
+               ? error_set(err, -EEXIST, "There is an object '%s' already", args->id)
+               : iothreads_add(control->iothreads, args->id, err);
 }
 
 int coroutine_fn command_object_del(struct control *control, struct object_del_args *args, struct error **err)
 {
-    return secret_exists(args->id) ? secret_remove(args->id, err) : iothreads_remove(control->iothreads, args->id, err);
+    return secret_exists(args->id)           ? secret_remove(args->id, err)
+           : tls_credentials_exist(args->id) ? tls_credentials_remove(args->id, err)
+           : authorization_exists(args->id)  ? authorization_remove(args->id, err)
+                                             : iothreads_remove(control->iothreads, args->id, err);
+}
+
+void object_remove_all(void)
+{
+    tls_credentials_remove_all();
+    authorization_remove_all();
+    secret_remove_all();
 }

@@ -11,8 +11,8 @@
 #include "control/dispatch.h"
 #include "control/iothread.h"
 #include "control/monitor.h"
+#include "control/object.h"
 #include "control/waiting.h"
-#include "crypto/secret.h"
 #include "export/export.h"
 #include "job/job.h"
 #include "job/resize.h"
@@ -97,7 +97,7 @@ void service_destroy(struct control *control)
     jobs_destroy(control->jobs);
     graph_destroy(control->graph);
     iothreads_destroy(control->iothreads);
-    secret_remove_all();
+    object_remove_all();
     g_free(control);
 }
 

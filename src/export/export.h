@@ -52,6 +52,8 @@ struct nbd_server_config {
     const struct address *address;  /* borrowed */
     unsigned handshake_max_seconds; /* 0: no limit */
     unsigned max_connections;       /* 0: no limit */
+    const char *tls_credentials;    /* id of credentials (crypto/tls.h): every client has to use TLS; or NULL */
+    const char *tls_authorization;  /* id of an authorization (crypto/authorize.h) of them; or NULL: all */
 };
 #define NBD_SERVER_HANDSHAKE_MAX_SECONDS 10u
 #define NBD_SERVER_MAX_CONNECTIONS 100u

@@ -8,6 +8,7 @@
 #include "loop/coroutine.h"
 #include "loop/file.h"
 #include "loop/loop.h"
+#include "loop/stream.h"
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/socket.h>
@@ -46,32 +47,6 @@ struct file_ops {
 };
 struct file {
     const struct file_ops *ops;
-};
-
-/* Stream sockets. `struct connection` and `struct listener` are what the implementation embeds first. */
-struct stream_ops {
-    int (*listen)(const struct address *address, struct listener **ret, struct error **err);
-    int (*accept)(struct listener *listener, struct connection **ret);
-    void (*listener_shutdown)(struct listener *listener); /* any thread */
-    void (*listener_close)(struct listener *listener);
-    char *(*listener_address)(struct listener *listener);
-    int (*connect)(const struct address *address, struct connection **ret, struct error **err);
-    struct connection *(*adopt)(int input, int output);
-    /* Waits until `minimum` (at least 1) bytes came, or fewer at the end of the stream; may return fewer anyway. */
-    ssize_t (*receive)(struct connection *connection, void *to, size_t minimum, size_t maximum);
-    /* Sends at least one byte of the vector; returns how many. */
-    ssize_t (*send)(struct connection *connection, const struct iovec *iov, unsigned count);
-    void (*shutdown)(struct connection *connection); /* any thread */
-    void (*close)(struct connection *connection);
-    void (*move)(struct connection *connection, struct loop *to);
-    int (*fd)(struct connection *connection);
-    char *(*peer)(struct connection *connection);
-};
-struct connection {
-    const struct stream_ops *ops;
-};
-struct listener {
-    const struct stream_ops *ops;
 };
 
 /* A descriptor on which coroutines of one loop wait: one for input, one for output. Zero-initialise, then set fd. */

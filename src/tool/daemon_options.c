@@ -102,7 +102,9 @@ static int coroutine_fn step_nbd_server(json_t *arguments, bool text, const stru
     if (!code) {
         struct nbd_server_config config = {.address = &address,
                                            .handshake_max_seconds = (unsigned)server->handshake_max_seconds,
-                                           .max_connections = (unsigned)server->max_connections};
+                                           .max_connections = (unsigned)server->max_connections,
+                                           .tls_credentials = server->tls_creds,
+                                           .tls_authorization = server->tls_authz};
 
         code = nbd_server_start(control->exports, &config, err);
         address_clear(&address);
@@ -286,6 +288,7 @@ static void print_help(void)
            "                          describe the end point of a monitor\n"
            "  --monitor [chardev=]C   a QMP monitor there\n"
            "  --nbd-server addr.type=unix,addr.path=PATH | addr.type=inet,addr.host=H,addr.port=P[,max-connections=N]\n"
+           "                [,tls-creds=ID[,tls-authz=ID]]\n"
            "                          start the NBD server\n"
            "  --export [type=]nbd,id=E,node-name=N[,name=NAME][,writable=on][,iothread=T]\n"
            "                          serve a node to NBD clients\n"
@@ -293,6 +296,11 @@ static void print_help(void)
            "                          make an I/O thread\n"
            "  --object secret,id=S,data=TEXT|file=PATH[,format=base64]\n"
            "                          give a passphrase or a key, for the options that name one by its id\n"
+           "  --object tls-creds-x509|tls-creds-psk,id=T,endpoint=server,dir=FOLDER | "
+           "tls-creds-anon,id=T,endpoint=server\n"
+           "                          give certificates or keys for TLS\n"
+           "  --object authz-simple,id=A,identity=NAME | authz-list,id=A,rules.0.match=NAME,rules.0.policy=allow,...\n"
+           "                          say whom TLS lets in\n"
            "  --daemonize             go into the background once everything is set up\n"
            "  --pidfile PATH          write the process number there\n"
            "  --engine auto|uring|epoll\n"

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * `--object` of the programs without a monitor: secrets, by the type of object-add. What such a program has no use for
- * (I/O threads) is refused by name.
+ * `--object` of the programs without a monitor: secrets and TLS credentials, as object-add takes them. What such a
+ * program has no use for (I/O threads) is refused by name.
  *
  * The text of a secret stands in memory of the option parser and of the JSON library, which do not wipe it; nor does
  * the list of processes hide it. Who minds gives a file.
@@ -22,11 +22,8 @@ int coroutine_fn image_object_add(const char *text, struct error **err)
         r = is_text ? object_options_from_text(arguments, NULL, &options, err)
                     : object_options_from_json(arguments, NULL, &options, err);
     }
-    if (r == 0 && options->qom_type != OBJECT_TYPE_SECRET) {
-        r = error_set(err, -ENOTSUP, "Objects of type '%s' are of no use to this program",
-                      object_type_name(options->qom_type));
-    } else if (r == 0) {
-        r = object_add_secret(options, err);
+    if (r == 0) {
+        r = object_add_plain(options, err);
     }
     object_options_free(options);
     json_decref(arguments);

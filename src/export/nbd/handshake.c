@@ -13,6 +13,8 @@
 #include "base/size.h"
 #include "block/node.h"
 #include "block/user.h"
+#include "crypto/authorize.h"
+#include "crypto/tls.h"
 #include "export/nbd/nbd_format.h"
 #include "export/nbd/server.h"
 #include "loop/connection.h"
@@ -259,6 +261,42 @@ static int coroutine_fn option_structured_reply(struct handshake *handshake)
     return reply_ack(handshake);
 }
 
+/* Lets the client in, or not, by who it is. */
+static int check_identity(const struct nbd_server *server, const char *identity)
+{
+    return !server->authorization || authorization_allows(server->authorization, identity) ? 0 : -EACCES;
+}
+
+/* NBD_OPT_STARTTLS. Whatever was negotiated in plain text is forgotten: somebody in between may have said it. */
+static int coroutine_fn option_start_tls(struct handshake *handshake)
+{
+    struct nbd_client *client = handshake->client;
+    struct connection *secured;
+    g_autofree char *identity = NULL;
+    int r;
+
+    if (!client->server->tls) {
+        return reply_error(handshake, NBD_REP_ERR_POLICY, "this server has no TLS");
+    }
+    if (client->secure) {
+        return reply_error(handshake, NBD_REP_ERR_INVALID, "TLS has been negotiated already");
+    }
+    reply_ack(handshake);
+    r = send_out(handshake);
+    if (r == 0) {
+        r = tls_connection_open(client->connection, client->server->tls, NULL, &secured, &identity, NULL);
+    }
+    if (r < 0) {
+        return r;
+    }
+    client->connection = secured;
+    client->secure = true;
+    client->structured = false;
+    handshake->contexts_of = 0;
+    r = check_identity(client->server, identity);
+    return r < 0 ? r : NEGOTIATE_ON;
+}
+
 /* Reads the queries, and chooses of the export's contexts those that they name; listing, none names all. False:
  * malformed. `contexts` NULL: there is no such export. */
 static bool take_queries(struct handshake *handshake, bool listing, const struct nbd_contexts *contexts,
@@ -339,6 +377,7 @@ static const struct option options[] = {
     {NBD_OPT_EXPORT_NAME, "export-name", option_export_name, true},
     {NBD_OPT_ABORT, "abort", option_abort, true},
     {NBD_OPT_LIST, "list", option_list, false},
+    {NBD_OPT_STARTTLS, "starttls", option_start_tls, false},
     {NBD_OPT_INFO, "info", option_info, true},
     {NBD_OPT_GO, "go", option_info, true},
     {NBD_OPT_STRUCTURED_REPLY, "structured-reply", option_structured_reply, false},
@@ -374,6 +413,15 @@ static int coroutine_fn skip_data(struct handshake *handshake, size_t bytes)
     return 0;
 }
 
+/* Before its TLS a client of a server that has some may ask for that, and go. */
+static bool needs_tls(const struct handshake *handshake)
+{
+    const struct nbd_client *client = handshake->client;
+
+    return client->server->tls && !client->secure && handshake->option != NBD_OPT_STARTTLS &&
+           handshake->option != NBD_OPT_ABORT;
+}
+
 static int coroutine_fn negotiate_option(struct handshake *handshake)
 {
     struct connection *connection = handshake->client->connection;
@@ -393,6 +441,13 @@ static int coroutine_fn negotiate_option(struct handshake *handshake)
     option = option_find(handshake->option);
     if (!handshake->fixed && handshake->option != NBD_OPT_EXPORT_NAME) {
         return -EPROTO;
+    }
+    if (needs_tls(handshake)) {
+        if (handshake->option == NBD_OPT_EXPORT_NAME || bytes > NBD_OPTION_SKIP_MAX) {
+            return -EPROTO; /* this option has no reply that could say so */
+        }
+        r = skip_data(handshake, bytes);
+        return r < 0 ? r : reply_error(handshake, NBD_REP_ERR_TLS_REQD, "this server speaks to clients with TLS only");
     }
     if (bytes > (handshake->option == NBD_OPT_EXPORT_NAME ? NBD_STRING_MAX : NBD_OPTION_SKIP_MAX)) {
         return -EMSGSIZE;

@@ -11,6 +11,8 @@
  */
 #include "export/nbd/server.h"
 #include "block/graph.h"
+#include "crypto/authorize.h"
+#include "crypto/tls.h"
 #include "export/export_type.h"
 #include "export/nbd/memory.h"
 #include "export/nbd/nbd_format.h"
@@ -324,19 +326,50 @@ static void server_accept_run(void *argument)
     co_group_leave(&server->running);
 }
 
+static void server_free(struct nbd_server *server)
+{
+    co_group_destroy(&server->running);
+    tls_credentials_put(server->tls);
+    g_free(server->authorization);
+    g_free(server);
+}
+
+/* The server's credentials, referenced. */
+static int check_tls(const struct nbd_server_config *config, struct tls_credentials **ret, struct error **err)
+{
+    *ret = NULL;
+    if (config->tls_authorization && !config->tls_credentials) {
+        return error_set(err, -EINVAL, "'tls-authz' says who may come in by TLS, but there are no 'tls-creds'");
+    }
+    if (config->tls_authorization && !authorization_exists(config->tls_authorization)) {
+        return error_set(err, -ENOENT, "There is no authorization '%s'", config->tls_authorization);
+    }
+    if (config->tls_credentials) {
+        *ret = tls_credentials_get(config->tls_credentials, false, err);
+    }
+    return config->tls_credentials && !*ret ? -ENOENT : 0;
+}
+
 int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_server_config *config, struct error **err)
 {
+    struct tls_credentials *credentials = NULL;
     struct nbd_server *server;
     int r;
 
     if (exports->nbd_server) {
         return error_set(err, -EALREADY, "NBD server already running");
     }
+    r = check_tls(config, &credentials, err);
+    if (r < 0) {
+        return r;
+    }
     server = g_new0(struct nbd_server, 1);
     server->exports = exports;
     server->loop = exports->loop;
     server->handshake_max_seconds = config->handshake_max_seconds;
     server->max_connections = config->max_connections;
+    server->tls = credentials;
+    server->authorization = g_strdup(config->tls_authorization);
     list_init(&server->directory);
     list_init(&server->clients);
     list_init(&server->pools);
@@ -347,8 +380,7 @@ int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_serv
     r = listener_open(config->address, &server->listener, err);
     if (r < 0) {
         exports->nbd_server = NULL;
-        co_group_destroy(&server->running);
-        g_free(server);
+        server_free(server);
         return r;
     }
     server->stopping = false;
@@ -376,9 +408,8 @@ int coroutine_fn nbd_server_stop(struct exports *exports, struct error **err)
     co_group_wait(&server->running);
     listener_close(server->listener);
     g_assert(list_is_empty(&server->directory) && list_is_empty(&server->clients) && list_is_empty(&server->pools));
-    co_group_destroy(&server->running);
     exports->nbd_server = NULL;
-    g_free(server);
+    server_free(server);
     co_group_leave(&exports->servers);
     return 0;
 }

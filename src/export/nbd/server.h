@@ -20,6 +20,7 @@
 struct connection;
 struct listener;
 struct nbd_pool;
+struct tls_credentials;
 
 struct nbd_export {
     struct list link; /* server->exports; an empty list once clients shall not find it any more */
@@ -37,8 +38,10 @@ struct nbd_server {
     struct loop *loop;
     struct listener *listener;
     unsigned handshake_max_seconds, max_connections;
-    struct list directory; /* struct nbd_export by link */
-    struct list clients;   /* struct nbd_client by link */
+    struct tls_credentials *tls; /* every client has to use TLS; or NULL */
+    char *authorization;         /* whom of them to let in, or NULL: all */
+    struct list directory;       /* struct nbd_export by link */
+    struct list clients;         /* struct nbd_client by link */
     unsigned client_count;
     uint64_t serial;            /* the last one given */
     struct list pools;          /* of loops that have clients */
@@ -51,8 +54,9 @@ struct nbd_server {
 struct nbd_client {
     struct list link, export_link;
     struct nbd_server *server;
-    struct connection *connection;
-    struct loop_timer deadline; /* of the handshake */
+    struct connection *connection; /* from its handshake on, with TLS, the layer */
+    bool secure;                   /* by TLS */
+    struct loop_timer deadline;    /* of the handshake */
     struct loop_task gone;
     struct nbd_loop_pool *pool;
     struct nbd_export *chosen; /* referenced; NULL until chosen */
