@@ -13,8 +13,12 @@
 #include "crypto/authorize.h"
 #include "crypto/secret.h"
 #include "crypto/tls.h"
+#include "loop/file.h"
 #include "schema/commands.h"
 #include <errno.h>
+#include <glib.h>
+
+#define RULES_FILE_MAX (1 << 20)
 
 static int coroutine_fn object_add_secret(const struct object_options *options, struct error **err)
 {
@@ -65,6 +69,46 @@ static int coroutine_fn add_tls_x509(const struct object_options *options, struc
     return tls_credentials_add(&tls, err);
 }
 
+static int add_authz_list(const char *id, const struct object_options_authz_list *list, struct error **err)
+{
+    g_autofree struct authorization_rule *rules = g_new0(struct authorization_rule, list->rules.count);
+    for (size_t i = 0; i < list->rules.count; i++) {
+        const struct authz_rule *rule = list->rules.items[i];
+        rules[i] = (struct authorization_rule){rule->match, rule->format == AUTHZ_FORMAT_GLOB,
+                                               rule->policy == AUTHZ_POLICY_ALLOW};
+    }
+    return authorization_add(id, rules, (unsigned)list->rules.count, list->policy == AUTHZ_POLICY_ALLOW, err);
+}
+
+static int coroutine_fn add_authz_list_file(const char *id, const char *path, struct error **err)
+{
+    g_autofree char *text = NULL;
+    size_t bytes;
+    struct object_options_authz_list *list;
+    json_error_t problem;
+    int code = file_slurp(path, RULES_FILE_MAX, &text, &bytes);
+    if (code < 0) {
+        return error_set_errno(err, code, "Cannot read the rules in '%s'", path);
+    }
+    json_t *json = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &problem);
+    if (!json) {
+        return error_set(err, -EINVAL, "'%s' is no JSON: line %d: %s", path, problem.line, problem.text);
+    }
+    code = object_options_authz_list_from_json(json, path, &list, err);
+    json_decref(json);
+    if (code == 0) {
+        code = add_authz_list(id, list, err);
+        object_options_authz_list_free(list);
+    }
+    return code;
+}
+
+static int add_authz_simple(const char *id, const char *identity, struct error **err)
+{
+    struct authorization_rule rule = {.match = identity, .allow = true};
+    return authorization_add(id, &rule, 1, false, err);
+}
+
 int coroutine_fn object_add_plain(const struct object_options *options, struct error **err)
 {
     if (secret_exists(options->id) || tls_credentials_exist(options->id) || authorization_exists(options->id)) {
@@ -80,9 +124,11 @@ int coroutine_fn object_add_plain(const struct object_options *options, struct e
     case OBJECT_TYPE_TLS_CREDS_X509:
         return add_tls_x509(options, err);
     case OBJECT_TYPE_AUTHZ_SIMPLE:
+        return add_authz_simple(options->id, options->u.authz_simple.identity, err);
     case OBJECT_TYPE_AUTHZ_LIST:
+        return add_authz_list(options->id, &options->u.authz_list, err);
     case OBJECT_TYPE_AUTHZ_LIST_FILE:
-        return authorization_add(options, err);
+        return add_authz_list_file(options->id, options->u.authz_list_file.filename, err);
     default:
         return error_set(err, -ENOTSUP, "Objects of type '%s' are of no use to this program",
                          object_type_name(options->qom_type));

@@ -2,18 +2,14 @@
 /*
  * Authorizations: lists of rules, the first that matches decides. Owns the list of them.
  *
- * 1. Whatever is in doubt is refused: an identity that nobody knows, an authorization that has been removed.
- * 2. A file of rules is read when the object is added; to read it again, remove and add it.
+ * Whatever is in doubt is refused: an identity that nobody knows, an authorization that has been removed.
  *
  * Control thread only.
  */
 #include "crypto/authorize.h"
-#include "loop/file.h"
 #include <errno.h>
 #include <glib.h>
 #include <string.h>
-
-#define RULES_FILE_MAX (1 << 20)
 
 struct rule {
     char *match;
@@ -50,61 +46,20 @@ static struct authorization *find(const char *id)
     return NULL;
 }
 
-static void take_list(struct authorization *authorization, const struct object_options_authz_list *list)
+int authorization_add(const char *id, const struct authorization_rule *rules, unsigned count, bool allow,
+                      struct error **err)
 {
-    authorization->allow = list->policy == AUTHZ_POLICY_ALLOW;
-    for (size_t i = 0; i < list->rules.count; i++) {
-        const struct authz_rule *given = list->rules.items[i];
-        struct rule rule = {g_strdup(given->match), given->format == AUTHZ_FORMAT_GLOB,
-                            given->policy == AUTHZ_POLICY_ALLOW};
-        g_array_append_val(authorization->rules, rule);
+    if (find(id)) {
+        return error_set(err, -EEXIST, "There is an object '%s' already", id);
     }
-}
-
-static int coroutine_fn take_file(struct authorization *authorization, const char *path, struct error **err)
-{
-    g_autofree char *text = NULL;
-    size_t bytes;
-    struct object_options_authz_list *list;
-    json_error_t problem;
-    int code = file_slurp(path, RULES_FILE_MAX, &text, &bytes);
-    if (code < 0) {
-        return error_set_errno(err, code, "Cannot read the rules in '%s'", path);
-    }
-    json_t *json = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &problem);
-    if (!json) {
-        return error_set(err, -EINVAL, "'%s' is no JSON: line %d: %s", path, problem.line, problem.text);
-    }
-    code = object_options_authz_list_from_json(json, path, &list, err);
-    json_decref(json);
-    if (code == 0) {
-        take_list(authorization, list);
-        object_options_authz_list_free(list);
-    }
-    return code;
-}
-
-int coroutine_fn authorization_add(const struct object_options *options, struct error **err)
-{
     struct authorization *authorization = g_new0(struct authorization, 1);
-    int code = find(options->id) ? error_set(err, -EEXIST, "There is an object '%s' already", options->id) : 0;
-    authorization->id = g_strdup(options->id);
+    authorization->id = g_strdup(id);
+    authorization->allow = allow;
     authorization->rules = g_array_new(FALSE, FALSE, sizeof(struct rule));
     g_array_set_clear_func(authorization->rules, rule_clear);
-    if (code == 0 && options->qom_type == OBJECT_TYPE_AUTHZ_SIMPLE) {
-        struct rule rule = {g_strdup(options->u.authz_simple.identity), false, true};
+    for (unsigned i = 0; i < count; i++) {
+        struct rule rule = {g_strdup(rules[i].match), rules[i].glob, rules[i].allow};
         g_array_append_val(authorization->rules, rule);
-    } else if (code == 0 && options->qom_type == OBJECT_TYPE_AUTHZ_LIST) {
-        take_list(authorization, &options->u.authz_list);
-    } else if (code == 0) {
-        code = take_file(authorization, options->u.authz_list_file.filename, err);
-    }
-    if (code == 0 && find(options->id)) { /* reading took its time */
-        code = error_set(err, -EEXIST, "There is an object '%s' already", options->id);
-    }
-    if (code < 0) {
-        authorization_free(authorization);
-        return code;
     }
     all = all ? all : g_ptr_array_new();
     g_ptr_array_add(all, authorization);

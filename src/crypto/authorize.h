@@ -3,8 +3,6 @@
 #define INTERLOCK_CRYPTO_AUTHORIZE_H
 
 #include "base/error.h"
-#include "loop/coroutine.h"
-#include "schema/types.h"
 #include <stdbool.h>
 
 /*
@@ -12,8 +10,14 @@
  * is text: the distinguished name of a certificate, a user name. One list for the process. Control thread.
  */
 
-/* Of one of those three types. A file is read now. -EEXIST, -EINVAL, or what reading gave. */
-int coroutine_fn authorization_add(const struct object_options *options, struct error **err);
+struct authorization_rule {
+    const char *match;
+    bool glob; /* `match` has * and ?; else it is the whole identity */
+    bool allow;
+};
+/* The first rule that matches decides, else `allow`. All is copied. -EEXIST. */
+int authorization_add(const char *id, const struct authorization_rule *rules, unsigned count, bool allow,
+                      struct error **err);
 bool authorization_exists(const char *id);
 int authorization_remove(const char *id, struct error **err); /* -ENOENT */
 void authorization_remove_all(void);

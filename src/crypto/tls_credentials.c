@@ -11,11 +11,14 @@
  */
 #include "crypto/secret.h"
 #include "crypto/tls_private.h"
+#include "loop/file.h"
 #include "loop/worker.h"
 #include <errno.h>
 #include <glib.h>
 #include <gnutls/x509.h>
 #include <string.h>
+
+#define KEYS_FILE_MAX (1 << 20)
 
 static GPtrArray *all; /* NULL: none yet */
 
@@ -54,6 +57,7 @@ struct reading {
     const struct tls_options *options;
     struct tls_credentials *credentials;
     const char *password;
+    char *keys;    /* a PSK client's keys.psk */
     char *problem; /* what is wrong, for users */
 };
 
@@ -87,34 +91,27 @@ static int read_anonymous(struct reading *reading)
 }
 
 /* The client's line of keys.psk. */
-static int read_key(struct reading *reading, const char *path)
+static int take_key(struct reading *reading, const char *path)
 {
     const char *user = reading->options->username ? reading->options->username : "qemu";
-    g_autofree char *text = NULL;
-    gsize bytes = 0;
-    int code = -ENOENT;
-    if (!g_file_get_contents(path, &text, &bytes, NULL)) {
-        return told(reading, GNUTLS_E_FILE_ERROR, path);
-    }
-    g_auto(GStrv) lines = g_strsplit(text, "\n", -1);
-    explicit_bzero(text, bytes);
-    for (char **line = lines; *line && code == -ENOENT; line++) {
-        char *colon = strchr(*line, ':');
-        if (colon && (size_t)(colon - *line) == strlen(user) && !strncmp(*line, user, strlen(user))) {
-            gnutls_datum_t key = {(unsigned char *)g_strstrip(colon + 1), (unsigned)strlen(colon + 1)};
-            code = told(
+    size_t length = strlen(user);
+    char *next;
+    for (char *line = reading->keys; line; line = next) {
+        next = strchr(line, '\n');
+        if (next) {
+            *next++ = 0;
+        }
+        if (!strncmp(line, user, length) && line[length] == ':') {
+            char *hex = g_strstrip(line + length + 1);
+            gnutls_datum_t key = {(unsigned char *)hex, (unsigned)strlen(hex)};
+            return told(
                 reading,
                 gnutls_psk_set_client_credentials(reading->credentials->psk_client, user, &key, GNUTLS_PSK_KEY_HEX),
                 path);
         }
     }
-    for (char **line = lines; *line; line++) {
-        explicit_bzero(*line, strlen(*line));
-    }
-    if (code == -ENOENT) {
-        reading->problem = g_strdup_printf("%s has no key of user '%s'", path, user);
-    }
-    return code;
+    reading->problem = g_strdup_printf("%s has no key of user '%s'", path, user);
+    return -ENOENT;
 }
 
 static int read_psk(struct reading *reading)
@@ -124,7 +121,7 @@ static int read_psk(struct reading *reading)
     int code;
     if (credentials->client) {
         code = told(reading, gnutls_psk_allocate_client_credentials(&credentials->psk_client), "keys");
-        return code < 0 ? code : read_key(reading, path);
+        return code < 0 ? code : take_key(reading, path);
     }
     code = told(reading, gnutls_psk_allocate_server_credentials(&credentials->psk_server), "keys");
     if (code == 0 && !g_file_test(path, G_FILE_TEST_IS_REGULAR)) {
@@ -241,6 +238,21 @@ static int get_password(const struct tls_options *options, uint8_t **ret, size_t
     return options->password_id ? secret_get(options->password_id, ret, ret_bytes, err) : 0;
 }
 
+/* What is read here and not by GnuTLS. */
+static int coroutine_fn read_keys(struct reading *reading, size_t *ret_bytes)
+{
+    *ret_bytes = 0;
+    if (reading->options->kind != TLS_PSK || !reading->options->client) {
+        return 0;
+    }
+    g_autofree char *path = path_of(reading, "keys.psk");
+    int code = file_slurp(path, KEYS_FILE_MAX, &reading->keys, ret_bytes);
+    if (code < 0) {
+        reading->problem = g_strdup_printf("%s: %s", path, g_strerror(-code));
+    }
+    return code;
+}
+
 int coroutine_fn tls_credentials_add(const struct tls_options *options, struct error **err)
 {
     uint8_t *password;
@@ -253,9 +265,14 @@ int coroutine_fn tls_credentials_add(const struct tls_options *options, struct e
         return code;
     }
     struct tls_credentials *credentials = credentials_create(options);
-    struct reading reading = {options, credentials, (const char *)password, NULL};
-    code = worker_run(read_work, &reading);
+    struct reading reading = {.options = options, .credentials = credentials, .password = (const char *)password};
+    size_t key_bytes;
+    code = read_keys(&reading, &key_bytes);
+    if (code == 0) {
+        code = worker_run(read_work, &reading);
+    }
     secret_free(password, password_bytes);
+    secret_free((uint8_t *)reading.keys, key_bytes);
     if (code == 0 && find(options->id)) {
         code = -EEXIST;
         reading.problem = g_strdup("somebody else has just added them");

@@ -47,7 +47,7 @@ static const struct scenario scenarios[] = {
     {"list", "hi opt=3", "hello server:n0 server:ro server:bm ack:3"},
     {"list with data", "hi opt=3,4 u32=0 opt=2", "hello err:3 ack:2"},
     {"unknown option", "hi opt=99,5 zero=5 opt=2", "hello err:1 ack:2"},
-    {"starttls", "hi opt=5 opt=2", "hello err:1 ack:2"},
+    {"starttls", "hi opt=5 opt=2", "hello err:2 ack:2"},
     {"extended headers", "hi opt=11 opt=2", "hello err:1 ack:2"},
     {"option too long to look at", "hi opt=7,70000 zero=70000 opt=2", "hello err:9 ack:2"},
     {"option too long to skip", "hi opt=99,4294967295 zero=100", "hello"},
