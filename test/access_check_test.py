@@ -6,6 +6,7 @@ import os
 import re
 import time
 
+import scenes
 from harness import IS_PEER, MIB, PROGRAM, SLOWNESS, QmpError, TestCase, qemu_img, qemu_io, run
 
 SLOW = 64 * 1024
@@ -32,6 +33,14 @@ def resize(node, size):
     return "block_resize", {"node-name": node, "size": size}
 
 
+def mirror(node, **more):
+    return "blockdev-mirror", {"job-id": "asked", "device": node, "target": "asked-target", "sync": "full", "speed": SLOW, **more}
+
+
+def backup(node):
+    return "blockdev-backup", {"job-id": "asked", "device": node, "target": "asked-target", "sync": "full", "speed": SLOW}
+
+
 # By the names that the operation matrix has for them.
 OPERATIONS = {
     "commit a>base": commit("a", "base"),
@@ -55,6 +64,10 @@ OPERATIONS = {
     "cbf b": ("change-backing-file", {"device": "top", "image-node-name": "b", "backing-file": "a.qcow2"}),
     "cbf top": ("change-backing-file", {"device": "top", "image-node-name": "top", "backing-file": "c.qcow2"}),
 }
+if "mirror" in scenes.PLAYED:
+    OPERATIONS |= {"mirror top": mirror("top"), "mirror b": mirror("b"), "replace b": mirror("b", replaces="b")}
+if "backup" in scenes.PLAYED:
+    OPERATIONS |= {"backup top": backup("top"), "backup b": backup("b")}
 MOMENTARY = ("block_resize", "change-backing-file")  # over when the command returns
 # Commands and arguments that access control is never asked about: the answer is the command's own error.
 ERRORS = [
@@ -111,6 +124,8 @@ class AccessCheck(TestCase):
             below = image
         self.server = self.daemon()
         self.server.add_chain([(name, self.path(f"{name}.qcow2")) for name in NAMES])
+        for target in ("asked-target", "held-target"):
+            self.server.add_qcow2(target, self.create_image(f"{target}.qcow2", SIZE))
 
     def check(self, command, arguments):
         return self.server.qmp.execute("access-check", {"command": command, "arguments": arguments})
@@ -136,6 +151,7 @@ class AccessCheck(TestCase):
         command, arguments = OPERATIONS[operation]
         key = "id" if command == "block-export-add" else "job-id"
         more = {"name": name} if command == "block-export-add" else {}
+        more |= {"target": f"{name}-target"} if "target" in arguments else {}
         self.server.qmp.execute(command, {**arguments, **more, key: name})
         if command != "block-export-add":
             self.server.qmp.execute("job-pause", {"id": name})

@@ -101,8 +101,9 @@ static int coroutine_fn backup_extent(void *argument, uint64_t offset, uint64_t 
     struct backup *backup = backup_of(argument);
     uint64_t next, length;
     struct extent extent;
-    if (!before_next(backup->before, offset, &next, &length) || next > offset) {
-        *ret = (struct copy_extent){length ? min_u64(bytes, next - offset) : bytes, COPY_SKIP};
+    bool more = before_next(backup->before, offset, &next, &length);
+    if (!more || next > offset) {
+        *ret = (struct copy_extent){more ? min_u64(bytes, next - offset) : bytes, COPY_SKIP};
         return 0;
     }
     int result = backup_look(backup, offset, min_u64(bytes, length), &extent);
@@ -243,6 +244,7 @@ static void coroutine_fn backup_undo(struct backup *backup)
 {
     backup_end_bitmap(backup, false);
     if (backup->inserted) {
+        graph_filter_follow(backup->filter, NULL, CLAIM_NODE);
         auto_error error = NULL;
         if (graph_remove_filter_locked(backup->graph, backup->operation, backup->filter, &error) < 0) {
             g_critical("The filter of a backup of node '%s' stays: %s", backup->image->name,
@@ -510,6 +512,9 @@ static int coroutine_fn backup_begin_filter(struct backup *backup, struct error 
     if (result == 0) {
         result = graph_insert_filter_locked(backup->graph, backup->operation, backup->filter, backup->image, err);
         backup->inserted = result == 0;
+    }
+    if (result == 0) { /* whatever takes N's place, with N's users, shows what N showed */
+        graph_filter_follow(backup->filter, backup->operation, CLAIM_NODE);
     }
     if (result == 0) {
         unsigned granted = operation_granted(backup->operation, backup->image);

@@ -27,6 +27,7 @@
 #include "block/driver.h"
 #include "job/commit_private.h"
 #include "job/relink.h"
+#include "job/succession.h"
 #include <errno.h>
 #include <glib.h>
 
@@ -267,18 +268,15 @@ static int commit_move_users(struct commit *commit, struct error **err)
     g_autofree char *reason = g_strdup_printf("%s moved its data into node '%s'", subject, commit->base->name);
     struct transaction *transaction = graph_begin(graph, subject);
     transaction_by(transaction, commit->operation);
-    struct node *head = node_head(commit->top);
-    transaction_move_parents(transaction, head, node_head(commit->base), NULL);
+    succession_record(transaction, commit->top, commit->filter_inserted ? commit->filter : NULL,
+                      node_head(commit->base), SUCCESSION_ALL);
     for (struct node *node = commit->top; node && node != commit->base; node = node_backing(node)) {
         transaction_mark_stale(transaction, node, reason);
-    }
-    if (commit->filter) {
-        transaction_mark_stale(transaction, commit->filter, reason);
     }
     transaction_end_operation(transaction, commit->operation);
     int result = graph_commit(transaction, err);
     if (result == 0) {
-        commit->pivoted = true;
+        commit->filter_inserted = false;
         /* B is from now on what T was to its users: as writable as T. */
         commit->base->wants_writable |= commit->top->wants_writable;
     }
@@ -371,7 +369,7 @@ static int coroutine_fn commit_prepare(struct job *job, struct error **err)
 static void coroutine_fn commit_destroy(struct commit *commit)
 {
     copy_destroy(commit->copy);
-    if (commit->filter_inserted && !commit->pivoted) {
+    if (commit->filter_inserted) {
         auto_error error = NULL;
         if (graph_remove_filter(commit->graph, commit->operation, commit->filter, &error) < 0) {
             g_critical("The filter of a commit of node '%s' stays: %s", commit->top->name,

@@ -26,7 +26,6 @@ struct commit {
     bool filter_inserted;
     struct dirty *dirty;
     struct copy *copy;
-    bool pivoted;
     uint64_t size; /* T's */
     uint64_t scanned;
 };

@@ -14,12 +14,13 @@
  */
 #include "test/explore/moves.h"
 #include "block/graph.h"
-#include "block/node.h"
+#include "block/operation.h"
 #include "job/commit.h"
 #include "job/stream.h"
 #include "schema/claims.h"
 #include "test/explore/clients.h"
 #include "test/explore/commands.h"
+#include "test/explore/copies.h"
 #include "test/explore/world.h"
 #include <errno.h>
 #include <string.h>
@@ -186,14 +187,13 @@ static bool stream_fits(const struct topology *topology, int upper, int lower)
 static void stream_bind(struct actor *actor)
 {
     struct world *world = actor->world;
-    int lower = actor->move->lower;
-    while (lower != NO_IMAGE && world->pictures[lower].stale) {
-        lower = world->pictures[lower].moved_to;
+    const struct operation *operation = world_operation(actor);
+    for (int i = 0; operation && i < (int)world->picture_count; i++) {
+        if (world_node(world, i) == operation->bound[CLAIM_BOTTOM]) {
+            actor->bottom = i;
+        }
     }
-    actor->bottom = actor->move->upper;
-    while (world->pictures[actor->bottom].below != lower && world->pictures[actor->bottom].below != NO_IMAGE) {
-        actor->bottom = world->pictures[actor->bottom].below;
-    }
+    g_assert(actor->bottom != NO_IMAGE);
 }
 
 static int coroutine_fn stream_begin(struct actor *actor, struct error **err)
@@ -294,6 +294,41 @@ static const struct move_kind kinds[] = {
      .live = job_live,
      .done = stream_done,
      .failed = stream_failed},
+    {.name = "mirror",
+     .sort = MOVE_JOB,
+     .fits = any_image,
+     .start = mirror_begin,
+     .on_begin = mirror_on_begin,
+     .live = job_live,
+     .done = mirror_done,
+     .moved = mirror_moved,
+     .target = TARGET_EMPTY},
+    {.name = "replace",
+     .sort = MOVE_JOB,
+     .fits = any_image,
+     .start = replace_begin,
+     .on_begin = mirror_on_begin,
+     .live = job_live,
+     .done = mirror_done,
+     .moved = mirror_moved,
+     .target = TARGET_EMPTY,
+     .replaces = true},
+    {.name = "backup",
+     .sort = MOVE_JOB,
+     .fits = any_image,
+     .start = backup_begin,
+     .on_begin = backup_on_begin,
+     .live = job_live,
+     .done = backup_done,
+     .target = TARGET_EMPTY,
+     .large = true},
+    {.name = "snapshot",
+     .sort = MOVE_COMMAND,
+     .fits = any_image,
+     .start = snapshot_begin,
+     .on_begin = snapshot_on_begin,
+     .target = TARGET_OVERLAY,
+     .claims = &blockdev_snapshot_claims},
     {.name = "export-ro", .sort = MOVE_CLIENT, .fits = any_image, .start = export_ro_begin, .live = client_live},
     {.name = "export-ro-sh",
      .sort = MOVE_CLIENT,

@@ -26,6 +26,8 @@ struct move_kind {
     char separator[3]; /* written so between the two */
     /* 0: it has begun. The same way in as the command's. */
     int coroutine_fn (*start)(struct actor *actor, struct error **err);
+    /* Called by those whose beginning is an action, in that step, under the graph's lock. */
+    void (*on_begin)(struct actor *actor);
     /* Until its end. NULL: starting was all of it. */
     void coroutine_fn (*live)(struct actor *actor);
     /* What a good end means for the model. May be NULL. */
@@ -37,6 +39,7 @@ struct move_kind {
     /* Does the graph show that it has moved those who use its images, whatever it has said yet? May be NULL. */
     bool (*moved)(const struct actor *actor);
     enum move_target target;
+    bool large;    /* copies in units of 64 KiB: small images would have one only */
     bool replaces; /* what leans on its image leans on its target at the end */
     /* Of a command: what it claims while it lasts, on its one image, so that it can be held in mid-course. */
     const struct claim_table *claims;

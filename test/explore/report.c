@@ -58,6 +58,16 @@ static const struct reason reasons[] = {
     {"commit", "cbf", ">.<.", "the header of top or of an image between is that of an image that ends stale"},
     {"active commit", "cbf", "=.<.", "the header of top or of an image between is that of an image that ends stale"},
     {"active commit", "cbf", ">.<.", "the header of top or of an image between is that of an image that ends stale"},
+    {"commit", "snapshot", ">.<.", "an image between ends stale, and so would the overlay over it"},
+    {"active commit", "snapshot", ">.<.", "an image between ends stale, and so would the overlay over it"},
+    {"commit", "snapshot", ">.=.",
+     "base is half-written until the commit's end: what a snapshot is to keep is not there, and the overlay would end "
+     "stale"},
+    {"active commit", "snapshot", ">.=.",
+     "base is half-written until the commit's end: what a snapshot is to keep is not there, and the overlay would end "
+     "stale"},
+    {"replace", "cbf", "<...",
+     "the mirror will write this header at its end, and what the name was chosen for will be left"},
     {"stream", "cbf", "=.<.", "the stream will write this header at its end: the name would not last"},
     {"stream", "cbf", "=...", "the stream will write this header at its end: the name would not last"},
 };

@@ -17,6 +17,7 @@
 
 #define CLUSTERS_MIN 4
 #define CLUSTERS_MAX 7
+#define CLUSTERS_LARGE 50 /* of 4 KiB: three units of 64 KiB, and some */
 
 /* --- ends --- */
 
@@ -67,8 +68,8 @@ int64_t world_speed(struct world *world)
 /* --- images --- */
 
 struct draft {
-    enum image_cluster clusters[CLUSTERS_MAX];
-    unsigned char content[CLUSTERS_MAX << 12];
+    enum image_cluster clusters[CLUSTERS_LARGE];
+    unsigned char content[CLUSTERS_LARGE << 12];
 };
 
 static enum image_cluster draw_cluster(struct world *world, bool lowest)
@@ -100,7 +101,7 @@ static void make_image(struct world *world, unsigned index, unsigned cluster_bit
     g_autofree struct draft *draft = g_new0(struct draft, 1);
     g_autofree char *backing =
         below == NO_IMAGE ? NULL : g_strdup_printf("%s.img", world->topology->images[below].name);
-    for (unsigned i = 0; i < CLUSTERS_MAX; i++) {
+    for (unsigned i = 0; i < world->clusters_max; i++) {
         draft->clusters[i] = draw_cluster(world, below == NO_IMAGE);
         content_fill(draft->content + i * world->cluster, i * world->cluster, world->cluster,
                      content_image_tag(index, i));
@@ -120,13 +121,25 @@ static void make_image(struct world *world, unsigned index, unsigned cluster_bit
     picture->view = view_create(compose(world, draft, size, below == NO_IMAGE ? NULL : &world->pictures[below]), size);
 }
 
+static bool wants_large(struct world *world)
+{
+    bool wanted = false;
+    for (unsigned i = 0; i < world->schedule->count; i++) {
+        wanted |= world->schedule->moves[i]->kind->large;
+    }
+    return wanted && world_chance(world, 50) && world->schedule->mode != MODE_VERDICT;
+}
+
 /* Mostly all of one size, whose last cluster is cut anywhere; sometimes each of its own, in whole sectors, since an
  * image is made longer by sectors only. Verdicts are not to depend on it. */
 void world_make_images(struct world *world)
 {
-    unsigned cluster_bits = world_chance(world, 75) ? 9 : 12;
+    bool large = wants_large(world);
+    unsigned cluster_bits = world_chance(world, 75) && !large ? 9 : 12;
+    uint64_t least = large ? CLUSTERS_LARGE / 2 : CLUSTERS_MIN;
     world->cluster = UINT64_C(1) << cluster_bits;
-    uint64_t clusters = CLUSTERS_MIN + world_below(world, CLUSTERS_MAX - CLUSTERS_MIN);
+    world->clusters_max = large ? CLUSTERS_LARGE : CLUSTERS_MAX;
+    uint64_t clusters = least + world_below(world, world->clusters_max - least);
     uint64_t usual = clusters * world->cluster - world_below(world, world->cluster - 1);
     bool same = world_chance(world, 65) || world->schedule->mode == MODE_VERDICT;
     world->cluster_bits = cluster_bits;
@@ -134,7 +147,7 @@ void world_make_images(struct world *world)
     for (unsigned i = 0; i < world->topology->count; i++) {
         uint64_t size = usual + world_below(world, 3 * world->cluster) - 2 * world->cluster;
         size = same ? usual : (size + SIM_SECTOR - 1) / SIM_SECTOR * SIM_SECTOR;
-        make_image(world, i, cluster_bits, MIN(size, CLUSTERS_MAX * world->cluster));
+        make_image(world, i, cluster_bits, MIN(size, world->clusters_max * world->cluster));
     }
 }
 
@@ -142,7 +155,7 @@ void world_make_images(struct world *world)
 static void make_target(struct world *world, struct actor *actor)
 {
     static const char *const names[] = {"t0", "t1", "t2", "t3"};
-    static const enum image_cluster nothing[CLUSTERS_MAX];
+    static const enum image_cluster nothing[CLUSTERS_LARGE];
     enum move_target kind = actor->move->kind->target;
     const struct picture *subject = &world->pictures[actor->move->upper];
     actor->target = (int)world->picture_count++;
@@ -234,6 +247,17 @@ bool world_leans_on(const struct world *world, int upper, int lower)
         upper = world->pictures[upper].below;
     }
     return upper == lower;
+}
+
+const struct operation *world_operation(const struct actor *actor)
+{
+    list_for_each (link, &actor->world->graph->operations) {
+        const struct operation *operation = container_of(link, struct operation, link);
+        if (!operation->ended && strcmp(access_holder_id(operation->holder), actor->id) == 0) {
+            return operation;
+        }
+    }
+    return NULL;
 }
 
 void world_link(struct world *world, int image, int below)

@@ -6,6 +6,7 @@
 #include "loop/loop.h"
 #include "loop/sim.h"
 #include "loop/sync.h"
+#include "schema/types.h"
 #include "test/explore/schedule.h"
 #include "test/explore/view.h"
 
@@ -53,12 +54,13 @@ struct actor {
     bool aborts;       /* a job that has said so */
     int64_t cancel_ns; /* or 0: is not cancelled */
     char *error;
-    uint64_t size;       /* of a resize */
-    int target;          /* image of its own, or NO_IMAGE */
-    int subject;         /* of a mirror: the image that it mirrors */
-    int bottom;          /* of a stream: the lowest image of its range */
-    uint64_t since;      /* view_clock() before what decides which moment a copy or snapshot shows */
-    struct view *moment; /* of a backup: what its target is to show */
+    uint64_t size;              /* of a resize */
+    int target;                 /* image of its own, or NO_IMAGE */
+    enum mirror_sync_mode sync; /* of a mirror */
+    int subject;                /* of a mirror: the image that it mirrors */
+    int bottom;                 /* of a stream: the lowest image of its range */
+    uint64_t since;             /* view_clock() before what decides which moment a copy or snapshot shows */
+    struct view *moment;        /* of a backup: what its target is to show */
     struct client *client;
 };
 #define ACTORS_MAX (SCHEDULE_MOVES_MAX + COMPANIONS_MAX)
@@ -76,7 +78,7 @@ struct world {
     struct picture pictures[TOPOLOGY_IMAGES_MAX + SCHEDULE_MOVES_MAX]; /* the topology's images, then targets */
     unsigned picture_count;
     uint64_t cluster;
-    unsigned cluster_bits;
+    unsigned cluster_bits, clusters_max;
     bool nested; /* opened by the leaf, images below read-only until somebody needs them */
     struct actor actors[ACTORS_MAX];
     unsigned actor_count;
@@ -105,6 +107,9 @@ struct node *world_node(struct world *world, int image); /* NULL: is not in the 
 /* A move is followed by the model when it says that it has ended; whoever begins something just before that, but
  * after the graph has changed, calls this first. */
 void world_catch_up(struct world *world);
+/* Of an actor's job or command, as long as it has its claims; else NULL. */
+struct operation;
+const struct operation *world_operation(const struct actor *actor);
 /* In the model, the image leans on `below` from now on: a stream whose bottom is cut off by that has a new one. */
 void world_link(struct world *world, int image, int below);
 /* Does `upper` lean on `lower`, directly or not, or is it the same? */

@@ -1,0 +1,265 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The moves that have a target of their own: mirror, replace, backup, snapshot. Each has an empty image for that from
+ * the beginning on, which nobody else uses; what a good end means:
+ *
+ *   backup N    the target shows what N showed at one moment while the command ran
+ *   mirror N    the target shows what N showed at one moment between the request to end and the end; or, when it was
+ *               asked to complete, the users of N use the target, which shows what N showed, and N stays as it was
+ *   replace N   the same, and what leant on N leans on the target; which leans on nothing, or, where it was given a
+ * part of what N shows, on what N leans on, or on N snapshot N  the target leans on N; who used N, or leant on it, uses
+ * the target, and N stays as it was
+ *
+ * 1. What a target shows before a good end is nobody's business; that it is a whole image is.
+ * 2. All that a target shows at a good end is on stable storage by then.
+ * 3. A mirror that follows its users to another image when that takes its node's place (actor->subject) mirrors that.
+ */
+#include "test/explore/copies.h"
+#include "block/action.h"
+#include "block/graph.h"
+#include "job/backup.h"
+#include "job/mirror.h"
+#include "job/resize.h"
+#include "job/snapshot.h"
+#include "test/explore/world.h"
+#include <string.h>
+
+#define GRANULARITY_MIN 512
+
+/* --- targets --- */
+
+/* As long as the node is now; else the command would have to be refused for its size. */
+static void coroutine_fn fit_target(struct actor *actor)
+{
+    struct world *world = actor->world;
+    struct node *node = world_node(world, actor->move->upper), *target = world_node(world, actor->target);
+    int64_t size = node ? (int64_t)atomic_load(&node->size) : 0;
+    if (node && target && size != (int64_t)atomic_load(&target->size)) {
+        struct block_resize_args args = {.node_name = (char *)target->name, .size = size};
+        resize_node(world->graph, &args, NULL);
+    }
+}
+
+static char *node_name_of(const struct actor *actor)
+{
+    return (char *)actor->world->pictures[actor->move->upper].name;
+}
+
+static char *target_name_of(const struct actor *actor)
+{
+    return (char *)actor->world->pictures[actor->target].name;
+}
+
+static void set_view(struct picture *picture, struct view *view)
+{
+    view_unref(picture->view);
+    picture->view = view;
+}
+
+/* Mirrors of `image` that have gone over to its successor. */
+static void follow_successor(struct world *world, int image, int successor)
+{
+    const struct node *node = world_node(world, successor);
+    for (unsigned i = 0; i < world->actor_count; i++) {
+        struct actor *actor = &world->actors[i];
+        const struct operation *operation = actor->subject == image ? world_operation(actor) : NULL;
+        if (operation && operation->bound[CLAIM_NODE] == node) {
+            actor->subject = successor;
+        }
+    }
+}
+
+/* An action in front of the move's own and one behind it tell the model when it happens: nobody else changes the graph
+ * in between. */
+static int coroutine_fn come_first(struct action *action, struct error **err)
+{
+    struct actor *actor = action->state;
+    world_catch_up(actor->world);
+    actor->since = view_clock();
+    return 0;
+}
+
+static void coroutine_fn come_last(struct action *action)
+{
+    struct actor *actor = action->state;
+    actor->move->kind->on_begin(actor);
+}
+
+static int coroutine_fn run_action(struct actor *actor, const struct action *action, struct error **err)
+{
+    static const struct action_kind first = {.name = "first", .plan = come_first};
+    static const struct action_kind last = {.name = "last", .commit = come_last};
+    struct action actions[] = {{.kind = &first, .state = actor}, *action, {.kind = &last, .state = actor}};
+    return actions_run(actor->world->graph, actions, G_N_ELEMENTS(actions), err);
+}
+
+/* What leans on `image`, and is open, leans on `to`. */
+static void relink_overlays(struct world *world, int image, int to)
+{
+    for (int i = 0; i < (int)world->picture_count; i++) {
+        if (i != to && !world->pictures[i].stale && world->pictures[i].below == image && world_node(world, i)) {
+            world_link(world, i, to);
+            world->pictures[i].named = to;
+        }
+    }
+}
+
+/* From a moment since `actor->since` on the users of `image` use the target. */
+static void move_users(struct actor *actor, int image)
+{
+    struct world *world = actor->world;
+    struct picture *left = &world->pictures[image];
+    set_view(&world->pictures[actor->target], view_ref(left->view));
+    set_view(left, view_freeze(left->view, actor->since, false));
+}
+
+/* --- mirror and replace --- */
+
+/* Sometimes less than all, where the target will lean on the rest in the end. That asks for more claims, so not where
+ * the rules themselves are on trial. */
+static enum mirror_sync_mode draw_sync(const struct actor *actor)
+{
+    struct world *world = actor->world;
+    unsigned luck = (unsigned)world_below(world, 100);
+    if (actor->stays || luck < 70 || world->schedule->mode == MODE_VERDICT || world_in_turn(world)) {
+        return MIRROR_SYNC_MODE_FULL;
+    }
+    return luck < 88 ? MIRROR_SYNC_MODE_TOP : MIRROR_SYNC_MODE_NONE;
+}
+
+static int coroutine_fn mirror_start_of(struct actor *actor, bool replaces, struct error **err)
+{
+    struct world *world = actor->world;
+    actor->sync = draw_sync(actor);
+    struct blockdev_mirror args = {
+        .job_id = actor->id,
+        .device = node_name_of(actor),
+        .target = target_name_of(actor),
+        .replaces = replaces ? node_name_of(actor) : NULL,
+        .sync = actor->sync,
+        .has_speed = true,
+        .speed = world_speed(world),
+        .has_granularity = true,
+        .granularity = world_chance(world, 20) ? 0 : GRANULARITY_MIN << world_below(world, 4),
+        .has_buf_size = true,
+        .buf_size = world_chance(world, 50) ? 0 : (int64_t)world->cluster,
+        .has_copy_mode = true,
+        .copy_mode = world_chance(world, 50) ? MIRROR_COPY_MODE_BACKGROUND : MIRROR_COPY_MODE_WRITE_BLOCKING,
+        .has_switch_after = true,
+        .switch_after = 1,
+        .has_switch_ratio = true,
+        .switch_ratio = 1 + (int64_t)world_below(world, 60), /* clients are faster than many a mirror */
+        .has_auto_finalize = true,
+    };
+    struct action action;
+    fit_target(actor);
+    mirror_action(&action, world->jobs, &args, NULL);
+    return run_action(actor, &action, err);
+}
+
+void mirror_on_begin(struct actor *actor)
+{
+    actor->world->pictures[actor->target].idle = false;
+    actor->subject = actor->move->upper;
+}
+
+int coroutine_fn mirror_begin(struct actor *actor, struct error **err)
+{
+    actor->stays = world_chance(actor->world, 70);
+    return mirror_start_of(actor, false, err);
+}
+
+int coroutine_fn replace_begin(struct actor *actor, struct error **err)
+{
+    return mirror_start_of(actor, true, err);
+}
+
+void mirror_done(struct actor *actor)
+{
+    struct world *world = actor->world;
+    struct picture *target = &world->pictures[actor->target];
+    int image = actor->subject, below = NO_IMAGE;
+    if (actor->settled) {
+        return;
+    }
+    actor->settled = true;
+    while (world->pictures[image].stale) {
+        image = world->pictures[image].moved_to;
+    }
+    if (actor->stays) {
+        set_view(target, view_freeze(world->pictures[image].view, actor->since, true));
+        return;
+    }
+    move_users(actor, image);
+    if (actor->sync != MIRROR_SYNC_MODE_FULL) {
+        below = actor->sync == MIRROR_SYNC_MODE_NONE ? image : world->pictures[image].below;
+    }
+    world_link(world, actor->target, below);
+    target->named = below;
+    if (actor->move->kind->replaces) {
+        relink_overlays(world, image, actor->target);
+    }
+    follow_successor(world, image, actor->target);
+}
+
+bool mirror_moved(const struct actor *actor)
+{
+    return actor->verdict == VERDICT_ADMITTED && actor->asked && !actor->stays && !actor->aborts &&
+           !world_operation(actor);
+}
+
+/* --- backup --- */
+
+int coroutine_fn backup_begin(struct actor *actor, struct error **err)
+{
+    struct world *world = actor->world;
+    struct blockdev_backup_options args = {
+        .job_id = actor->id,
+        .device = node_name_of(actor),
+        .target = target_name_of(actor),
+        .sync = MIRROR_SYNC_MODE_FULL,
+        .has_speed = true,
+        .speed = world_speed(world),
+        .has_on_cbw_error = true,
+        .on_cbw_error = world_chance(world, 50) ? ON_CBW_ERROR_BREAK_GUEST_WRITE : ON_CBW_ERROR_BREAK_SNAPSHOT,
+        .has_auto_finalize = true,
+    };
+    struct action action;
+    fit_target(actor);
+    blockdev_backup_action(&action, world->jobs, NULL, &args);
+    return run_action(actor, &action, err);
+}
+
+void backup_on_begin(struct actor *actor)
+{
+    struct world *world = actor->world;
+    world->pictures[actor->target].idle = false;
+    actor->moment = view_freeze(world->pictures[actor->move->upper].view, actor->since, true);
+}
+
+void backup_done(struct actor *actor)
+{
+    set_view(&actor->world->pictures[actor->target], view_ref(actor->moment));
+}
+
+/* --- snapshot --- */
+
+int coroutine_fn snapshot_begin(struct actor *actor, struct error **err)
+{
+    struct blockdev_snapshot args = {.node = node_name_of(actor), .overlay = target_name_of(actor)};
+    struct action action;
+    fit_target(actor);
+    snapshot_action(&action, &args);
+    return run_action(actor, &action, err);
+}
+
+void snapshot_on_begin(struct actor *actor)
+{
+    struct world *world = actor->world;
+    int image = actor->move->upper;
+    world->pictures[actor->target].idle = false;
+    move_users(actor, image);
+    world_link(world, actor->target, image); /* first: the chain above is not cut, not even for a moment */
+    relink_overlays(world, image, actor->target);
+    world->pictures[actor->target].named = image;
+}
