@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Handlers of the commands about mirrors: blockdev-mirror and block-job-change. Each runs in a coroutine on the control
- * loop and is called by the generated dispatcher only. It keeps no state: a mirror's beginning is a run of one action
- * (src/job/mirror.h).
+ * Handlers of the commands about mirrors: blockdev-mirror, drive-mirror and block-job-change. Each runs in a coroutine
+ * on the control loop and is called by the generated dispatcher only. It keeps no state: a mirror's beginning is a run
+ * of one action (src/job/mirror.h).
  */
 #include "control/control.h"
 #include "job/mirror.h"
@@ -34,6 +34,31 @@ int coroutine_fn command_blockdev_mirror_check(struct control *control, struct b
 
     if (code == 0) {
         mirror_action(&action, control->jobs, args, NULL);
+        code = actions_check(control->graph, &action, 1, ret_claims, err);
+    }
+    return code;
+}
+
+int coroutine_fn command_drive_mirror(struct control *control, struct drive_mirror *args, struct error **err)
+{
+    struct action action;
+    int code = refuse_when_quitting(control, err);
+
+    if (code == 0) {
+        drive_mirror_action(&action, control->jobs, args, NULL);
+        code = actions_run(control->graph, &action, 1, err);
+    }
+    return code;
+}
+
+int coroutine_fn command_drive_mirror_check(struct control *control, struct drive_mirror *args, json_t **ret_claims,
+                                            struct error **err)
+{
+    struct action action;
+    int code = refuse_when_quitting(control, err);
+
+    if (code == 0) {
+        drive_mirror_action(&action, control->jobs, args, NULL);
         code = actions_check(control->graph, &action, 1, ret_claims, err);
     }
     return code;

@@ -15,4 +15,8 @@
 
 /* Makes *ret an action that starts one; the arguments are borrowed until its clean. `group` may be NULL. */
 void mirror_action(struct action *ret, struct jobs *jobs, const struct blockdev_mirror *args, struct job_group *group);
+/* The same, with an image that is made or opened first, while nobody waits. */
+void drive_mirror_action(struct action *ret, struct jobs *jobs, const struct drive_mirror *args,
+                         struct job_group *group);
+
 #endif

@@ -14,6 +14,7 @@
 #include "block/bitmap.h"
 #include "block/dirty.h"
 #include "block/graph.h"
+#include "block/new_image.h"
 #include "block/operation.h"
 #include "block/user.h"
 #include "driver/filter/track.h"
@@ -32,7 +33,10 @@
 struct mirror_start {
     struct jobs *jobs;
     const struct blockdev_mirror *args;
-    bool keeps_zeroes; /* unmap=off */
+    const struct drive_mirror *drive;     /* drive-mirror: what was asked for; NULL: blockdev-mirror */
+    struct blockdev_mirror drive_as_node; /* what `args` is then; its target is no node */
+    struct node *made;                    /* drive-mirror's target: a reference, once it is open */
+    bool keeps_zeroes;                    /* unmap=off */
     struct job_group *group;
     const struct claim_table *table;
     struct node *node, *target, *image; /* as found by plan, borrowed */
@@ -152,7 +156,7 @@ static int find_lean(struct mirror_start *start, struct error **err)
     struct node *image = start->image;
     bool none = sync == MIRROR_SYNC_MODE_NONE;
     start->lean = MIRROR_LEANS_ON_NOTHING;
-    if (image->backing || !(none || (sync == MIRROR_SYNC_MODE_TOP && node_backing(start->node)))) {
+    if (!image || image->backing || !(none || (sync == MIRROR_SYNC_MODE_TOP && node_backing(start->node)))) {
         return 0;
     }
     if (!image->driver->backing || !image->driver->change_backing) {
@@ -177,19 +181,21 @@ static int find_lean(struct mirror_start *start, struct error **err)
     return result;
 }
 
+/* Without a target (a dry run of drive-mirror) the rest is looked at. */
 static int check_nodes(struct graph *graph, struct mirror_start *start, struct error **err)
 {
     const struct blockdev_mirror *args = start->args;
+    int result = check_place(start->node, err);
+    if (result < 0 || !start->image) {
+        return result < 0 ? result : check_replaces(graph, start, err);
+    }
     if (start->image == start->node) {
         return error_set(err, -EINVAL, "Can't mirror node into itself");
     }
     if (atomic_load(&start->node->size) != atomic_load(&start->image->size)) {
         return error_set(err, -EINVAL, "Source and target image have different sizes");
     }
-    int result = check_place(start->node, err);
-    if (result == 0) {
-        result = check_place(start->image, err);
-    }
+    result = check_place(start->image, err);
     if (result == 0) {
         result = check_replaces(graph, start, err);
     }
@@ -205,12 +211,15 @@ static int coroutine_fn start_plan(struct action *action, struct error **err)
     struct mirror_start *start = action->state;
     const struct blockdev_mirror *args = start->args;
     struct node *device = find_node(action->graph, args->device, err);
-    start->target = device ? find_node(action->graph, args->target, err) : NULL;
-    if (!start->target) {
+    if (!device) {
+        return -ENODEV;
+    }
+    start->target = start->drive ? start->made : find_node(action->graph, args->target, err);
+    if (!start->target && !start->drive) {
         return -ENODEV;
     }
     start->node = node_beneath_filters(device);
-    start->image = node_beneath_filters(start->target);
+    start->image = start->target ? node_beneath_filters(start->target) : NULL;
     int result = check_numbers(args, err);
     if (result == 0) {
         result = find_bitmap(start, err);
@@ -229,7 +238,9 @@ static int coroutine_fn start_plan(struct action *action, struct error **err)
     }
     if (result == 0) {
         action_drain(action, start->node);
-        action_drain(action, start->image);
+        if (start->image) {
+            action_drain(action, start->image);
+        }
     }
     return result;
 }
@@ -454,6 +465,7 @@ static void coroutine_fn start_commit(struct action *action)
 static void coroutine_fn start_clean(struct action *action)
 {
     struct mirror_start *start = action->state;
+    node_release(start->made);
     g_free(start);
 }
 
@@ -463,7 +475,7 @@ static int coroutine_fn start_preview(struct action *action, json_t **ret_claims
     struct job *none = NULL;
     struct operation_config config = start_config(start, &none);
     int result = operation_preview(action->graph, &config, ret_claims, err);
-    return result < 0 ? result : node_writable_check(start->image, err);
+    return result < 0 || !start->image ? result : node_writable_check(start->image, err);
 }
 
 static const struct action_kind blockdev_mirror_kind = {
@@ -481,4 +493,122 @@ void mirror_action(struct action *ret, struct jobs *jobs, const struct blockdev_
     struct mirror_start *start = g_new0(struct mirror_start, 1);
     *start = (struct mirror_start){.jobs = jobs, .args = args, .group = group, .table = &blockdev_mirror_claims};
     *ret = (struct action){.kind = &blockdev_mirror_kind, .state = start};
+}
+
+/* --- drive-mirror: the target is a file --- */
+
+/* Before a file is touched: is there anything to be said against it? */
+static int drive_check(struct action *action, struct error **err)
+{
+    struct mirror_start seen = *(struct mirror_start *)action->state;
+    struct action dry = {.graph = action->graph, .state = &seen, .touched = g_ptr_array_new()};
+    int result = start_plan(&dry, err);
+    for (guint i = 0; i < dry.touched->len; i++) {
+        node_release(dry.touched->pdata[i]); /* others have references too */
+    }
+    g_ptr_array_unref(dry.touched);
+    if (result == 0 && !seen.drive->format && seen.drive->has_mode && seen.drive->mode == NEW_IMAGE_MODE_EXISTING) {
+        return error_set(err, -EINVAL, "The format of '%s' must be given: formats are not guessed", seen.drive->target);
+    }
+    return result;
+}
+
+static int coroutine_fn drive_prepare(struct action *action, struct error **err)
+{
+    struct mirror_start *start = action->state;
+    const struct drive_mirror *drive = start->drive;
+    int result = drive_check(action, err);
+    if (result < 0) {
+        return result;
+    }
+    const struct node *node = node_beneath_filters(graph_find(action->graph, drive->device));
+    const struct node *below = drive->sync == MIRROR_SYNC_MODE_TOP    ? node_backing(node)
+                               : drive->sync == MIRROR_SYNC_MODE_NONE ? node
+                                                                      : NULL;
+    if (below && !below->filename) {
+        return error_set(err, -EINVAL, "Node '%s' has no file name that the header of '%s' could hold", below->name,
+                         drive->target);
+    }
+    g_autofree char *backing = !below                                 ? NULL
+                               : image_name_protocol(below->filename) ? g_strdup(below->filename)
+                                                                      : g_canonicalize_filename(below->filename, NULL);
+    bool is_protocol = below && below->driver->kind == DRIVER_PROTOCOL;
+    struct new_image config = {
+        .filename = drive->target,
+        .format = drive->format ? drive->format : node->driver->name,
+        .node_name = drive->node_name,
+        .mode = drive->has_mode ? drive->mode : NEW_IMAGE_MODE_ABSOLUTE_PATHS,
+        .size = atomic_load(&node->size),
+        .backing = backing,
+        .backing_format = is_protocol ? "raw"
+                          : below     ? below->driver->name
+                                      : NULL,
+        .no_flush = node->no_flush,
+        .direct = node->direct,
+        .discard = true,
+    };
+    return new_image_open(action->graph, &config, &start->made, err);
+}
+
+static const struct action_kind drive_mirror_kind = {
+    .name = "drive-mirror",
+    .prepare = drive_prepare,
+    .plan = start_plan,
+    .apply = start_apply,
+    .revert = start_revert,
+    .commit = start_commit,
+    .clean = start_clean,
+    .preview = start_preview,
+};
+
+/* The same options, but for those of the new image. */
+static struct blockdev_mirror drive_options(const struct drive_mirror *drive)
+{
+    return (struct blockdev_mirror){
+        .job_id = drive->job_id,
+        .device = drive->device,
+        .target = drive->target,
+        .replaces = drive->replaces,
+        .sync = drive->sync,
+        .bitmap = drive->bitmap,
+        .has_bitmap_mode = drive->has_bitmap_mode,
+        .bitmap_mode = drive->bitmap_mode,
+        .has_speed = drive->has_speed,
+        .speed = drive->speed,
+        .has_granularity = drive->has_granularity,
+        .granularity = drive->granularity,
+        .has_buf_size = drive->has_buf_size,
+        .buf_size = drive->buf_size,
+        .has_on_source_error = drive->has_on_source_error,
+        .on_source_error = drive->on_source_error,
+        .has_on_target_error = drive->has_on_target_error,
+        .on_target_error = drive->on_target_error,
+        .has_copy_mode = drive->has_copy_mode,
+        .copy_mode = drive->copy_mode,
+        .has_switch_after = drive->has_switch_after,
+        .switch_after = drive->switch_after,
+        .has_switch_ratio = drive->has_switch_ratio,
+        .switch_ratio = drive->switch_ratio,
+        .backing_file = drive->backing_file,
+        .has_keep_backing = drive->has_keep_backing,
+        .keep_backing = drive->keep_backing,
+        .has_auto_finalize = drive->has_auto_finalize,
+        .auto_finalize = drive->auto_finalize,
+        .has_auto_dismiss = drive->has_auto_dismiss,
+        .auto_dismiss = drive->auto_dismiss,
+    };
+}
+
+void drive_mirror_action(struct action *ret, struct jobs *jobs, const struct drive_mirror *args,
+                         struct job_group *group)
+{
+    struct mirror_start *start = g_new0(struct mirror_start, 1);
+    *start = (struct mirror_start){.jobs = jobs,
+                                   .drive = args,
+                                   .drive_as_node = drive_options(args),
+                                   .group = group,
+                                   .keeps_zeroes = args->has_unmap && !args->unmap,
+                                   .table = &drive_mirror_claims};
+    start->args = &start->drive_as_node;
+    *ret = (struct action){.kind = &drive_mirror_kind, .state = start};
 }
