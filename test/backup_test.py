@@ -78,7 +78,7 @@ class Exact(BackupCase):
         daemon.stop()
         for path, moments in self.copies:
             image_check(path)
-            shown = check_cut(self.raw(path), self.original, writes, *moments)
+            shown = check_cut([(self.raw(path), self.original, writes)], *moments)
             self.assertGreater(shown, 0)
 
     def setUp(self):
@@ -193,6 +193,35 @@ class Exact(BackupCase):
         self.judge(daemon)
         self.assertEqual(self.raw(self.path("first.qcow2")), self.raw(self.path("second.qcow2")))
 
+    def test_several_at_one_moment(self):
+        """Two of one disk, and one of another, which the second guest writes to."""
+        daemon = self.serve()
+        daemon.add_qcow2("other", self.create_image("other.qcow2", SIZE))
+        daemon.export("other", iothread="io1")
+        blocks = SIZE // BLOCK
+        seed = self.random.randrange(1 << 20) * GUESTS
+        guests = [Writer(self.directory, daemon.uri(name), seed + i, 0, blocks) for i, name in enumerate(("guest0", "other"))]
+        time.sleep(0.1)
+        daemon.qmp.execute("block-dirty-bitmap-add", node="top", name="since")
+        paths = {name: self.add_target(daemon, name) for name in ("one", "two", "three")}
+        backup = {"sync": "full", "speed": 2 * MIB}
+        actions = [
+            {"type": "block-dirty-bitmap-clear", "data": {"node": "top", "name": "since"}},
+            *({"type": "blockdev-backup", "data": {"job-id": job, "device": device, "target": job, **backup}}
+              for job, device in (("one", "top"), ("two", "top"), ("three", "other"))),
+        ]
+        with self.assertRaises(QmpError):
+            self.start(daemon, "transaction", actions=[*actions, {"type": "abort", "data": {}}])
+        self.assertEqual(daemon.qmp.jobs(), {})
+        moments = self.start(daemon, "transaction", actions=actions)
+        for job in paths:
+            self.end_slowly(daemon, job, 0.05)
+        writes = [guest.end() for guest in guests]
+        daemon.stop()
+        one, two, three = (self.raw(paths[name]) for name in ("one", "two", "three"))
+        self.assertEqual(one, two)
+        check_cut([(one, self.original, writes[0]), (three, bytes(SIZE), writes[1])], *moments)
+
     def test_mixes(self):
         """Backups among other jobs, in random order."""
         for _ in range(scale(2, 300)):
@@ -224,7 +253,7 @@ class Exact(BackupCase):
             writes = self.end_guests()
             daemon.stop()
             for path, moments in targets.values():
-                check_cut(self.raw(path), self.original, writes, *moments)
+                check_cut([(self.raw(path), self.original, writes)], *moments)
         except AssertionError as problem:
             raise AssertionError(f"{log}: {problem}") from problem
         for name in os.listdir(self.directory):
@@ -325,7 +354,7 @@ class Failing(BackupCase):
         self.assertIsNone(daemon.qmp.wait_job("j"))
         writes = self.end_guests()
         daemon.stop()
-        check_cut(self.raw(path), self.original, writes, *moments)
+        check_cut([(self.raw(path), self.original, writes)], *moments)
 
 
 class Alike(BackupCase):

@@ -85,27 +85,41 @@ def shown_place(data, block, history, original):
     return place
 
 
-def check_cut(data, original, writes, asked, answered):
-    """Is `data` what the disk held at one moment between `asked` and `answered`? Returns how many blocks are of writes."""
+def shown_and_missing(data, original, writes):
+    """When the newest write that the copy shows began, and when the oldest that it lacks was over; how many blocks are
+    of writes."""
     if len(data) != len(original):
         raise AssertionError(f"the copy has {len(data)} bytes instead of {len(original)}")
     blocks = writes_of_blocks(writes)
+    newest, missing, count = 0.0, float("inf"), 0
     for block in range(len(data) // BLOCK):
         at = slice(block * BLOCK, (block + 1) * BLOCK)
-        if block not in blocks and data[at] != original[at]:
-            raise AssertionError(f"block {block} was never written, and is not as it was")
-    shown = {block: shown_place(data, block, history, original) for block, history in blocks.items()}
-    newest = max((blocks[block][place][1] for block, place in shown.items() if place >= 0), default=0)
+        history = blocks.get(block)
+        if history is None:
+            if data[at] != original[at]:
+                raise AssertionError(f"block {block} was never written, and is not as it was")
+            continue
+        place = shown_place(data, block, history, original)
+        count += place >= 0
+        if place >= 0:
+            newest = max(newest, history[place][1])
+        if place + 1 < len(history):
+            missing = min(missing, history[place + 1][2])
+    return newest, missing, count
+
+
+def check_cut(copies, asked, answered):
+    """Are the copies, (data, original content, writes to it) each, what all those disks held at one moment between
+    `asked` and `answered`? Returns how many blocks are of writes."""
+    found = [shown_and_missing(*copy) for copy in copies]
+    newest, missing = max(one[0] for one in found), min(one[1] for one in found)
     if newest > answered:
-        raise AssertionError(f"the copy shows a write that began {newest - answered:.6f} s after the command was answered")
-    for block, place in shown.items():
-        if place + 1 < len(blocks[block]):
-            _, begun, over = blocks[block][place + 1]
-            if over < max(newest, asked):
-                raise AssertionError(
-                    f"block {block} lacks the write of {begun:.6f} to {over:.6f}, but the command came at {asked:.6f}, "
-                    f"and one is there that began at {newest:.6f}")
-    return sum(place >= 0 for place in shown.values())
+        raise AssertionError(f"a write is there that began {newest - answered:.6f} s after the command was answered")
+    if missing < asked:
+        raise AssertionError(f"a write lacks that was over {asked - missing:.6f} s before the command came")
+    if missing < newest:
+        raise AssertionError(f"a write lacks that was over {newest - missing:.6f} s before one began that is there")
+    return sum(one[2] for one in found)
 
 
 if __name__ == "__main__":
