@@ -353,13 +353,6 @@ class Help(TestCase):
 
 
 class Verbs(Both, VerbCase):
-    def setUp(self):
-        super().setUp()
-        known = {command["name"] for command in self.server.qmp.execute("query-commands")}
-        for name in ("blockdev-create", "blockdev-mirror", "blockdev-backup", "blockdev-snapshot", "transaction"):
-            if name not in known:
-                self.skipTest(f"there is no {name}")
-
     def test_a_dry_run_changes_nothing(self):
         rows = [
             ["commit", "top"],
