@@ -89,6 +89,11 @@ say "Both run to their end."
 run 'interlock job wait commit-a stream-c'
 run 'interlock graph'
 
+say "A backup of the disk as it is at this moment, while the client writes on; and a mirror that takes its place."
+run 'interlock backup top --to backup.qcow2'
+run 'interlock mirror top --to disk.qcow2 --replace'
+run 'interlock graph'
+
 say "The client has seen no wrong byte."
 run "kill -TERM $client_pid && wait $client_pid && cat client.log"
 client_pid=
@@ -96,10 +101,11 @@ run 'verify-client --socket nbd --export top --ledger ledger --verify'
 run 'kill -TERM $(cat pid) && timeout 5 tail -s 0.1 --pid=$(cat pid) -f /dev/null '
 
 say "At rest: the peer's tools find the images clean, the file system and every file are what they were."
-run 'for image in base c top; do qemu-img check $image.qcow2 || exit; done'
+run 'for image in base c top backup disk; do qemu-img check $image.qcow2 || exit; done'
 run 'qemu-img info --backing-chain top.qcow2 | grep -E "^(image|backing file):"'
-run 'qemu-img convert -O raw top.qcow2 after.raw && verify-client --ledger ledger --file after.raw'
+run 'qemu-img convert -O raw backup.qcow2 backup.raw && cmp -n 167772160 fs.raw backup.raw && echo "the backup is whole"'
+run 'qemu-img convert -O raw disk.qcow2 after.raw && verify-client --ledger ledger --file after.raw'
 run 'dd if=after.raw of=expected.raw bs=1M skip=160 seek=160 count=40 conv=notrunc status=none'
-run 'qemu-img compare -f raw -F qcow2 expected.raw top.qcow2'
+run 'qemu-img compare -f raw -F qcow2 expected.raw disk.qcow2'
 run 'truncate -s 160M after.raw && e2fsck -fn after.raw'
 run 'mkdir after && debugfs -R "rdump / after" after.raw && (cd after && sha256sum --quiet -c ../sums && echo "all files are the same")'
