@@ -98,7 +98,7 @@ say "The client has seen no wrong byte."
 run "kill -TERM $client_pid && wait $client_pid && cat client.log"
 client_pid=
 run 'verify-client --socket nbd --export top --ledger ledger --verify'
-run 'kill -TERM $(cat pid) && timeout 5 tail -s 0.1 --pid=$(cat pid) -f /dev/null '
+run 'pid=$(cat pid) && kill -TERM $pid && timeout 5 tail -s 0.1 --pid=$pid -f /dev/null '
 
 say "At rest: the peer's tools find the images clean, the file system and every file are what they were."
 run 'for image in base c top backup disk; do qemu-img check $image.qcow2 || exit; done'

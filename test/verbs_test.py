@@ -299,7 +299,7 @@ class Both:
             (["mirror", "gone", "--to", "out/x.qcow2"], "no node 'gone'"),
             (["mirror", "top", "--to", "gone"], "./gone"),
             (["mirror", "top", "--to", "base", "--format=raw"], "base"),
-            (["mirror", "top", "--to", "top"], "into itself" if self.command else "top"),
+            (["mirror", "top", "--to", "top"], "into itself"),
             (["backup", "top", "base", "--to", "out/x.qcow2"], "for each"),
             (["backup", "top=out/x.qcow2", "--to", "out/y.qcow2"], "for each"),
             (["backup", "top", "--to", "out/x.vmdk", "--format=vmdk"], "vmdk"),
