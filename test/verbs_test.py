@@ -249,7 +249,8 @@ class Both:
         self.server.qmp.execute("block-job-cancel", device="b", force=True)
         text = running.communicate(timeout=20 * SLOWNESS)[0]
         self.assertEqual(running.returncode, 1, text)
-        self.assertIn("cancelled", text)
+        self.assertIn("b: cancelled", text)
+        self.assertEqual("what it wrote to is partial" in text, not self.command, text)
         self.assertEqual(self.state(), before)
 
     def test_an_interrupt_leaves_the_job_running_and_says_how_to_go_on(self):
@@ -435,3 +436,23 @@ class Verbs(Both, VerbCase):
         self.server.stop()
         self.assertNotIn("before", qemu_img("snapshot", "-l", self.path("top.qcow2")))
         self.assertIn("before", qemu_img("snapshot", "-l", self.path("base.qcow2")))
+
+    def test_a_key_is_added(self):
+        secrets = {name: self.path(name) for name in ("old", "new")}
+        for name, path in secrets.items():
+            with open(path, "w", encoding="ascii") as file:
+                file.write(f"the {name} one")
+            self.server.qmp.execute("object-add", {"qom-type": "secret", "id": name, "file": path})
+        options = "encrypt.format=luks,encrypt.key-secret=old,encrypt.iter-time=10"
+        qemu_img("create", "-q", "--object", f"secret,id=old,file={secrets['old']}", "-f", "qcow2", "-o", options,
+                 self.path("e.qcow2"), "1M")
+        self.server.qmp.execute("blockdev-add", {
+            "driver": "qcow2", "node-name": "e", "encrypt": {"format": "luks", "key-secret": "old"},
+            "file": {"driver": "file", "filename": self.path("e.qcow2")}})
+        change = ["format=luks", "state=active", "new-secret=new", "iter-time=10"]
+        text = self.interlock("amend", "e", *[word for key in change for word in ("-o", f"encrypt.{key}")])
+        self.assertIn("amend-e: done", text)
+        self.assertEqual(self.server.qmp.jobs(), {})
+        self.server.stop()
+        opened = f"driver=qcow2,encrypt.key-secret=new,file.filename={self.path('e.qcow2')}"
+        run("qemu-io", "--object", f"secret,id=new,file={secrets['new']}", "--image-opts", opened, "-c", "read -q 0 1M")

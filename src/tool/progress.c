@@ -34,7 +34,8 @@ struct wait {
     bool seen, found, ended, cancelled, ready, told;
     char *operation; /* what failed last: "read", "write" */
     char *failure;
-    char *line; /* what a terminal shows of it */
+    char *target; /* what has become of the node that it wrote to: "partial" */
+    char *line;   /* what a terminal shows of it */
 };
 
 struct waits {
@@ -187,6 +188,10 @@ static void take_event(struct wait *wait, json_t *event)
         g_free(wait->operation);
         wait->operation = g_strdup(json_string_value(json_object_get(data, "operation")));
     }
+    if (json_object_get(data, "target-state")) {
+        g_free(wait->target);
+        wait->target = g_strdup(json_string_value(json_object_get(data, "target-state")));
+    }
     if (!strcmp(name, "BLOCK_JOB_CANCELLED")) {
         wait->cancelled = true;
     }
@@ -322,8 +327,11 @@ static void conclude(const struct waits *waits, struct wait *wait)
         end = "ready";
     }
     if (waits->at_ready != PROGRESS_QUIET && (wait->seen || wait->ended)) {
+        bool told = wait->target && (wait->cancelled || wait->failure);
+
         g_free(wait->line);
-        wait->line = g_strdup_printf("%s: %s", wait->id, end);
+        wait->line = g_strdup_printf("%s: %s%s%s", wait->id, end, told ? "; what it wrote to is " : "",
+                                     told ? wait->target : "");
         if (!waits->terminal) {
             printf("%s\n", wait->line);
         }
@@ -406,6 +414,7 @@ int progress_wait_jobs(struct client *client, char *const *ids, unsigned count, 
     for (unsigned i = 0; i < count; i++) {
         g_free(jobs[i].last_state);
         g_free(jobs[i].operation);
+        g_free(jobs[i].target);
         g_free(jobs[i].failure);
         g_free(jobs[i].line);
     }
