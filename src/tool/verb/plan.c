@@ -237,7 +237,8 @@ static int plan_start(struct plan *plan, char **ret_waits_as, struct error **err
 {
     const struct verb_options *options = plan->options;
     auto_json before = NULL;
-    const char *command, *job_id = plan->steps->len == 1 ? step_at(plan, 0)->job_id : NULL;
+    const struct step *first = step_at(plan, 0);
+    const char *command;
     int code = options->queue ? turn_list(plan->client, &before, err) : 0;
 
     if (!code) {
@@ -247,7 +248,7 @@ static int plan_start(struct plan *plan, char **ret_waits_as, struct error **err
         code = client_execute(plan->client, command, arguments, NULL, err);
     }
     if (!code && options->queue && !options->async) {
-        code = turn_await(plan->client, command, job_id, before, ret_waits_as, err);
+        code = turn_await(plan->client, command, first->command, first->job_id, before, ret_waits_as, err);
     }
     return code;
 }

@@ -56,8 +56,8 @@ static void tell(const char *name, const json_t *waiting)
     fflush(stdout);
 }
 
-/* *ret_id: what it waits as, or NULL. */
-static int look(struct client *client, const char *command, const char *job_id, const json_t *before, char **ret_id,
+/* *ret_id: what it waits as, or NULL. A transaction is listed as its first part. */
+static int look(struct client *client, const char *part, const char *job_id, const json_t *before, char **ret_id,
                 struct error **err)
 {
     auto_json access = NULL;
@@ -72,7 +72,7 @@ static int look(struct client *client, const char *command, const char *job_id, 
         bool same_id = !job_id || !g_strcmp0(json_string_value(id), job_id);
 
         if (!*ret_id && same_id && !has(before, id) &&
-            !g_strcmp0(json_string_value(json_object_get(waiting, "command")), command)) {
+            !g_strcmp0(json_string_value(json_object_get(waiting, "command")), part)) {
             *ret_id = g_strdup(json_string_value(id));
             tell(*ret_id, waiting);
         }
@@ -97,11 +97,11 @@ static int take_end(struct client *client, const char *name, const char *key, co
                      json_string_value(json_object_get(data, "reason")), error ? ": " : "", error ? error : "");
 }
 
-int turn_await(struct client *client, const char *command, const char *job_id, const json_t *before, char **ret_id,
-               struct error **err)
+int turn_await(struct client *client, const char *command, const char *part, const char *job_id, const json_t *before,
+               char **ret_id, struct error **err)
 {
     bool over = false;
-    int code = look(client, command, job_id, before, ret_id, err);
+    int code = look(client, part, job_id, before, ret_id, err);
 
     if (!code && !*ret_id) {
         return job_id ? take_end(client, job_id, "id", job_id, &over, err)

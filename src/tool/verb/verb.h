@@ -95,11 +95,12 @@ void plan_clear(struct plan *plan);
 
 /* turn.c. Whose ids wait for claims now: an array of strings, a new reference. */
 int turn_list(struct client *client, json_t **ret, struct error **err);
-/* After `command` was answered with on-conflict=wait: waits until it has begun, telling whom it waits for. `job_id`: of
- * the one job that it begins, or NULL; `before`: who waited before. -EINTR when the user does not want to wait any
- * more; *ret_id is then what it waits as (g_free() it; else NULL). */
-int turn_await(struct client *client, const char *command, const char *job_id, const json_t *before, char **ret_id,
-               struct error **err);
+/* After `command` was answered with on-conflict=wait: waits until it has begun, telling whom it waits for. `part`: the
+ * first command of a transaction, else the same; `job_id`: of the job that this begins, or NULL; `before`: who waited
+ * before. -EINTR when the user does not want to wait any more; *ret_id is then what it waits as (g_free() it; else
+ * NULL). */
+int turn_await(struct client *client, const char *command, const char *part, const char *job_id, const json_t *before,
+               char **ret_id, struct error **err);
 
 /* target.c. What is meant by `word`: a node, or a file in which a node of the size of `source` is made. A file is
  * called by a path or has a dot in its name. Only the daemon's view of it counts for a running daemon; nothing is made
