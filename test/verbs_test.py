@@ -340,6 +340,7 @@ class WithPeer(Both, VerbCase):
         for option in ("--queue", "--dry-run"):
             text = self.interlock("backup", "top", "--to", "out/x.qcow2", option, status=1)
             self.assertIn(f"{option} needs Interlock", text)
+        self.assertIn("needs Interlock", self.interlock("mirror", "top", "--to", "out/x.qcow2", "--sync=none", status=1))
         self.assertEqual(self.state(), before)
 
 
@@ -456,3 +457,15 @@ class Verbs(Both, VerbCase):
         self.server.stop()
         opened = f"driver=qcow2,encrypt.key-secret=new,file.filename={self.path('e.qcow2')}"
         run("qemu-io", "--object", f"secret,id=new,file={secrets['new']}", "--image-opts", opened, "-c", "read -q 0 1M")
+
+    def test_mirror_of_what_is_new_takes_the_place_of_the_old(self):
+        self.server.nbd_server()
+        self.server.export("top")
+        self.interlock("mirror", "top", "--to", "out/new.qcow2", "--sync=none", "--keep-ready", "--job-id=m")
+        qemu_io(self.server.uri("top"), "write -q -P 8 5M 64k", image_format="raw")
+        self.interlock("job", "complete", "m")
+        self.assertIsNone(self.server.qmp.wait_job("m"))
+        content = ["read -q -P 8 5M 64k", "read -q -P 2 4M 1M"]
+        qemu_io(self.server.uri("top"), *content, image_format="raw")
+        self.server.stop()
+        qemu_io(self.path("out/new.qcow2"), *content)

@@ -70,18 +70,21 @@ static int lean_on(struct plan *plan, struct target *target, const json_t *info,
 static int lean_by_sync(struct plan *plan, struct target *target, const json_t *info, const char *sync,
                         struct error **err)
 {
-    const char *backing = nodes_backing(plan, info);
-    const json_t *below = info;
-    int code = 0;
+    const char *self = json_string_value(json_object_get(info, "node-name"));
+    bool top = !strcmp(sync, "top");
+    const char *below = top ? nodes_backing(plan, info) : self;
+    const json_t *rest;
 
-    if (!strcmp(sync, "top") && backing) {
-        code = nodes_find(plan, backing, &below, err);
-        g_free(target->backing_node);
-        target->backing_node = g_strdup(backing);
-    } else if (strcmp(sync, "none") != 0) {
+    if (!below || (!top && strcmp(sync, "none") != 0)) {
         return 0;
     }
-    return code ? code : lean_on(plan, target, below, err);
+    /* Interlock lets a copy lean on what is copied when that is written to no more: at the end, and by itself. */
+    if (target->path && (top || !plan->interlock)) {
+        target->backing_node = g_strdup(below);
+    }
+    int code = nodes_find(plan, below, &rest, err);
+
+    return code ? code : lean_on(plan, target, rest, err);
 }
 
 static void add_text(json_t *arguments, const char *key, const char *text)
@@ -89,6 +92,11 @@ static void add_text(json_t *arguments, const char *key, const char *text)
     if (text) {
         json_object_set_new(arguments, key, json_string(text));
     }
+}
+
+static const char *mode_of(const struct target *target)
+{
+    return target->existing ? "existing" : "absolute-paths";
 }
 
 /* The same command with the file instead of the node that is not there. */
@@ -99,6 +107,7 @@ static void foresee_file(struct step *step, const struct target *target, const c
         step->foreseen_arguments = json_deep_copy(step->arguments);
         json_object_set_new(step->foreseen_arguments, "target", json_string(target->path));
         json_object_set_new(step->foreseen_arguments, "format", json_string(target->format));
+        json_object_set_new(step->foreseen_arguments, "mode", json_string(mode_of(target)));
     }
 }
 
@@ -106,19 +115,18 @@ static void foresee_file(struct step *step, const struct target *target, const c
 static int add_mirror_options(struct plan *plan, const char *node, json_t *arguments, struct error **err)
 {
     const struct verb_options *options = plan->options;
-    bool known;
-    int code = client_knows(plan->client, "access-check", &known, err);
     uint64_t seconds = 0;
+    int code = 0;
 
     /* There without it only the users move, and not the images above; the peer moves all, and takes it less often. */
     if (options->replace) {
-        add_text(arguments, "replaces", options->replaces ? options->replaces : known ? node : NULL);
+        add_text(arguments, "replaces", options->replaces ? options->replaces : plan->interlock ? node : NULL);
     }
     add_text(arguments, "backing-file", options->backing_file);
     if (options->keep_backing) {
         json_object_set_new(arguments, "keep-backing", json_true());
     }
-    if (!code && options->switch_after) {
+    if (options->switch_after) {
         code = size_parse(options->switch_after, &seconds);
         json_object_set_new(arguments, "switch-after", json_integer((json_int_t)seconds));
         code = code ? error_set(err, code, "'%s' is no number of seconds", options->switch_after) : 0;
@@ -138,6 +146,10 @@ static int add_mirror(struct plan *plan, const char *node, const json_t *info, s
     add_text(arguments, "copy-mode", options->copy_mode);
     add_text(arguments, "bitmap", options->bitmap);
     add_text(arguments, "bitmap-mode", options->bitmap_mode);
+    if (!plan->interlock && !strcmp(sync, "none")) { /* there the copy would show nothing of what was before */
+        json_decref(arguments);
+        return error_set(err, -ENOTSUP, "A mirror of what is new alone (--sync none) needs Interlock");
+    }
     code = plan_add_job(plan, "blockdev-mirror", node, arguments, &step, err);
     code = code ? code : add_mirror_options(plan, node, arguments, err);
     if (!code) {

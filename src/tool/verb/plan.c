@@ -162,18 +162,6 @@ static json_t *plan_arguments(const struct plan *plan, bool foreseen, const char
     return all;
 }
 
-static int plan_needs_interlock(const struct plan *plan, struct error **err)
-{
-    bool known;
-    int code = client_knows(plan->client, "access-check", &known, err);
-
-    if (!code && !known) {
-        code = error_set(err, -ENOTSUP, "%s needs Interlock: this daemon has no access control to ask",
-                         plan->options->dry_run ? "--dry-run" : "--queue");
-    }
-    return code;
-}
-
 static int plan_foresee(struct plan *plan, int *ret_status, struct error **err)
 {
     auto_json check = NULL;
@@ -349,8 +337,11 @@ int plan_run(struct plan *plan, int *ret_status, struct error **err)
             code = arguments_add(step_at(plan, i)->foreseen_arguments, options->arguments, err);
         }
     }
-    if (!code && (options->dry_run || options->queue)) {
-        code = plan_needs_interlock(plan, err);
+    if (!code && (options->dry_run || options->queue)) { /* before anything is made */
+        code = plan->interlock
+                   ? 0
+                   : error_set(err, -ENOTSUP, "%s needs Interlock: this daemon has no access control to ask",
+                               options->dry_run ? "--dry-run" : "--queue");
     }
     if (code || options->dry_run) {
         return code ? code : plan_foresee(plan, ret_status, err);

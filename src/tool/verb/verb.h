@@ -62,6 +62,7 @@ struct plan {
     const char *verb;
     const struct verb_options *options;
     struct client *client;
+    bool interlock;     /* the daemon has access control: it is no QEMU */
     GPtrArray *steps;   /* struct step; none: there is nothing to do */
     GPtrArray *targets; /* struct target */
     enum progress_at_ready at_ready;

@@ -35,7 +35,8 @@ static int verb_run(const struct verb *verb, const struct verb_options *options,
                         .targets = g_ptr_array_new()};
 
     progress_catch_interrupt();
-    code = verb->make_plan(&plan, err);
+    code = client_knows(client, "access-check", &plan.interlock, err);
+    code = code ? code : verb->make_plan(&plan, err);
     code = code ? code : plan_run(&plan, ret_status, err);
     plan_clear(&plan);
     return code;
