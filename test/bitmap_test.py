@@ -8,6 +8,7 @@ is there and is wrong is the failure that these tests look for.
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import time
@@ -500,6 +501,26 @@ class Persistence(TestCase):
                 else:
                     daemon = self.start(**({"read-only": True} if leave == "read-only" else {}))
             self.assertEqual({name: self.dirty(daemon, "a", name) for name in bitmaps_of(daemon, "a")}, before, leave)
+
+    def test_sigterm_stores_bitmaps_that_are_in_use(self):
+        """One is exported, by the other a backup goes that is cancelled: both have everything."""
+        daemon = self.start()
+        daemon.add_qcow2("target", self.create_image("target.qcow2", self.SIZE))
+        for name in ("exported", "copied"):
+            daemon.qmp.execute(ADD, {"node": "a", "name": name, "persistent": True})
+        daemon.export("a", name="w", bitmaps=["exported"])
+        with nbd_handle(daemon.uri("w")) as handle:
+            handle.pwrite(b"x" * MIB, 0)
+            daemon.qmp.execute("blockdev-backup", {"job-id": "j", "device": "a", "target": "target", "speed": 1,
+                                                   "sync": "incremental", "bitmap": "copied"})
+            handle.pwrite(b"y" * MIB, 2 * MIB)
+        self.assertTrue(all(bitmap["busy"] for bitmap in bitmaps_of(daemon, "a").values()))
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait()
+        image_check(self.image)
+        daemon = self.start()
+        kept = {name: (bitmap["count"], bitmap["busy"]) for name, bitmap in bitmaps_of(daemon, "a").items()}
+        self.assertEqual(kept, {"exported": (2 * MIB, False), "copied": (2 * MIB, False)})
 
     def test_a_read_only_image_keeps_its_bitmaps(self):
         daemon = self.start()

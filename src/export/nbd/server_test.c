@@ -475,13 +475,18 @@ static void test_many(void)
 /* Every prefix of a conversation, as if the client had died there. */
 static void test_prefixes(void)
 {
-    g_autoptr(GByteArray) stream = stream_of(
-        "hi sr ctx=n0 opt=6,8 str=n0 u16=0 go=n0 req=0,0,0,512 req=1,0,0,64 zero=64 req=7,0,0,512 req=2,0,0,0");
+    static const char *const conversations[] = {
+        "hi sr ctx=n0 opt=6,8 str=n0 u16=0 go=n0 req=0,0,0,512 req=1,0,0,64 zero=64 req=7,0,0,512 req=2,0,0,0",
+        "hi sr opt=9,19 str=bm u32=1 str=qemu: " SET_B "go=bm req=7,0,0,1048576 req=2,0,0,0"};
     struct bed bed;
 
     bed_start(&bed, false);
-    for (guint bytes = 0; bytes <= stream->len; bytes++) {
-        bed_feed(&bed, stream->data, bytes, NULL);
+    for (unsigned i = 0; i < G_N_ELEMENTS(conversations); i++) {
+        g_autoptr(GByteArray) stream = stream_of(conversations[i]);
+
+        for (guint bytes = 0; bytes <= stream->len; bytes++) {
+            bed_feed(&bed, stream->data, bytes, NULL);
+        }
     }
     bed_stop(&bed);
 }
