@@ -307,14 +307,29 @@ static int coroutine_fn mirror_finish_drained(struct mirror *mirror, struct erro
     return result < 0 ? result : mirror_conclude(mirror, err);
 }
 
+/* Takes the graph's lock, with every overlay writable whose header is to be changed. The node may have been replaced,
+ * by another mirror or a commit, while this one waited: then its overlays are those of the successor. */
 static int coroutine_fn mirror_lock(struct mirror *mirror, struct error **err)
 {
-    if (mirror->replace) {
-        mirror->overlays.image = mirror_node(mirror);
-        return overlays_lock(&mirror->overlays, mirror_check_overlay, mirror, err);
+    if (!mirror->replace) {
+        graph_lock(mirror->graph);
+        return 0;
     }
-    graph_lock(mirror->graph);
-    return 0;
+    while (true) {
+        struct node *image = node_ref(mirror_node(mirror));
+        mirror->overlays.image = image;
+        int result = overlays_lock(&mirror->overlays, mirror_check_overlay, mirror, err);
+        bool same = mirror_node(mirror) == image;
+        if (result < 0) {
+            node_release(image);
+            return result;
+        }
+        node_unref(image);
+        if (same) {
+            return 0;
+        }
+        graph_unlock(mirror->graph);
+    }
 }
 
 static int coroutine_fn mirror_prepare(struct job *job, struct error **err)

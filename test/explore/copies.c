@@ -56,14 +56,15 @@ static void set_view(struct picture *picture, struct view *view)
     picture->view = view;
 }
 
-/* Mirrors of `image` that have gone over to its successor. */
-static void follow_successor(struct world *world, int image, int successor)
+/* Mirrors of `image` go over to what takes its place; also one that has itself come to its end since. */
+static void follow_successor(const struct actor *done, int image, int successor)
 {
-    const struct node *node = world_node(world, successor);
+    struct world *world = done->world;
     for (unsigned i = 0; i < world->actor_count; i++) {
         struct actor *actor = &world->actors[i];
-        const struct operation *operation = actor->subject == image ? world_operation(actor) : NULL;
-        if (operation && operation->bound[CLAIM_NODE] == node) {
+        const struct operation *operation = actor->subject == image && actor != done ? world_operation(actor) : NULL;
+        bool later = actor->subject == image && actor->moved_at > done->moved_at && !actor->settled;
+        if (later || (operation && operation->bound[CLAIM_NODE] == world_node(world, successor))) {
             actor->subject = successor;
         }
     }
@@ -199,7 +200,7 @@ void mirror_done(struct actor *actor)
     if (actor->move->kind->replaces) {
         relink_overlays(world, image, actor->target);
     }
-    follow_successor(world, image, actor->target);
+    follow_successor(actor, image, actor->target);
 }
 
 bool mirror_moved(const struct actor *actor)

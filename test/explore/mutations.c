@@ -61,19 +61,13 @@ char *mutation_describe(int mutation)
                            bits);
 }
 
-static void mutate(const struct access_holder *holder, struct access_claim *claim, void *argument)
+void mutation_apply(int which, const struct access_holder *holder, struct access_claim *claim)
 {
-    const struct mutation *mutation = argument;
-    if (strcmp(access_holder_command(holder), mutation->command) == 0 && g_strcmp0(claim->path, mutation->path) == 0) {
+    const struct mutation *mutation = which == NO_MUTATION ? NULL : &mutations[which];
+    if (mutation && strcmp(access_holder_command(holder), mutation->command) == 0 &&
+        g_strcmp0(claim->path, mutation->path) == 0) {
         claim->require &= ~mutation->require;
         claim->deny &= ~mutation->deny;
-    }
-}
-
-void mutation_install(int mutation, struct access_ledger *ledger)
-{
-    if (mutation != NO_MUTATION) {
-        access_set_filter(ledger, mutate, (void *)&mutations[mutation]);
     }
 }
 

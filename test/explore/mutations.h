@@ -7,7 +7,8 @@
 /*
  * Breakages of the rule table, one bit each, as data. The explorer must notice each: that is the test of the explorer.
  */
-struct access_ledger;
+struct access_claim;
+struct access_holder;
 struct exploration;
 
 struct mutation {
@@ -20,8 +21,8 @@ extern const unsigned mutation_count;
 
 /* "block-commit: base does not require attributes"; g_free() */
 char *mutation_describe(int mutation);
-/* From here on the ledger sees the claims so. NO_MUTATION: as they are. */
-void mutation_install(int mutation, struct access_ledger *ledger);
+/* The claim as the ledger is to see it. NO_MUTATION: as it is. */
+void mutation_apply(int mutation, const struct access_holder *holder, struct access_claim *claim);
 /* Tries every breakage against what `before` found, so many schedules of each pair that it lets in. Prints a line for
  * each; how many were noticed, on this topology. known_only: without those of which the table says that they survive.
  */

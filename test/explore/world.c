@@ -215,10 +215,37 @@ static void coroutine_fn add_image(struct world *world, int image)
     }
 }
 
+static const struct operation *operation_of(const struct actor *actor, bool ended)
+{
+    list_for_each (link, &actor->world->graph->operations) {
+        const struct operation *operation = container_of(link, struct operation, link);
+        if (operation->ended == ended && strcmp(access_holder_id(operation->holder), actor->id) == 0) {
+            return operation;
+        }
+    }
+    return NULL;
+}
+
+/* Every claim on its way into the ledger passes here: in a step of the graph, after its operations have ended. A step
+ * that is taken back is seen again without them. */
+static void see_claim(const struct access_holder *holder, struct access_claim *claim, void *argument)
+{
+    struct world *world = argument;
+    for (unsigned i = 0; i < world->actor_count; i++) {
+        struct actor *actor = &world->actors[i];
+        if (actor->move->kind->moved && !actor->settled && operation_of(actor, true)) {
+            actor->moved_at = actor->moved_at ? actor->moved_at : ++world->moved_count;
+        } else if (actor->moved_at && !actor->settled && operation_of(actor, false)) {
+            actor->moved_at = 0;
+        }
+    }
+    mutation_apply(world->schedule->mutation, holder, claim);
+}
+
 void coroutine_fn world_open_graph(struct world *world)
 {
     world->graph = graph_create();
-    mutation_install(world->schedule->mutation, world->graph->ledger);
+    access_set_filter(world->graph->ledger, see_claim, world);
     for (unsigned i = 0; i < world->topology->count; i++) {
         if (!world->nested || topology_is_leaf(world->topology, (int)i)) {
             add_image(world, (int)i);
@@ -251,13 +278,7 @@ bool world_leans_on(const struct world *world, int upper, int lower)
 
 const struct operation *world_operation(const struct actor *actor)
 {
-    list_for_each (link, &actor->world->graph->operations) {
-        const struct operation *operation = container_of(link, struct operation, link);
-        if (!operation->ended && strcmp(access_holder_id(operation->holder), actor->id) == 0) {
-            return operation;
-        }
-    }
-    return NULL;
+    return operation_of(actor, false);
 }
 
 void world_link(struct world *world, int image, int below)
@@ -284,14 +305,26 @@ void world_forget_above(struct world *world, int image)
     }
 }
 
-void world_catch_up(struct world *world)
+/* The first of those that the model has not followed yet, or NULL. */
+static struct actor *next_moved(struct world *world)
 {
+    struct actor *next = NULL;
     for (unsigned i = 0; i < world->actor_count; i++) {
         struct actor *actor = &world->actors[i];
         const struct move_kind *kind = actor->move->kind;
         if (kind->moved && actor->begun && !actor->settled && actor->end == ACTOR_RUNS && kind->moved(actor)) {
-            kind->done(actor);
+            bool earlier = next && actor->moved_at && (!next->moved_at || actor->moved_at < next->moved_at);
+            next = !next || earlier ? actor : next;
         }
+    }
+    return next;
+}
+
+void world_catch_up(struct world *world)
+{
+    for (struct actor *actor; (actor = next_moved(world));) {
+        actor->move->kind->done(actor);
+        actor->settled = true;
     }
 }
 

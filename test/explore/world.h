@@ -49,7 +49,8 @@ struct actor {
     bool stays;        /* an active commit that is ready ends there, and its users stay where they are */
     bool rests;        /* a job is paused for a while */
     bool asked;        /* job-complete, or the end of an active commit that stays */
-    bool settled;      /* a commit: the model has followed it */
+    unsigned moved_at; /* the place among those whose claims a step of the graph has ended; 0: not yet */
+    bool settled;      /* the model has followed it */
     bool cancelled;    /* a cancel was taken */
     bool aborts;       /* a job that has said so */
     int64_t cancel_ns; /* or 0: is not cancelled */
@@ -82,6 +83,7 @@ struct world {
     bool nested; /* opened by the leaf, images below read-only until somebody needs them */
     struct actor actors[ACTORS_MAX];
     unsigned actor_count;
+    unsigned moved_count;
     struct co_group alive; /* actors */
 };
 
