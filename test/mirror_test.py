@@ -258,6 +258,15 @@ class Convergence(MirrorCase):
         self.assertEqual(self.where(), "target")
         self.verify_offline("target.qcow2")
 
+    def test_an_active_commit(self):
+        guest = self.outrun()
+        guest.wait_progress(500)
+        self.qmp.execute("block-commit", job_id="j", device="top", base_node="b", speed=self.speed,
+                         switch_after=self.after, switch_ratio=0)
+        self.check_bound(guest)
+        self.assertEqual(self.where(), "b")
+        self.verify_offline("b.qcow2")
+
     def test_without_a_bound_there_is_none(self):
         if not FULL:
             self.skipTest("in the long form")

@@ -8,9 +8,9 @@
  *
  * The end, in this order:
  *   - B is flushed. On disk: B is whole, seen as T's content; no header has changed.
- *   - Under a drain of everything above T: (active: what is still dirty is copied, B flushed again;) each overlay's
- *     header gets B's name, flushed. After a crash between two overlays, some lean on T and some on B. Both show the
- *     same, since T leads to B and masks nothing that B has not got.
+ *   - Under a drain of everything above T: (active: what is still dirty, hardly anything, is copied, B flushed again;)
+ * each overlay's header gets B's name, flushed. After a crash between two overlays, some lean on T and some on B. Both
+ * show the same, since T leads to B and masks nothing that B has not got.
  *   - One graph transaction: overlays, exports and all other users of T move to B; T and the images between are stale.
  *     In memory only: a crash here finds the same disk as the line before. If it is refused the old names are written
  *     back.
@@ -25,15 +25,13 @@
  */
 #include "base/size.h"
 #include "block/driver.h"
+#include "driver/filter/track.h"
 #include "job/commit_private.h"
 #include "job/relink.h"
 #include "job/succession.h"
 #include <errno.h>
 #include <glib.h>
 
-#define READY_LOOK_NS ((int64_t)100 * 1000 * 1000) /* how often a job that is ready looks for new dirt */
-#define CONVERGED (16 * MiB)                       /* little enough to be copied while users wait */
-#define CONVERGE_ROUNDS 8
 #define TAIL_PIECE (64 * MiB)
 #define SCAN_PER_TURN 64
 
@@ -144,31 +142,11 @@ static int coroutine_fn commit_scan(struct commit *commit)
 
 static int coroutine_fn commit_run_active(struct commit *commit)
 {
-    struct job *job = commit->job;
     int result = commit_scan(commit);
     if (result == 0) {
         result = commit_zero_tail(commit);
     }
-    for (bool ready = false; result == 0;) {
-        result = copy_dirty(commit->copy, commit->dirty, false);
-        if (result < 0) {
-            break;
-        }
-        if (!ready) {
-            ready = dirty_bytes(commit->dirty) <= CONVERGED;
-            if (!ready) {
-                continue;
-            }
-            job_ready(job);
-        }
-        if (job->complete_asked || job->end_asked) {
-            if (job->control.pauses == 0 || job->end_asked) {
-                break;
-            }
-        }
-        job_idle(job, READY_LOOK_NS);
-    }
-    return result;
+    return result < 0 ? result : converge_run(&commit->converge);
 }
 
 /* Not before the job runs: a start that is taken back has changed no size. */
@@ -306,32 +284,15 @@ static int coroutine_fn commit_flush(struct commit *commit, struct error **err)
     return result;
 }
 
-/* Active: what is dirty becomes little while the users go on, and nothing if they write nothing just now. */
-static int coroutine_fn commit_converge(struct commit *commit)
-{
-    for (unsigned round = 0; round < CONVERGE_ROUNDS; round++) {
-        if (dirty_bytes(commit->dirty) <= (round == 0 ? 0 : CONVERGED)) {
-            break;
-        }
-        int result = copy_dirty(commit->copy, commit->dirty, true);
-        if (result < 0) {
-            return result;
-        }
-    }
-    return 0;
-}
-
 /* Users are held up from here on, and so is every command that wants the graph's lock. What was flushed before, and is
  * not dirty again, is not flushed a second time: B may be slow. */
 static int coroutine_fn commit_finish_drained(struct commit *commit, struct error **err)
 {
     struct job *job = commit->job;
-    int result = 0;
-    if (commit->active && dirty_bytes(commit->dirty) > 0) {
-        result = copy_dirty(commit->copy, commit->dirty, true);
-        if (result == 0) {
-            result = commit_flush(commit, err);
-        }
+    bool copied = false;
+    int result = commit->active ? converge_finish_drained(&commit->converge, &copied) : 0;
+    if (result == 0 && copied) {
+        result = commit_flush(commit, err);
     }
     if (result == 0 && job->control.cancelled) {
         result = -ECANCELED;
@@ -347,7 +308,7 @@ static int coroutine_fn commit_prepare(struct job *job, struct error **err)
     struct commit *commit = job->state;
     int result = 0;
     if (commit->active) {
-        result = commit_converge(commit);
+        result = converge_finish(&commit->converge);
         result = result < 0 ? result : commit_flush(commit, err);
     }
     if (result == 0) {
@@ -368,7 +329,6 @@ static int coroutine_fn commit_prepare(struct job *job, struct error **err)
 
 static void coroutine_fn commit_destroy(struct commit *commit)
 {
-    copy_destroy(commit->copy);
     if (commit->filter_inserted) {
         auto_error error = NULL;
         if (graph_remove_filter(commit->graph, commit->operation, commit->filter, &error) < 0) {
@@ -377,6 +337,7 @@ static void coroutine_fn commit_destroy(struct commit *commit)
             g_assert_not_reached();
         }
     }
+    copy_destroy(commit->copy); /* requests in the filter took its lock */
     backend_destroy(commit->source);
     backend_destroy(commit->target);
     node_release(commit->filter);
@@ -409,6 +370,35 @@ static enum job_target_state commit_target_state(struct job *job)
     return job->result == 0 ? JOB_TARGET_STATE_COMPLETE : JOB_TARGET_STATE_PARTIAL;
 }
 
+static int coroutine_fn commit_change(struct job *job, const struct block_job_change_options *options,
+                                      struct error **err)
+{
+    struct commit *commit = job->state;
+    if (options->type != JOB_TYPE_COMMIT) {
+        return error_set(err, -EINVAL, "Job '%s' is no %s but a commit", job->id, job_type_name(options->type));
+    }
+    if (!commit->active) {
+        return error_set(err, -ENOTSUP, "Job '%s' is no active commit: no user writes what it copies", job->id);
+    }
+    converge_change(&commit->converge, options->u.commit.copy_mode == MIRROR_COPY_MODE_WRITE_BLOCKING);
+    return 0;
+}
+
+static void commit_resting(struct job *job, bool begins)
+{
+    struct commit *commit = job->state;
+    if (commit->active) {
+        converge_resting(&commit->converge);
+    }
+}
+
+static bool commit_synced(const struct job *job, bool *ret_applies)
+{
+    const struct commit *commit = job->state;
+    *ret_applies = commit->active;
+    return commit->active && converge_is_synced(&commit->converge);
+}
+
 static const struct job_policy commit_policy = {
     .type = JOB_TYPE_COMMIT,
     .run = commit_run,
@@ -416,15 +406,20 @@ static const struct job_policy commit_policy = {
     .clean = commit_clean,
     .progress = commit_progress,
     .target_state = commit_target_state,
+    .change = commit_change,
+    .resting = commit_resting,
+    .synced = commit_synced,
 };
 
-void commit_make_job(struct commit *commit, struct jobs *jobs, const struct job_config *config)
+void commit_make_job(struct commit *commit, struct jobs *jobs, const struct job_config *config,
+                     const struct converge_rule *rule)
 {
     struct job *job = job_create(jobs, &commit_policy, config);
     struct copy_config copy_config = {
         .control = &job->control,
         .source = commit->source,
         .target = commit->target,
+        .target_edge = commit->active ? commit->filter->target : NULL,
         .alignment = 1,
         .zero_alignment = max_u64(64 * KiB, commit->base->limits.cluster_size),
         .extent = commit->active ? commit_dirty_extent : commit_extent,
@@ -434,4 +429,11 @@ void commit_make_job(struct commit *commit, struct jobs *jobs, const struct job_
     commit->copy = copy_create(&copy_config);
     commit->job = job;
     job->state = commit;
+    if (commit->active) {
+        struct track_sides sides = {.busy = copy_busy(commit->copy), .unit = 1};
+        track_set_sides(commit->filter, &sides);
+        commit->converge = (struct converge){
+            .job = job, .copy = commit->copy, .dirty = commit->dirty, .filter = commit->filter, .rule = *rule};
+        converge_begin(&commit->converge);
+    }
 }

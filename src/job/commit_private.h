@@ -7,6 +7,7 @@
 #include "block/operation.h"
 #include "block/user.h"
 #include "job/commit.h"
+#include "job/converge.h"
 #include "job/policy.h"
 
 /* What the two halves of commit share: commit_start.c, its beginning, and commit.c, its run and its end. */
@@ -26,7 +27,8 @@ struct commit {
     bool filter_inserted;
     struct dirty *dirty;
     struct copy *copy;
-    uint64_t size; /* T's */
+    struct converge converge; /* active */
+    uint64_t size;            /* T's */
     uint64_t scanned;
 };
 
@@ -35,6 +37,7 @@ struct node *commit_fresh_overlay(const struct commit *commit);
 /* Can the overlay's header name B? */
 int commit_check_overlay(const struct commit *commit, const struct node *overlay, struct error **err);
 /* The job, which nobody sees yet; commit->job. Everything that it needs of the graph is there. */
-void commit_make_job(struct commit *commit, struct jobs *jobs, const struct job_config *config);
+void commit_make_job(struct commit *commit, struct jobs *jobs, const struct job_config *config,
+                     const struct converge_rule *rule);
 
 #endif

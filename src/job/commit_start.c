@@ -6,7 +6,7 @@
  * 1. Everything between the claims and the job happens under one lock and drain: nobody finds a filter without its job.
  * 2. commit_withdraw() undoes in reverse what commit_apply() did, from whatever point. Sizes are the run's.
  * 3. Each overlay of T is writable from here on, so that its header can be written at the end.
- * 4. In an active commit the tracking filter comes before the backends, which so attach over it.
+ * 4. In an active commit the tracking filter comes in last, under the backends: its target edge is how the copy writes.
  */
 #include "base/size.h"
 #include "driver/filter/track.h"
@@ -17,6 +17,7 @@
 #include <glib.h>
 
 #define DIRTY_GRANULARITY_MIN (64 * KiB)
+#define SECOND_NS ((int64_t)1000 * 1000 * 1000)
 
 /* state of the action */
 struct commit_start {
@@ -197,7 +198,7 @@ static int coroutine_fn commit_open_overlays(struct commit *commit, struct error
     return 0;
 }
 
-/* The tracking filter, over T. Marks come from here on; the first look at T comes later. */
+/* The tracking filter, not over T yet. */
 static int coroutine_fn commit_begin_tracking(struct commit *commit, const char *id, const char *name,
                                               struct error **err)
 {
@@ -213,7 +214,13 @@ static int coroutine_fn commit_begin_tracking(struct commit *commit, const char 
         return result;
     }
     track_set_dirty(commit->filter, commit->dirty);
-    result = graph_insert_filter_locked(commit->graph, commit->operation, commit->filter, commit->top, err);
+    return graph_attach_target_locked(commit->operation, commit->filter, commit->base, err);
+}
+
+/* Marks come from here on; the first look at T comes later. */
+static int coroutine_fn commit_insert_filter(struct commit *commit, struct error **err)
+{
+    int result = graph_insert_filter_locked(commit->graph, commit->operation, commit->filter, commit->top, err);
     commit->filter_inserted = result == 0;
     return result;
 }
@@ -275,7 +282,13 @@ static void commit_create_job(struct commit_start *start)
         .auto_dismiss = !args->has_auto_dismiss || args->auto_dismiss,
         .group = start->group,
     };
-    commit_make_job(start->commit, start->jobs, &config);
+    int64_t after = args->has_switch_after ? args->switch_after : CONVERGE_AFTER_SECONDS;
+    struct converge_rule rule = {
+        .both = args->has_copy_mode && args->copy_mode == MIRROR_COPY_MODE_WRITE_BLOCKING,
+        .after_ns = after * SECOND_NS,
+        .ratio = args->has_switch_ratio ? (unsigned)args->switch_ratio : CONVERGE_RATIO,
+    };
+    commit_make_job(start->commit, start->jobs, &config, &rule);
 }
 
 static int coroutine_fn commit_apply(struct action *action, struct error **err)
@@ -298,7 +311,11 @@ static int coroutine_fn commit_apply(struct action *action, struct error **err)
     }
     if (result == 0) {
         commit_create_job(start);
-    } else {
+    }
+    if (result == 0 && commit->active) {
+        result = commit_insert_filter(commit, err);
+    }
+    if (result < 0) {
         commit_withdraw(commit);
     }
     return result;

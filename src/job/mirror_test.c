@@ -575,6 +575,36 @@ static void who_is_outrun_becomes_ready(void *unused)
     }
 }
 
+/* The same for an active commit into a slow base; then with both sides written from the beginning. */
+static void an_active_commit_becomes_ready(void *unused)
+{
+    for (unsigned round = 0; round < 2; round++) {
+        struct test_bench bench;
+        open_chain(&bench);
+        struct node *base = bench.nodes[2];
+        struct guest *guest = guest_start_on(&bench, bench.nodes[3], guest_loops, G_N_ELEMENTS(guest_loops));
+        bench_faults(base)->write_ns = 8000000;
+        struct block_commit_args args = {.job_id = "j", .device = "c", .base_node = "b", .has_switch_after = true};
+        args.switch_after = 1;
+        args.has_copy_mode = round == 1;
+        args.copy_mode = MIRROR_COPY_MODE_WRITE_BLOCKING;
+        auto_error error = NULL;
+        if (commit_start(bench.jobs, &args, &error) < 0) {
+            g_error("%s", error->message);
+        }
+        int64_t before = loop_clock_ns();
+        bench_await(&bench, "j", JOB_STATUS_READY);
+        g_assert_cmpint(loop_clock_ns() - before, <, 8LL * 1000000000);
+        before = loop_clock_ns();
+        complete(&bench, "j");
+        g_assert_cmpint(loop_clock_ns() - before, <, 1000000000);
+        g_assert_true(backend_node(guest->backend) == base);
+        bench_faults(base)->write_ns = 0;
+        guest_finish(guest);
+        bench_close(&bench);
+    }
+}
+
 /* --- arguments --- */
 
 static void coroutine_fn expect_refusal(struct test_bench *bench, struct blockdev_mirror args, const char *text)
@@ -634,6 +664,7 @@ int main(int argc, char **argv)
         {"/mirror/a-bitmap-survives-a-failure", a_bitmap_survives_a_failure},
         {"/mirror/errors-of-the-target", errors_of_the_target},
         {"/mirror/who-is-outrun-becomes-ready", who_is_outrun_becomes_ready},
+        {"/mirror/an-active-commit-becomes-ready", an_active_commit_becomes_ready},
         {"/mirror/bad-arguments", bad_arguments},
     };
     g_test_init(&argc, &argv, NULL);
