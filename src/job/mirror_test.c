@@ -217,7 +217,10 @@ static void a_forced_cancel_changes_nothing(void *unused)
     struct job *job = start_mirror(
         &bench,
         (struct blockdev_mirror){.device = "c", .sync = MIRROR_SYNC_MODE_FULL, .has_speed = true, .speed = 100000});
-    bench_sleep_ms(30);
+    while (job->done == 0) {
+        bench_sleep_ms(1);
+        job_info_list_free(jobs_query(bench.jobs));
+    }
     g_assert_cmpint(job_cancel(job, true, NULL), ==, 0);
     bench_await(&bench, "j", JOB_STATUS_NULL);
     expect_end(&bench, "aborting; BLOCK_JOB_CANCELLED j partial; ");
