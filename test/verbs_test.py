@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs that copy, snapshot and make images: what they do, leave behind, print and answer; with the peer's daemon too.
+"""The verbs that copy, snapshot and make images: what they do, leave behind, print and answer; at the peer's daemon too.
 
 Each test of `Both` runs with Interlock and with the peer, since the verbs speak plain QMP; what needs access control is
 in `Verbs`, and that the peer has none is told by the verbs themselves (`WithPeer`)."""
@@ -333,6 +333,7 @@ class Both:
 
 
 class WithPeer(Both, VerbCase):
+    builds = ("release",)
     command = [PEER]
 
     def test_what_needs_access_control_is_told(self):
