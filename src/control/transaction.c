@@ -13,6 +13,7 @@
 #include "block/action.h"
 #include "block/bitmap_action.h"
 #include "control/control.h"
+#include "export/export.h"
 #include "job/backup.h"
 #include "job/commit.h"
 #include "job/internal_snapshot.h"
@@ -152,6 +153,17 @@ static void make_mirror(const struct making *making, struct transaction_action *
     mirror_action(ret, making->control->jobs, from->u.blockdev_mirror.data, making->group);
 }
 
+static void make_export_add(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.block_export_add.data->node_name, NULL);
+    export_add_action(ret, making->control->exports, from->u.block_export_add.data);
+}
+
+static void make_export_del(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    export_del_action(ret, making->control->exports, from->u.block_export_del.data);
+}
+
 static const struct {
     void (*make)(const struct making *making, struct transaction_action *from, struct action *ret);
     bool begins_job;
@@ -171,6 +183,8 @@ static const struct {
     [TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP] = {make_backup, true},
     [TRANSACTION_ACTION_KIND_BLOCKDEV_MIRROR] = {make_mirror, true},
     [TRANSACTION_ACTION_KIND_DRIVE_BACKUP] = {make_drive_backup, true},
+    [TRANSACTION_ACTION_KIND_BLOCK_EXPORT_ADD] = {make_export_add, false},
+    [TRANSACTION_ACTION_KIND_BLOCK_EXPORT_DEL] = {make_export_del, false},
 };
 
 /* --- the command --- */

@@ -2,7 +2,7 @@
 /*
  * The table of exports and the life of each: claims, backend, clients, end. What a client speaks is the business of
  * its type (export_type.h, the table `export_types` below). Invariants:
- * 1. an id is in the table from the start of exports_add() to the `deleted` event, so it is never used twice;
+ * 1. an id is in the table from its adding to the `deleted` event, so it is never used twice;
  * 2. an export holds its claims before its backend is attached, and until its backend is gone;
  * 3. an export that is refused has changed nothing: what was begun is undone in reverse order;
  * 4. everything here happens on the control thread; the clients' threads only read (export_type.h).
@@ -104,22 +104,28 @@ static struct export *export_create(struct exports *exports, const struct export
     return export;
 }
 
-/* Ends what is there of an export, in reverse order of exports_add(). While its backend waits to be detached a job may
+static void export_free(struct export *export)
+{
+    struct exports *exports = export->exports;
+    enum block_export_type type = export->type->id;
+
+    list_remove(&export->link);
+    g_free(export->id);
+    g_free(export->node_name);
+    g_free(export);
+    co_group_leave(&exports->alive[type]);
+}
+
+/* Ends what is there of an export, in reverse order of how it began. While its backend waits to be detached a job may
  * still move it: its claims follow until then, or they would hold on to a node that has become stale. */
 static void coroutine_fn export_destroy(struct export *export)
 {
-    struct co_group *alive = &export->exports->alive[export->type->id];
-
     if (export->backend) {
         backend_set_changed(export->backend, NULL, NULL);
         backend_destroy(export->backend);
     }
     operation_end(export->operation);
-    list_remove(&export->link);
-    g_free(export->id);
-    g_free(export->node_name);
-    g_free(export);
-    co_group_leave(alive);
+    export_free(export);
 }
 
 static void export_end_run(void *argument)
@@ -127,10 +133,11 @@ static void export_end_run(void *argument)
     struct export *export = argument;
     struct exports *exports = export->exports;
     g_autofree char *id = g_strdup(export->id);
+    bool was = !export->never_was;
 
     export->type->close(export);
     export_destroy(export);
-    if (exports->config.deleted) {
+    if (was && exports->config.deleted) {
         exports->config.deleted(exports->config.argument, id);
     }
 }
@@ -148,6 +155,17 @@ void export_unref(struct export *export)
         g_assert(export->shutting_down);
         loop_spawn(export->exports->loop, export_end_run, export);
     }
+}
+
+static void export_shut_down(struct export *export)
+{
+    export->condemned = true; /* also one that is not open yet, if it ever will be */
+    if (export->opening || export->shutting_down) {
+        return;
+    }
+    export->shutting_down = true;
+    export->type->disconnect(export);
+    export_unref(export);
 }
 
 static int exports_check(struct exports *exports, const struct block_export_options *options,
@@ -265,88 +283,211 @@ static int coroutine_fn export_attach(struct export *export, const struct block_
     return r;
 }
 
-static int coroutine_fn export_open(struct export *export, const struct block_export_options *options,
-                                    struct error **err)
-{
-    struct graph *graph = export->exports->config.graph;
+/* --- adding one, as an action --- */
 
-    graph_lock(graph);
-    int r = export_attach(export, options, err);
-    if (r == 0) {
-        r = export->type->open(export, options, err);
+struct export_adding {
+    struct exports *exports;
+    const struct block_export_options *options; /* borrowed */
+    const struct export_type *type;
+    struct operation_config operation;
+    struct export *export; /* from apply to commit */
+    struct drain drain;    /* its clients wait until everything is decided */
+};
+
+static int coroutine_fn adding_plan(struct action *action, struct error **err)
+{
+    struct export_adding *adding = action->state;
+    struct loop *loop;
+    int r = exports_check(adding->exports, adding->options, &adding->type, err);
+
+    return r < 0 ? r : exports_plan(adding->exports, adding->options, &adding->operation, &loop, err);
+}
+
+static int coroutine_fn adding_preview(struct action *action, json_t **ret_claims, struct error **err)
+{
+    return operation_preview(action->graph, &((struct export_adding *)action->state)->operation, ret_claims, err);
+}
+
+/* What was begun of an export that has never been open. */
+static void coroutine_fn export_undo(struct export *export)
+{
+    if (export->backend) {
+        backend_set_changed(export->backend, NULL, NULL);
+        backend_destroy_locked(export->backend);
     }
-    graph_unlock(graph);
-    return r;
+    operation_end_locked(export->operation);
+    export_free(export);
+}
+
+static int coroutine_fn adding_apply(struct action *action, struct error **err)
+{
+    struct export_adding *adding = action->state;
+    struct export *export = export_create(adding->exports, adding->type, adding->options);
+    int r = export_attach(export, adding->options, err);
+
+    if (r == 0) {
+        r = export->type->open(export, adding->options, err);
+    }
+    if (r < 0) {
+        export_undo(export);
+        return r;
+    }
+    struct node *node = backend_node(export->backend);
+
+    graph_drain_begin(action->graph, &node, 1, NULL, &adding->drain);
+    adding->export = export;
+    return 0;
+}
+
+/* Clients that have come meanwhile find no medium, and are sent away; it ends when they are gone. */
+static void coroutine_fn adding_revert(struct action *action)
+{
+    struct export_adding *adding = action->state;
+    struct export *export = adding->export;
+
+    backend_set_changed(export->backend, NULL, NULL);
+    backend_detach_locked(export->backend);
+    graph_drain_end(&adding->drain);
+    operation_end_locked(g_steal_pointer(&export->operation));
+    export->opening = false;
+    export->never_was = true;
+    export_shut_down(export);
+}
+
+static void coroutine_fn adding_commit(struct action *action)
+{
+    struct export_adding *adding = action->state;
+
+    graph_drain_end(&adding->drain);
+    adding->export->opening = false;
+    if (adding->export->condemned) {
+        export_shut_down(adding->export);
+    }
+}
+
+static void coroutine_fn adding_clean(struct action *action)
+{
+    g_free(action->state);
+}
+
+static const struct action_kind adding_kind = {
+    .name = "block-export-add",
+    .plan = adding_plan,
+    .apply = adding_apply,
+    .revert = adding_revert,
+    .commit = adding_commit,
+    .clean = adding_clean,
+    .preview = adding_preview,
+};
+
+void export_add_action(struct action *ret, struct exports *exports, const struct block_export_options *options)
+{
+    struct export_adding *adding = g_new0(struct export_adding, 1);
+
+    adding->exports = exports;
+    adding->options = options;
+    *ret = (struct action){.kind = &adding_kind, .state = adding};
 }
 
 int coroutine_fn exports_add(struct exports *exports, const struct block_export_options *options, struct error **err)
 {
-    const struct export_type *type = NULL;
-    int r = exports_check(exports, options, &type, err);
+    struct action action;
 
-    if (r < 0) {
-        return r;
-    }
-    struct export *export = export_create(exports, type, options);
-
-    r = export_open(export, options, err);
-    if (r < 0) {
-        export_destroy(export);
-        return r;
-    }
-    export->opening = false;
-    return 0;
+    export_add_action(&action, exports, options);
+    return actions_run(exports->config.graph, &action, 1, err);
 }
 
 int coroutine_fn exports_check_add(struct exports *exports, const struct block_export_options *options,
                                    json_t **ret_claims, struct error **err)
 {
-    struct graph *graph = exports->config.graph;
-    const struct export_type *type = NULL;
-    struct operation_config operation;
-    struct loop *loop;
-    int r = exports_check(exports, options, &type, err);
+    struct action action;
 
-    if (r < 0) {
-        return r;
-    }
-    graph_lock(graph);
-    r = exports_plan(exports, options, &operation, &loop, err);
-    if (r == 0) {
-        r = operation_preview(graph, &operation, ret_claims, err);
-    }
-    graph_unlock(graph);
-    return r;
+    export_add_action(&action, exports, options);
+    return actions_check(exports->config.graph, &action, 1, ret_claims, err);
 }
 
-static void export_shut_down(struct export *export)
-{
-    if (export->opening || export->shutting_down) {
-        return;
-    }
-    export->shutting_down = true;
-    export->type->disconnect(export);
-    export_unref(export);
-}
+/* --- deleting one --- */
 
-int exports_delete(struct exports *exports, const char *id, enum block_export_remove_mode mode, struct error **err)
+/* NULL, with the reason, if it may not be deleted now. */
+static struct export *exports_find_deletable(struct exports *exports, const char *id,
+                                             enum block_export_remove_mode mode, struct error **err)
 {
     struct export *export = exports_find(exports, id);
 
     if (!export || export->opening) {
-        return error_set(err, -ENOENT, "Export '%s' is not found", id);
+        error_set(err, -ENOENT, "Export '%s' is not found", id);
+        return NULL;
     }
     if (export->shutting_down) {
-        return error_set(err, -EALREADY, "Export '%s' is already shutting down", id);
+        error_set(err, -EALREADY, "Export '%s' is already shutting down", id);
+        return NULL;
     }
     if (mode == BLOCK_EXPORT_REMOVE_MODE_SAFE && export->references > 1) {
         error_set(err, -EBUSY, "export '%s' still in use: %u client%s connected", id, export->references - 1,
                   export->references == 2 ? " is" : "s are");
         error_hint(err, "Use mode='hard' to force client disconnect");
-        return -EBUSY;
+        return NULL;
+    }
+    return export;
+}
+
+int exports_delete(struct exports *exports, const char *id, enum block_export_remove_mode mode, struct error **err)
+{
+    struct error *error = NULL;
+    struct export *export = exports_find_deletable(exports, id, mode, &error);
+
+    if (!export) {
+        return error_move(err, error);
     }
     export_shut_down(export);
     return 0;
+}
+
+struct export_deleting {
+    struct exports *exports;
+    const struct block_export_del_args *args; /* borrowed */
+    struct export *export;                    /* a reference, or NULL */
+};
+
+static int coroutine_fn deleting_apply(struct action *action, struct error **err)
+{
+    struct export_deleting *deleting = action->state;
+    struct error *error = NULL;
+
+    deleting->export = exports_find_deletable(deleting->exports, deleting->args->id, deleting->args->mode, &error);
+    if (!deleting->export) {
+        return error_move(err, error);
+    }
+    export_ref(deleting->export);
+    return 0;
+}
+
+/* Nothing is to be taken back: it goes when all is decided. */
+static void coroutine_fn deleting_commit(struct action *action)
+{
+    export_shut_down(((struct export_deleting *)action->state)->export);
+}
+
+static void coroutine_fn deleting_clean(struct action *action)
+{
+    struct export_deleting *deleting = action->state;
+
+    if (deleting->export) {
+        export_unref(deleting->export);
+    }
+    g_free(deleting);
+}
+
+static const struct action_kind deleting_kind = {
+    .name = "block-export-del", .apply = deleting_apply, .commit = deleting_commit, .clean = deleting_clean};
+
+void export_del_action(struct action *ret, struct exports *exports, const struct block_export_del_args *args)
+{
+    struct export_deleting *deleting = g_new0(struct export_deleting, 1);
+
+    deleting->exports = exports;
+    deleting->args = args;
+    *ret = (struct action){.kind = &deleting_kind, .state = deleting};
 }
 
 void coroutine_fn exports_delete_type(struct exports *exports, const struct export_type *type)

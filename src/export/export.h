@@ -3,6 +3,7 @@
 #define INTERLOCK_EXPORT_EXPORT_H
 
 #include "base/error.h"
+#include "block/action.h"
 #include "loop/connection.h"
 #include "loop/coroutine.h"
 #include "schema/types.h"
@@ -34,7 +35,13 @@ struct exports *exports_create(const struct exports_config *config);
 /* Asserts that no export is left and that the NBD server is stopped: exports_shutdown() comes first. Accepts NULL. */
 void exports_destroy(struct exports *exports);
 
-/* block-export-add. -EBUSY with a refusal when its claims clash. */
+/* block-export-add as an action; the options are borrowed until its clean. Clients that come before all is decided
+ * wait.
+ */
+void export_add_action(struct action *ret, struct exports *exports, const struct block_export_options *options);
+/* block-export-del as an action: it begins to delete when all is decided. */
+void export_del_action(struct action *ret, struct exports *exports, const struct block_export_del_args *args);
+/* block-export-add alone. -EBUSY with a refusal when its claims clash. */
 int coroutine_fn exports_add(struct exports *exports, const struct block_export_options *options, struct error **err);
 /* The dry run of it, up to the decision; see struct command. */
 int coroutine_fn exports_check_add(struct exports *exports, const struct block_export_options *options,

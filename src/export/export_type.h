@@ -34,6 +34,8 @@ struct export
     bool writable, writethrough;
     bool opening;       /* its id is taken, nothing else yet */
     bool shutting_down; /* no new clients */
+    bool condemned;     /* to be deleted, at once or when it is open */
+    bool never_was;     /* its adding was taken back: nobody is told that it is gone */
     unsigned references;
     void *state; /* the type's */
 };
