@@ -259,6 +259,53 @@ class AllOrNothing(TestCase):
         self.assertEqual({claim["node"] for claim in check["claims"]}, {"top", "over", "mid", "over2"})
         self.assertEqual(self.state(), before)
 
+    def test_exports_and_jobs_begin_with_the_others_or_not(self):
+        qemu_img("create", "-q", "-f", "raw", self.path("copy.raw"), str(SIZE))
+        file = {"driver": "file", "filename": self.path("copy.raw")}
+        self.qmp.execute("blockdev-add", {"driver": "raw", "node-name": "copy", "file": file})
+        parts = [
+            action("block-export-add", type="nbd", id="old", name="old", node_name="top"),
+            action("blockdev-backup", device="top", target="copy", sync="full", job_id="b", speed=64 * KIB),
+            action("block-commit", device="top", top_node="mid", base_node="base", job_id="c", speed=64 * KIB),
+            action("block-stream", device="over2", job_id="s"),
+            action("blockdev-snapshot", node="top", overlay="over"),
+            action("block-export-del", id="e"),
+        ]
+        self.qmp.drain_events(0.05)
+        before = self.state()
+        for count in range(len(parts) + 1):
+            self.assert_refused("aborted", self.transaction, *parts[:count], action("abort"))
+            deadline = time.monotonic() + 5 * SLOWNESS
+            while self.state() != before and time.monotonic() < deadline:
+                time.sleep(0.01)  # the id of an export is free when its clients are gone
+            self.assertEqual(self.state(), before)
+        self.assertEqual(self.qmp.drain_events(0.05), [], "of what has never been nobody hears")
+        self.transaction(*parts)
+        self.qmp.wait_event("BLOCK_EXPORT_DELETED", id="e")
+        exports = {info["id"]: info["node-name"] for info in self.qmp.execute("query-block-exports")}
+        self.assertEqual(exports, {"old": "over"})
+        self.assertLessEqual({"b", "c"}, set(self.qmp.jobs()))
+        for job in ("b", "c"):
+            self.qmp.execute("job-cancel", id=job)
+            self.qmp.wait_job(job)
+
+    def test_grouped_jobs_end_together(self):
+        for name in ("one", "two"):
+            qemu_img("create", "-q", "-f", "raw", self.path(f"{name}.raw"), str(SIZE))
+            file = {"driver": "file", "filename": self.path(f"{name}.raw")}
+            self.qmp.execute("blockdev-add", {"driver": "raw", "node-name": name, "file": file})
+        parts = [action("blockdev-backup", device="top", target="one", sync="full", job_id="b1"),
+                 action("blockdev-backup", device="mid", target="two", sync="full", job_id="b2", speed=64 * KIB)]
+        self.assert_refused("aborted|grouped", self.transaction, *parts, action("abort"), properties={"completion-mode": "grouped"})
+        self.transaction(*parts, properties={"completion-mode": "grouped"})
+        deadline = time.monotonic() + 20 * SLOWNESS
+        while self.qmp.jobs()["b1"]["status"] != "waiting":
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+        self.qmp.execute("job-cancel", id="b2")
+        for job in ("b1", "b2"):
+            self.qmp.wait_event("BLOCK_JOB_CANCELLED", device=job)
+
     # Waiting.
 
     def held_up(self, **more):

@@ -75,6 +75,10 @@ void coroutine_fn node_writable_end_locked(struct node *node);
  * writable. The caller holds graph->lock and has drained the node, and holds claims that say so. */
 int coroutine_fn node_want_writable_locked(struct node *node, bool wanted, struct error **err);
 
+/* The node, which the caller has made writable for himself, and the containers that are its alone, are not to be
+ * writable any longer than somebody needs that, whatever their options said. graph->lock is held; drained. */
+void node_renounce_writing(struct node *node);
+
 /* Writes the backing string and format (NULL: none) into the image's header, and notes them in the node. `operation`
  * must hold `graph` on it. Drained and writable; graph->lock is held. */
 int coroutine_fn node_change_backing(struct node *node, const struct operation *operation, const char *file,

@@ -335,6 +335,24 @@ void coroutine_fn node_writable_end_locked(struct node *node)
     }
 }
 
+void node_renounce_writing(struct node *node)
+{
+    g_assert(node->writers > 0);
+    if (!node->wants_writable) {
+        return;
+    }
+    node->wants_writable = false;
+    struct containers containers = node_containers(node);
+    for (unsigned i = 0; !node->made_files_writable && i < containers.count; i++) {
+        struct node *child = containers.edges[i]->child;
+        child->writers++;
+        if (child->parents.next == child->parents.prev) { /* nobody else's */
+            node_renounce_writing(child);
+        }
+    }
+    node->made_files_writable = true;
+}
+
 int coroutine_fn node_writable_begin(struct node *node, struct error **err)
 {
     struct graph *graph = node->graph;

@@ -12,6 +12,7 @@
  */
 #include "block/action.h"
 #include "block/bitmap_action.h"
+#include "block/reopen.h"
 #include "control/control.h"
 #include "export/export.h"
 #include "job/backup.h"
@@ -153,6 +154,21 @@ static void make_mirror(const struct making *making, struct transaction_action *
     mirror_action(ret, making->control->jobs, from->u.blockdev_mirror.data, making->group);
 }
 
+/* One for each node that it names. */
+static size_t reopen_parts(const struct transaction_action *from)
+{
+    return from->u.blockdev_reopen.data->options.count;
+}
+
+static void make_reopen(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    const struct blockdev_reopen_args *args = from->u.blockdev_reopen.data;
+
+    for (size_t i = 0; i < args->options.count; i++) {
+        reopen_action(&ret[i], args->options.items[i]);
+    }
+}
+
 static void make_export_add(const struct making *making, struct transaction_action *from, struct action *ret)
 {
     is_near(making, from->u.block_export_add.data->node_name, NULL);
@@ -167,6 +183,7 @@ static void make_export_del(const struct making *making, struct transaction_acti
 static const struct {
     void (*make)(const struct making *making, struct transaction_action *from, struct action *ret);
     bool begins_job;
+    size_t (*parts)(const struct transaction_action *from); /* how many it makes; NULL: one */
 } makers[] = {
     [TRANSACTION_ACTION_KIND_ABORT] = {make_abort, false},
     [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_ADD] = {make_bitmap_add, false},
@@ -183,6 +200,7 @@ static const struct {
     [TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP] = {make_backup, true},
     [TRANSACTION_ACTION_KIND_BLOCKDEV_MIRROR] = {make_mirror, true},
     [TRANSACTION_ACTION_KIND_DRIVE_BACKUP] = {make_drive_backup, true},
+    [TRANSACTION_ACTION_KIND_BLOCKDEV_REOPEN] = {make_reopen, false, reopen_parts},
     [TRANSACTION_ACTION_KIND_BLOCK_EXPORT_ADD] = {make_export_add, false},
     [TRANSACTION_ACTION_KIND_BLOCK_EXPORT_DEL] = {make_export_del, false},
 };
@@ -194,15 +212,20 @@ static bool is_grouped(const struct transaction_args *args)
     return args->properties && args->properties->completion_mode == ACTION_COMPLETION_MODE_GROUPED;
 }
 
+static size_t transaction_parts(const struct transaction_action *from)
+{
+    return makers[from->type].parts ? makers[from->type].parts(from) : 1;
+}
+
 static int transaction_check_args(const struct control *control, const struct transaction_args *args,
                                   struct error **err)
 {
-    if (args->actions.count > ACTIONS_MAX) {
-        return error_set(err, -E2BIG, "A transaction has %d actions at most", ACTIONS_MAX);
-    }
+    size_t count = 0;
+
     for (size_t i = 0; i < args->actions.count; i++) {
         enum transaction_action_kind kind = args->actions.items[i]->type;
 
+        count += transaction_parts(args->actions.items[i]);
         if (is_grouped(args) && !makers[kind].begins_job) {
             return error_set(err, -EINVAL,
                              "Action '%s' does not support transaction property completion-mode = grouped",
@@ -212,28 +235,31 @@ static int transaction_check_args(const struct control *control, const struct tr
             return error_set(err, -ESHUTDOWN, "The program is about to end: no new job is started");
         }
     }
-    return 0;
+    return count > ACTIONS_MAX ? error_set(err, -E2BIG, "A transaction has %d actions at most", ACTIONS_MAX) : 0;
 }
 
 /* Makes the actions, and runs or checks them. ret_claims NULL: they are run. */
 static int coroutine_fn transaction_do(struct control *control, struct transaction_args *args, json_t **ret_claims,
                                        struct error **err)
 {
-    unsigned count = (unsigned)args->actions.count;
+    unsigned count = 0;
     int code = transaction_check_args(control, args, err);
 
     if (code < 0) {
         return code;
     }
-    g_autofree struct action *actions = g_new0(struct action, count);
-    g_autofree const char *(*near)[NEAR_MAX + 1] = g_new0(typeof(*near), count);
+    g_autofree struct action *actions = g_new0(struct action, ACTIONS_MAX);
+    g_autofree const char *(*near)[NEAR_MAX + 1] = g_new0(typeof(*near), ACTIONS_MAX);
     struct making making = {.control = control, .group = is_grouped(args) ? job_group_create() : NULL};
-    for (unsigned i = 0; i < count; i++) {
+    for (size_t i = 0; i < args->actions.count; i++) {
         struct transaction_action *from = args->actions.items[i];
 
-        making.near = &near[i];
-        makers[from->type].make(&making, from, &actions[i]);
-        actions[i].near = near[i];
+        making.near = &near[count];
+        makers[from->type].make(&making, from, &actions[count]);
+        if (!makers[from->type].parts) {
+            actions[count].near = near[count];
+        }
+        count += (unsigned)transaction_parts(from);
     }
     code = ret_claims ? actions_check(control->graph, actions, count, ret_claims, err)
                       : actions_run(control->graph, actions, count, err);

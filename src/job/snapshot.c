@@ -302,7 +302,7 @@ static void coroutine_fn snapshot_commit(struct action *action)
     struct snapshot *snapshot = action->state;
     snapshot_end_relinking(snapshot);
     if (snapshot->writing) {
-        snapshot->image->wants_writable = false;
+        node_renounce_writing(snapshot->image);
     }
     if (snapshot->sync && !snapshot->overlay->monitor_owned) {
         snapshot->overlay->monitor_owned = true;
