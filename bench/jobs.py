@@ -71,6 +71,8 @@ JOBS = [
     Job("commit", 1.3, "ese", "block-commit", {"device": "n2", "top-node": "n1", "base-node": "n0"}, 0),
     Job("active commit", 1.3, "es", "block-commit", {"device": "n1", "base-node": "n0"}, 0, True),
     Job("stream", 2.5, "se", "block-stream", {"device": "n1"}, 1),
+    Job("mirror", 2.5, "s", "blockdev-mirror", {"device": "n0", "target": "t", "sync": "full"}, "t", True),
+    Job("backup", 2.5, "s", "blockdev-backup", {"device": "n0", "target": "t", "sync": "full"}, "t"),
 ]
 
 

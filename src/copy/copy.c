@@ -111,7 +111,7 @@ static uint64_t buffer_bytes(const struct copy *copy)
 /* Are there pieces that need not come into memory, because nobody wants to look at all of it? */
 static bool copy_may_offload(const struct copy_config *config)
 {
-    return config->source && !config->read && !config->shown && config->target &&
+    return config->source && !config->read && !config->shown && (config->target || config->target_edge) &&
            !(config->write_flags & REQUEST_COMPRESSED);
 }
 
