@@ -40,6 +40,7 @@
 #define FOREVER_NS ((int64_t)3600 * 1000 * 1000 * 1000)
 #define ZERO_PIECES 64                  /* a piece of zeroes needs no memory: it may be as long as this many others */
 #define OFFLOAD_UNITS 32                /* looking into more units of a piece than that costs more than is won */
+#define LOOK_BYTES (256 * KiB)          /* what may be zero is read in steps of so much */
 #define OFFLOAD_PEEK 512                /* what is zero as a whole begins with so many zeroes */
 #define OFFLOAD_WIDTH 3                 /* one reads while another one writes, and one is on its way */
 #define COMPANY_NS (20LL * 1000 * 1000) /* so long after a client's request we share the processors with it */
@@ -63,6 +64,7 @@ struct copy {
     bool urgent;
     unsigned looks;
     bool offloads;           /* the last piece was; at first, it may be */
+    bool offloaded;          /* one ever was */
     unsigned offload_rest;   /* pieces until the next try */
     uint64_t launched, turn; /* ordered: the next number to be given, and the one whose turn it is */
     struct list in_line;     /* ordered: struct copy_piece that wait for their turn, by in_line */
@@ -385,7 +387,23 @@ static int coroutine_fn piece_read(struct copy_piece *piece)
 static int coroutine_fn zero_run(const struct copy_config *config, uint64_t offset, uint64_t bytes)
 {
     unsigned flags = config->write_flags | (config->pin_zeroes ? 0 : REQUEST_MAY_UNMAP);
-    return config->target_is_zero ? 0 : target_write_zeroes(config, offset, bytes, flags);
+    bool looks = !config->pin_zeroes && !(config->write_flags & REQUEST_IF_UNALLOCATED);
+    int result = 0;
+    while (bytes && result == 0 && !config->target_is_zero) {
+        struct extent shown = {.bytes = bytes};
+        int code = !looks                ? 0
+                   : config->target_edge ? chain_block_status(config->target_edge->child, NULL, offset, bytes, &shown)
+                                         : backend_block_status(config->target, NULL, offset, bytes, &shown);
+        if (code < 0) {
+            shown = (struct extent){.bytes = bytes};
+        }
+        if (!(shown.flags & EXTENT_ZERO)) {
+            result = target_write_zeroes(config, offset, shown.bytes, flags);
+        }
+        offset += shown.bytes;
+        bytes -= shown.bytes;
+    }
+    return result;
 }
 
 /* They were found before the piece had its place: what is none any more is dirty again. */
@@ -417,19 +435,51 @@ static int coroutine_fn source_read(const struct copy_config *config, uint64_t o
                                : backend_read(config->source, offset, bytes, buffers_one(&iov), 0);
 }
 
-/* May one of its units be zero, or could it not be read? */
-static bool coroutine_fn piece_may_hold_zeroes(const struct copy_piece *piece)
+/* May the unit at `at` of the piece be zero, or could it not be read? */
+static bool coroutine_fn unit_may_be_zero(const struct copy_piece *piece, uint64_t at, uint64_t bytes)
+{
+    char memory[OFFLOAD_PEEK];
+    bytes = min_u64(bytes, sizeof(memory));
+    return source_read(&piece->copy->config, piece->offset + at, bytes, memory) < 0 || memory_is_zero(memory, bytes);
+}
+
+/* How far the piece goes on with units that all may be zero, or all may not. */
+static uint64_t coroutine_fn piece_look(const struct copy_piece *piece, bool *ret_zero)
 {
     const struct copy_config *config = &piece->copy->config;
-    uint64_t unit = max_u64(config->zero_alignment, config->alignment), end = piece->offset + piece->bytes;
-    char memory[OFFLOAD_PEEK];
-    for (uint64_t at = piece->offset; config->zero_alignment && at < end; at = align_down(at, unit) + unit) {
-        uint64_t bytes = min_u64(end - at, sizeof(memory));
-        if (source_read(config, at, bytes, memory) < 0 || memory_is_zero(memory, bytes)) {
-            return true;
-        }
+    uint64_t unit = max_u64(config->zero_alignment, config->alignment), at = 0;
+    *ret_zero = false;
+    if (!config->zero_alignment) {
+        return piece->bytes;
     }
-    return false;
+    while (at < piece->bytes) {
+        uint64_t next = min_u64(align_down(piece->offset + at, unit) + unit - piece->offset, piece->bytes);
+        bool zero = unit_may_be_zero(piece, at, next - at);
+        if (at == 0) {
+            *ret_zero = zero;
+        } else if (zero != *ret_zero || (zero && next > LOOK_BYTES)) {
+            break;
+        }
+        at = next;
+    }
+    return at;
+}
+
+/* Is it worth trying? Where pieces are written in order, one goes by one way as a whole. */
+static bool piece_may_offload(struct copy_piece *piece)
+{
+    struct copy *copy = piece->copy;
+    const struct copy_config *config = &copy->config;
+    uint64_t unit = max_u64(config->zero_alignment, config->alignment);
+    if (!copy_may_offload(config) ||
+        (config->zero_alignment && (config->ordered || piece->bytes > OFFLOAD_UNITS * unit))) {
+        return false;
+    }
+    if (copy->offload_rest) {
+        copy->offload_rest--;
+        return false;
+    }
+    return true;
 }
 
 /* Is it done? */
@@ -438,17 +488,6 @@ static bool coroutine_fn piece_offload(struct copy_piece *piece)
     struct copy *copy = piece->copy;
     const struct copy_config *config = &copy->config;
     struct iovec memory = {piece->buffer, piece->bytes};
-    uint64_t unit = max_u64(config->zero_alignment, config->alignment);
-    if (!copy_may_offload(config) || (config->zero_alignment && piece->bytes > OFFLOAD_UNITS * unit)) {
-        return false;
-    }
-    if (copy->offload_rest) {
-        copy->offload_rest--;
-        return false;
-    }
-    if (piece_may_hold_zeroes(piece)) {
-        return false;
-    }
     turn_wait(piece);
     int result = config->target_edge ? edge_copy(backend_edge(config->source), piece->offset, config->target_edge,
                                                  piece->offset, piece->bytes, config->write_flags, memory)
@@ -457,6 +496,47 @@ static bool coroutine_fn piece_offload(struct copy_piece *piece)
     copy->offloads = result == 0;
     copy->offload_rest = result < 0 ? OFFLOAD_REST : 0;
     return result == 0;
+}
+
+static int coroutine_fn piece_read_and_write(struct copy_piece *piece, bool *ret_reading)
+{
+    const struct copy_config *config = &piece->copy->config;
+    int result = piece_read(piece);
+    if (result < 0) {
+        *ret_reading = true;
+        return result;
+    }
+    return config->target || config->target_edge ? piece_write(piece) : piece_compare(piece);
+}
+
+/* What may be zero is read, in steps that stay in a processor's cache until they have been looked at; the rest goes
+ * from file to file. */
+static int coroutine_fn piece_move_data(struct copy_piece *piece, bool *ret_reading)
+{
+    struct copy *copy = piece->copy;
+    uint64_t offset = piece->offset, bytes = piece->bytes, end = offset + bytes;
+    int result = 0;
+    bool zero = false;
+    while (result == 0 && piece->offset < end) {
+        piece->bytes = end - piece->offset;
+        if (!piece_may_offload(piece)) {
+            result = piece_read_and_write(piece, ret_reading);
+            break;
+        }
+        piece->bytes = piece_look(piece, &zero);
+        if (zero || !piece_offload(piece)) {
+            result = piece_read_and_write(piece, ret_reading);
+        } else {
+            copy->offloaded = true;
+        }
+        piece->offset += piece->bytes;
+    }
+    if (zero && !copy->offloaded) {
+        copy->offload_rest = OFFLOAD_REST; /* it was looked at, and nothing may come of that */
+    }
+    piece->offset = offset;
+    piece->bytes = bytes;
+    return result;
 }
 
 static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
@@ -469,15 +549,7 @@ static int coroutine_fn piece_move(struct copy_piece *piece, bool *ret_reading)
         return config->target_edge && piece->copy->dirty ? piece_zero_again(piece, ret_reading)
                                                          : zero_run(config, piece->offset, piece->bytes);
     }
-    if (piece_offload(piece)) {
-        return 0;
-    }
-    int result = piece_read(piece);
-    if (result < 0) {
-        *ret_reading = true;
-        return result;
-    }
-    return config->target || config->target_edge ? piece_write(piece) : piece_compare(piece);
+    return piece_move_data(piece, ret_reading);
 }
 
 /* What is still to be moved of it, run by run. Its range is locked. */

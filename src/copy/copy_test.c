@@ -433,7 +433,7 @@ static void coroutine_fn offloading_zeroes(void *argument)
     memset(memory_of(bed.source)->data + 3 * PIECE + 1024, 0, 1024);
     memset(memory_of(bed.source)->data + 5 * PIECE + 512, 0, 1024); /* in two units: the second looks like one */
     memset(memory_of(bed.source)->data + 7 * PIECE + 8, 0, 1000);   /* does not */
-    offload_copy(&bed, MEMORY_SIZE - 2 * PIECE);
+    offload_copy(&bed, MEMORY_SIZE - 2 * 1024);
     g_assert_cmpuint(memory_of(bed.target)->zeroes, ==, 1);
     offload_end(&bed);
 }

@@ -388,6 +388,7 @@ static void an_old_zero_does_not_land_on_new_data(void *unused)
     bench_open(&bench, 3, SIZE);
     bench_fill(bench.nodes[2], 0, 10 * TEST_CLUSTER, 0x55);
     bench_fill(bench.nodes[2], at, TEST_CLUSTER, 0);
+    bench_fill(bench.nodes[0], at, TEST_CLUSTER, 0x11); /* zeroes that are there already are not written */
     *bench_faults(bench.nodes[0]) = (struct memory_faults){.write_error = -EIO, .at = at};
     start_commit(&bench,
                  (struct block_commit_args){.device = "b", .has_on_error = true, .on_error = BLOCKDEV_ON_ERROR_IGNORE});

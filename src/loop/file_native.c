@@ -44,6 +44,8 @@
 #define COPY_STEP (512 * KiB)
 /* For how many yields of its processor a long write lets a short one go first. */
 #define LANE_YIELDS 64
+/* Copies up to this long are made at once. */
+#define INLINE_COPY_MAX (128 * KiB)
 /* Budget that an inline transfer takes: one unit, and one for so many bytes. */
 #define BYTES_PER_UNIT (32 * KiB)
 
@@ -280,6 +282,13 @@ static void lane_give_way(struct native_file *file)
     }
 }
 
+static ssize_t write_at_once(struct native_file *file, const char *memory, size_t bytes, uint64_t offset)
+{
+    struct iovec step = {(char *)memory, bytes};
+
+    return transfer_now(file->fd, true, &step, 1, offset, 0);
+}
+
 /* A long write. Returns how much of it was written, or a negative errno. */
 static ssize_t write_in_steps(struct native_file *file, const char *memory, size_t bytes, uint64_t offset)
 {
@@ -321,16 +330,15 @@ struct copy_job {
     struct iovec memory;
 };
 
-static int copy_work(void *argument)
+static int copy_in_steps(struct copy_job *job,
+                         ssize_t (*write)(struct native_file *file, const char *memory, size_t bytes, uint64_t offset))
 {
-    struct copy_job *job = argument;
-
     while (job->bytes) {
         struct iovec step = {job->memory.iov_base, min_u64(job->bytes, MIN(job->memory.iov_len, COPY_STEP))};
         ssize_t moved = transfer_now(job->from->fd, false, &step, 1, job->from_offset, 0);
 
         if (moved > 0) {
-            moved = write_in_steps(job->to, step.iov_base, (size_t)moved, job->to_offset);
+            moved = write(job->to, step.iov_base, (size_t)moved, job->to_offset);
         }
         if (moved <= 0) {
             return -ENOTSUP; /* at the end of the file too; what is wrong, reading and writing finds out */
@@ -342,6 +350,11 @@ static int copy_work(void *argument)
     return 0;
 }
 
+static int copy_work(void *argument)
+{
+    return copy_in_steps(argument, write_in_steps);
+}
+
 static int coroutine_fn native_copy(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset,
                                     uint64_t bytes, struct iovec memory)
 {
@@ -350,7 +363,15 @@ static int coroutine_fn native_copy(struct file *from, uint64_t offset, struct f
     if (!job.from->memory || !job.to->memory) {
         return -ENOTSUP;
     }
-    return worker_run(copy_work, &job);
+    if (bytes > INLINE_COPY_MAX) {
+        return worker_run(copy_work, &job);
+    }
+    atomic_fetch_add_explicit(&job.to->short_writes, 1, memory_order_relaxed);
+    int r = copy_in_steps(&job, write_at_once);
+
+    atomic_fetch_sub_explicit(&job.to->short_writes, 1, memory_order_relaxed);
+    loop_spend(1 + 2 * (unsigned)(bytes / BYTES_PER_UNIT));
+    return r;
 }
 
 /* A transfer of a memory file. */
