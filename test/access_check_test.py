@@ -65,9 +65,9 @@ OPERATIONS = {
     "cbf top": ("change-backing-file", {"device": "top", "image-node-name": "top", "backing-file": "c.qcow2"}),
 }
 if "mirror" in scenes.PLAYED:
-    OPERATIONS |= {"mirror top": mirror("top"), "mirror b": mirror("b"), "replace b": mirror("b", replaces="b")}
+    OPERATIONS |= {"mirror c": mirror("c")}
 if "backup" in scenes.PLAYED:
-    OPERATIONS |= {"backup top": backup("top"), "backup b": backup("b")}
+    OPERATIONS |= {"backup c": backup("c")}
 MOMENTARY = ("block_resize", "change-backing-file")  # over when the command returns
 # Commands and arguments that access control is never asked about: the answer is the command's own error.
 ERRORS = [
