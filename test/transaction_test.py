@@ -306,6 +306,28 @@ class AllOrNothing(TestCase):
         for job in ("b1", "b2"):
             self.qmp.wait_event("BLOCK_JOB_CANCELLED", device=job)
 
+    def test_every_action_of_the_schema_is_there(self):
+        """One without a row in the table would end the daemon."""
+        entries = {entry["name"]: entry for entry in self.qmp.execute("query-qmp-schema")}
+        argument = entries[entries["transaction"]["arg-type"]]
+        actions = entries[[member["type"] for member in argument["members"] if member["name"] == "actions"][0]]
+        kinds = [variant["case"] for variant in entries[actions["element-type"]]["variants"]]
+        self.assertLessEqual({"abort", "blockdev-backup", "drive-mirror", "block-export-del"}, set(kinds))
+        names = {"node": "none", "name": "none", "target": "none", "bitmaps": [], "overlay": "none", "device": "none", "id": "x",
+                 "snapshot-file": "x", "sync": "full", "job-id": "x", "node-name": "none", "type": "nbd"}
+        for kind in kinds:
+            wrapper = [v["type"] for v in entries[actions["element-type"]]["variants"] if v["case"] == kind][0]
+            data = entries[[member["type"] for member in entries[wrapper]["members"] if member["name"] == "data"][0]]
+            needed = [member["name"] for member in data.get("members", []) if "default" not in member]
+            arguments = {name: names[name] for name in needed if name in names}
+            if kind == "blockdev-reopen":
+                arguments = {"options": [{"driver": "qcow2", "node-name": "none", "file": "none"}]}
+            if kind == "block-stream" or kind == "block-commit":
+                arguments["job-id"] = "x"
+            with self.subTest(kind=kind):
+                self.assertRaises(QmpError, self.transaction, {"type": kind, "data": arguments})
+        self.assertEqual(self.qmp.jobs(), {})
+
     # Waiting.
 
     def held_up(self, **more):

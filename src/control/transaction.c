@@ -4,7 +4,7 @@
  * action of their arguments, and the group that the jobs of a transaction may form. What an action does is its kind's;
  * how several become one is src/block/action.c's.
  *
- * 1. Every action of the schema has a row (a test asks for each).
+ * 1. Every action of the schema has a row.
  * 2. With completion-mode=grouped all actions are such as begin a job, and all jobs join one group, which is closed
  * when the run has ended, whichever way.
  * 3. Names of nodes in the arguments are given to the run as near: all users are held up together, and so for the
@@ -154,6 +154,12 @@ static void make_mirror(const struct making *making, struct transaction_action *
     mirror_action(ret, making->control->jobs, from->u.blockdev_mirror.data, making->group);
 }
 
+static void make_drive_mirror(const struct making *making, struct transaction_action *from, struct action *ret)
+{
+    is_near(making, from->u.drive_mirror.data->device, NULL);
+    drive_mirror_action(ret, making->control->jobs, from->u.drive_mirror.data, making->group);
+}
+
 /* One for each node that it names. */
 static size_t reopen_parts(const struct transaction_action *from)
 {
@@ -184,7 +190,7 @@ static const struct {
     void (*make)(const struct making *making, struct transaction_action *from, struct action *ret);
     bool begins_job;
     size_t (*parts)(const struct transaction_action *from); /* how many it makes; NULL: one */
-} makers[] = {
+} makers[TRANSACTION_ACTION_KIND_COUNT] = {
     [TRANSACTION_ACTION_KIND_ABORT] = {make_abort, false},
     [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_ADD] = {make_bitmap_add, false},
     [TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_REMOVE] = {make_bitmap_remove, false},
@@ -200,6 +206,7 @@ static const struct {
     [TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP] = {make_backup, true},
     [TRANSACTION_ACTION_KIND_BLOCKDEV_MIRROR] = {make_mirror, true},
     [TRANSACTION_ACTION_KIND_DRIVE_BACKUP] = {make_drive_backup, true},
+    [TRANSACTION_ACTION_KIND_DRIVE_MIRROR] = {make_drive_mirror, true},
     [TRANSACTION_ACTION_KIND_BLOCKDEV_REOPEN] = {make_reopen, false, reopen_parts},
     [TRANSACTION_ACTION_KIND_BLOCK_EXPORT_ADD] = {make_export_add, false},
     [TRANSACTION_ACTION_KIND_BLOCK_EXPORT_DEL] = {make_export_del, false},
