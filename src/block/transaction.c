@@ -378,8 +378,11 @@ static int follow_bottom(struct transaction *transaction, struct operation *oper
                              transaction->subject, bottom->name, operation->table->operation,
                              access_holder_id(operation->holder));
         }
-        transaction_rebind(transaction, operation, CLAIM_BOTTOM, overlay);
-        bottom = overlay;
+        /* What leans on the same as the bottom did has taken its place, and its part. */
+        struct node *successor = node_backing(overlay);
+        bool same = successor && node_backing(successor) == node_backing(bottom);
+        bottom = same ? successor : overlay;
+        transaction_rebind(transaction, operation, CLAIM_BOTTOM, bottom);
     }
     return 0;
 }

@@ -78,7 +78,9 @@ static int coroutine_fn stream_extent(void *argument, uint64_t offset, uint64_t 
     if (!(extent.flags & EXTENT_ALLOCATED) || extent.depth == 0) {
         ret->kind = COPY_SKIP;
     } else if (extent.flags & EXTENT_ZERO) {
-        ret->kind = base ? COPY_ZERO : COPY_SKIP; /* with nothing below, what X has not is zero anyway */
+        /* With nothing below, what X has not is zero anyway. But what hides data of the bottom has to hide them still
+         * if X comes to lean on what takes the bottom's place. */
+        ret->kind = base || extent.depth < node_backing_depth(stream->node) ? COPY_ZERO : COPY_SKIP;
     } else {
         ret->kind = COPY_DATA;
     }

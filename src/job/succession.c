@@ -170,7 +170,10 @@ static void record_parents(struct recording *recording, struct node *node, struc
         if (filter && filter == recording->own) {
             recording->met_own = true;
             record_parents(recording, filter, stays ? stays : node);
-        } else if (filter && filter->job_filter && !filter->operation && !stays) {
+        } else if (filter && filter->job_filter && !filter->operation) {
+            if (stays) { /* its job is about the image */
+                transaction_move_edge(recording->transaction, edge, stays);
+            }
             record_parents(recording, filter, NULL);
         } else if (goes_over(edge, recording->who)) {
             transaction_move_edge(recording->transaction, edge, recording->to);

@@ -119,8 +119,8 @@ static void check_header(struct world *world, const struct picture *picture)
 {
     g_autofree char *path = NULL;
     image_backing(world->sim, picture->path, &path);
-    const char *wanted = picture->named == NO_IMAGE ? NULL : world->pictures[picture->named].path;
-    if (g_strcmp0(path, wanted) != 0) {
+    const char *wanted = picture->named < 0 ? NULL : world->pictures[picture->named].path;
+    if (picture->named != ANY_IMAGE && g_strcmp0(path, wanted) != 0) {
         world_violation(world, "the header of image %s names %s instead of %s", picture->name, path ? path : "nothing",
                         wanted ? wanted : "nothing");
     }

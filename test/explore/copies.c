@@ -94,13 +94,17 @@ static int coroutine_fn run_action(struct actor *actor, const struct action *act
     return actions_run(actor->world->graph, actions, G_N_ELEMENTS(actions), err);
 }
 
-/* What leans on `image`, and is open, leans on `to`. */
+/* What leans on `image`, and is open, leans on `to`. Who has closed since may have been told, or not: both are whole.
+ */
 static void relink_overlays(struct world *world, int image, int to)
 {
     for (int i = 0; i < (int)world->picture_count; i++) {
-        if (i != to && !world->pictures[i].stale && world->pictures[i].below == image && world_node(world, i)) {
-            world_link(world, i, to);
-            world->pictures[i].named = to;
+        struct picture *picture = &world->pictures[i];
+        if (i != to && !picture->stale && picture->below == image) {
+            if (world_node(world, i)) {
+                world_link(world, i, to);
+            }
+            picture->named = world_node(world, i) ? to : ANY_IMAGE;
         }
     }
 }

@@ -218,10 +218,19 @@ static int coroutine_fn stream_begin(struct actor *actor, struct error **err)
 static void stream_done(struct actor *actor)
 {
     struct world *world = actor->world;
+    if (actor->settled) {
+        return;
+    }
+    actor->settled = true;
     int below = world->pictures[actor->bottom].below;
     actor->bottom = NO_IMAGE;
     world_link(world, actor->move->upper, below);
     world->pictures[actor->move->upper].named = below;
+}
+
+static bool stream_moved(const struct actor *actor)
+{
+    return actor->verdict == VERDICT_ADMITTED && actor->bottom != NO_IMAGE && !actor->aborts && !world_operation(actor);
 }
 
 static void stream_failed(struct actor *actor)
@@ -293,7 +302,8 @@ static const struct move_kind kinds[] = {
      .start = stream_begin,
      .live = job_live,
      .done = stream_done,
-     .failed = stream_failed},
+     .failed = stream_failed,
+     .moved = stream_moved},
     {.name = "mirror",
      .sort = MOVE_JOB,
      .fits = any_image,

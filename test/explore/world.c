@@ -293,7 +293,8 @@ void world_link(struct world *world, int image, int below)
     for (unsigned i = 0; i < world->actor_count; i++) {
         struct actor *actor = &world->actors[i];
         if (within[i] && !world_leans_on(world, image, actor->bottom)) {
-            actor->bottom = image;
+            bool same = below != NO_IMAGE && world->pictures[below].below == world->pictures[actor->bottom].below;
+            actor->bottom = same ? below : image;
         }
     }
 }

@@ -14,6 +14,7 @@
  * The world of one schedule: simulated disks and loops, the graph of the real code above them, and beside it the model
  * of what is true: which image shows what, leans on what, and is stale.
  */
+#define ANY_IMAGE (-2)
 struct graph;
 struct jobs;
 struct node;
@@ -24,7 +25,7 @@ struct picture {
     char path[16];    /* of its disk */
     struct view *view;
     int below;      /* what it leans on, or NO_IMAGE */
-    int named;      /* what its header names */
+    int named;      /* what its header names; or ANY_IMAGE: nobody knows */
     int moved_to;   /* when stale: where its content is now */
     bool idle;      /* a target that nobody has asked anything of yet */
     bool stale;     /* its file may be deleted */
