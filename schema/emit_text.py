@@ -24,14 +24,16 @@ class Introspection:
             self.entries.setdefault(name, {'name': name, 'meta-type': 'array', 'element-type': element})
             return name
         name = 'int' if type_ == 'size' else type_
-        if name in self.entries:
-            return name
+        shown = f'{name}-type' if name in self.schema.commands else name  # a name stands for one thing
+        if shown in self.entries:
+            return shown
         if name in JSON_TYPES:
             self.entries[name] = {'name': name, 'meta-type': 'builtin', 'json-type': JSON_TYPES[name]}
         else:
-            self.entries[name] = {}
-            self.entries[name] = getattr(self, 'describe_' + self.schema.types[name].meta)(self.schema.types[name])
-        return name
+            self.entries[shown] = {}
+            entry = getattr(self, 'describe_' + self.schema.types[name].meta)(self.schema.types[name])
+            self.entries[shown] = {**entry, 'name': shown}
+        return shown
 
     def empty(self):
         self.entries.setdefault('empty', {'name': 'empty', 'meta-type': 'object', 'members': []})
