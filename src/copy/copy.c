@@ -38,11 +38,12 @@
 
 #define RETRY_DELAY_NS (100LL * 1000 * 1000)
 #define FOREVER_NS ((int64_t)3600 * 1000 * 1000 * 1000)
-#define ZERO_PIECES 64                  /* a piece of zeroes needs no memory: it may be as long as this many others */
-#define OFFLOAD_UNITS 32                /* looking into more units of a piece than that costs more than is won */
-#define LOOK_BYTES (256 * KiB)          /* what may be zero is read in steps of so much */
-#define OFFLOAD_PEEK 512                /* what is zero as a whole begins with so many zeroes */
-#define OFFLOAD_WIDTH 3                 /* one reads while another one writes, and one is on its way */
+#define ZERO_PIECES 64         /* a piece of zeroes needs no memory: it may be as long as this many others */
+#define OFFLOAD_UNITS 32       /* looking into more units of a piece than that costs more than is won */
+#define LOOK_BYTES (256 * KiB) /* what may be zero is read in steps of so much */
+#define OFFLOAD_PEEK 512       /* what is zero as a whole begins with so many zeroes */
+#define OFFLOAD_WIDTH 3        /* one reads while another one writes, and one is on its way */
+#define COMPANY_PIECE (256 * KiB)
 #define COMPANY_NS (20LL * 1000 * 1000) /* so long after a client's request we share the processors with it */
 #define OFFLOAD_REST 16                 /* pieces that are read and written after one that could not be offloaded */
 #define EXTENTS_PER_TURN 64             /* looks at extents before the loop's other work gets its turn */
@@ -659,6 +660,13 @@ static void copy_advance(struct copy *copy, uint64_t bytes)
     copy->ahead.bytes -= min_u64(bytes, copy->ahead.bytes);
 }
 
+/* Do clients wait for their requests, behind ours? */
+static bool copy_has_company(const struct copy *copy)
+{
+    const struct copy_config *config = &copy->config;
+    return config->source && !copy->urgent && loop_now_ns() - backend_client_ns(config->source) < COMPANY_NS;
+}
+
 /* Cuts the next piece off what lies ahead (which is not to be skipped), and moves on behind it. */
 static struct copy_piece *copy_cut(struct copy *copy)
 {
@@ -667,6 +675,9 @@ static struct copy_piece *copy_cut(struct copy *copy)
     bool limited = speed->rate && !copy->urgent;
     uint64_t longest =
         limited ? speed_piece(speed, max_u64(config->alignment, 64 * KiB), config->piece) : config->piece;
+    if (!copy->offloads && copy_has_company(copy)) {
+        longest = min_u64(longest, max_u64(COMPANY_PIECE, config->alignment)); /* a disk does one thing at a time */
+    }
     if (!limited && copy->ahead.kind == COPY_ZERO) {
         longest *= ZERO_PIECES;
     }
@@ -778,12 +789,8 @@ static int coroutine_fn copy_next(struct copy *copy, struct copy_piece **ret)
 /* How many pieces may be in flight. What is offloaded keeps a processor busy, and clients need one. */
 static unsigned copy_width(const struct copy *copy)
 {
-    const struct copy_config *config = &copy->config;
-    if (!copy->offloads) {
-        return config->workers;
-    }
-    bool company = loop_now_ns() - backend_client_ns(config->source) < COMPANY_NS;
-    return MIN(config->workers, company ? 1 : OFFLOAD_WIDTH);
+    unsigned width = copy_has_company(copy) ? 1 : copy->offloads ? OFFLOAD_WIDTH : copy->config.workers;
+    return MIN(copy->config.workers, width);
 }
 
 /* Waits until the piece may go; 0, or -EAGAIN when something else has to be looked at first. */

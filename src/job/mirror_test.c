@@ -461,10 +461,13 @@ static void a_bitmap_survives_a_failure(void *unused)
         g_assert_cmpint(job_cancel(jobs_find(bench.jobs, "j"), false, NULL), ==, 0);
         bench_await(&bench, "j", JOB_STATUS_NULL);
         struct guest *guest = guest_start_on(&bench, top, guest_loops, G_N_ELEMENTS(guest_loops));
-        bench_sleep_ms(3);
+        uint64_t at, bytes;
+        do {
+            bench_sleep_ms(3); /* long enough for the guest to have been there */
+        } while (!bitmap_next(bitmap_find(top, "m"), SIZE / 2, &at, &bytes));
         guest_stop(guest);
         bench_await(&bench, "j", JOB_STATUS_NULL);
-        uint64_t before = bitmap_count(bitmap_find(top, "m")), at, bytes;
+        uint64_t before = bitmap_count(bitmap_find(top, "m"));
         g_assert_true(bitmap_next(bitmap_find(top, "m"), SIZE / 2, &at, &bytes));
         *bench_faults(target) = (struct memory_faults){.write_error = -EIO, .at = at};
         args.sync = MIRROR_SYNC_MODE_BITMAP;
