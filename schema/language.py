@@ -13,7 +13,7 @@ ACTIONS = ('read-data', 'read-metadata', 'write-data', 'write-beneath', 'write-m
 # A modifier changes what the action before it means; it may follow that action only.
 MODIFIERS = {'by-export': ('require', 'write-data'), 'except-exports': ('deny', 'write-data'),
              'except-inside': ('deny', 'write-metadata')}
-CONDITIONS = ('active', 'writable', 'exclusive', 'shrink', 'replace', 'discard', 'shallow', 'relink', 'differ', 'demote')
+CONDITIONS = ('active', 'writable', 'exclusive', 'shrink', 'replace', 'discard', 'shallow', 'relink', 'differ', 'demote', 'longer')
 VARIABLES = ('node', 'top', 'base', 'target', 'bottom', 'overlay', 'data')
 # Roles and how many variables they take.
 ROLES = {'between': 2, 'overlays': 1, 'range': 2, 'below': 1, 'above': 1}

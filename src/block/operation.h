@@ -43,6 +43,7 @@ enum claim_condition {
     CLAIM_IF_RELINK = 1 << 7,  /* an edge of the node moves */
     CLAIM_IF_DIFFER = 1 << 8,  /* to other data */
     CLAIM_IF_DEMOTE = 1 << 9,  /* the node becomes read-only */
+    CLAIM_IF_LONGER = 1 << 10, /* its base is longer than its top, whose users will find that */
 };
 enum claim_adopt {
     CLAIM_ADOPT_NONE,

@@ -25,6 +25,7 @@
  */
 #include "base/size.h"
 #include "block/driver.h"
+#include "block/enforce.h"
 #include "driver/filter/track.h"
 #include "job/commit_private.h"
 #include "job/relink.h"
@@ -264,7 +265,13 @@ static int commit_move_users(struct commit *commit, struct error **err)
 static int coroutine_fn commit_relink(struct commit *commit, struct error **err)
 {
     struct relink relink = {.operation = commit->operation};
-    int result = commit_write_headers(commit, &relink, err);
+    bool longer = atomic_load(&commit->base->size) > atomic_load(&commit->top->size);
+    int result = longer ? enforce_claim(commit->operation, commit->top, ACCESS_ATTRIBUTES,
+                                        "handing users over to a longer image", err)
+                        : 0;
+    if (result == 0) {
+        result = commit_write_headers(commit, &relink, err);
+    }
     if (result == 0) {
         result = commit_move_users(commit, err);
     }

@@ -127,12 +127,13 @@ static char *coroutine_fn commit_base_before(struct commit *commit, const struct
 static void commit_configure(struct commit_start *start)
 {
     struct commit *commit = start->commit;
+    bool longer = atomic_load(&commit->base->size) > atomic_load(&commit->top->size);
     start->config = (struct operation_config){
         .kind = "job",
         .id = start->args.job_id,
         .table = &block_commit_claims,
         .bound = {[CLAIM_TOP] = commit->top, [CLAIM_BASE] = commit->base},
-        .conditions = commit->active ? CLAIM_IF_ACTIVE : 0,
+        .conditions = (commit->active ? CLAIM_IF_ACTIVE : 0) | (longer ? CLAIM_IF_LONGER : 0),
         .progress = job_percent,
         .argument = &commit->job,
     };

@@ -5,12 +5,12 @@
  * called, and the short names of operations. It knows no rule of access control: what is claimed stands in the claim
  * tables, and is derived and decided elsewhere.
  *
- * 1. `active` is no choice: a commit is active where nothing leans on its top. All other conditions are tried both
- * ways.
+ * 1. `active` is no choice: a commit is active where nothing leans on its top. Nor is `longer`: these images are all of
+ *    one size. All other conditions are tried both ways.
  * 2. What a command makes or fills (a target, an overlay) is a node that nobody else uses: it is no part of the
  *    relations, and who holds has another one than who asks.
- * 3. A command that claims what an earlier one claims, word for word, has no variants of its own: it is named with
- * them.
+ * 3. A command that claims what an earlier one claims, word for word, has no variants of its own, but is named with
+ *    those.
  */
 #include "tool/instance.h"
 #include "base/size.h"
@@ -64,7 +64,7 @@ static unsigned table_conditions(const struct claim_table *table)
     for (unsigned i = 0; i < table->count; i++) {
         conditions |= table->clauses[i].condition | table->clauses[i].unless;
     }
-    return conditions;
+    return conditions & ~(unsigned)CLAIM_IF_LONGER;
 }
 
 static char *variant_name(const struct claim_table *table, unsigned conditions)
