@@ -58,7 +58,7 @@ OPERATIONS = {
     "export-rw-sh base": export("base", writable=True),
     "resize a": resize("a", SIZE),
     "resize c": resize("c", SIZE),
-    "resize top": resize("top", SIZE + MIB),
+    "resize top": resize("top", SIZE),
     "shrink a": resize("a", SIZE // 2),
     "shrink top": resize("top", SIZE // 2),
     "cbf b": ("change-backing-file", {"device": "top", "image-node-name": "b", "backing-file": "a.qcow2"}),
