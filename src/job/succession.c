@@ -144,6 +144,9 @@ static bool goes_over(const struct edge *edge, enum succession who)
     switch (edge->role) {
     case EDGE_ROOT:
         return backend_follows(edge->backend);
+    case EDGE_FILE: /* a format in the image uses it as clients do */
+    case EDGE_DATA:
+        return true;
     case EDGE_BACKING:
         return who == SUCCESSION_ALL;
     case EDGE_FILTERED:
