@@ -782,7 +782,7 @@ class Names(WaitCase):
 
     def check_holder(self, holder):
         if holder["kind"] == "edge":
-            parent, child = re.match(r"(.*) -> (\S+) \((?:file|backing|filtered)\)$", holder["id"]).groups()
+            parent, child = re.match(r"(.*) -> (\S+) \((?:file|backing|filtered|target)\)$", holder["id"]).groups()
             if parent.startswith("the "):
                 self.assertRegex(parent, r"^the filter of block-commit \w+$")
             else:
