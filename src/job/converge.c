@@ -162,12 +162,14 @@ int coroutine_fn converge_finish(struct converge *converge)
             return result;
         }
     }
+    track_take_stored(converge->filter); /* the caller flushes it */
     return converge_take_error(converge);
 }
 
 int coroutine_fn converge_finish_drained(struct converge *converge, bool *ret_copied)
 {
     converge_set_both(converge, false);
-    *ret_copied = dirty_bytes(converge->dirty) > 0;
-    return *ret_copied ? converge_pass(converge, true) : 0;
+    bool rest = dirty_bytes(converge->dirty) > 0;
+    *ret_copied = track_take_stored(converge->filter) || rest;
+    return rest ? converge_pass(converge, true) : 0;
 }

@@ -14,6 +14,7 @@
 #include "job/resize.h"
 #include "job/stream.h"
 #include "loop/loop.h"
+#include "schema/claims.h"
 #include "test/crash/damage.h"
 #include <errno.h>
 #include <string.h>
@@ -132,6 +133,26 @@ static struct backend *coroutine_fn attach(struct scene *scene, struct node *nod
     struct error *error = NULL;
     scene_must(backend_attach(backend, node, ACCESS_ALL, &error), error, "attaching the guest");
     return backend;
+}
+
+void coroutine_fn scene_guest_follows(struct scene *scene)
+{
+    struct operation_config config = {
+        .kind = "export",
+        .id = "guest",
+        .table = &block_export_add_claims,
+        .bound = {[CLAIM_NODE] = backend_node(scene->guest)},
+        .conditions = CLAIM_IF_WRITABLE,
+    };
+    struct error *error = NULL;
+    scene_must(operation_begin(scene->graph, &config, &scene->guest_operation, &error), error, "the guest's claims");
+    backend_follow(scene->guest, scene->guest_operation, CLAIM_NODE);
+}
+
+static void coroutine_fn guest_leave(struct scene *scene)
+{
+    backend_destroy(g_steal_pointer(&scene->guest));
+    operation_end(g_steal_pointer(&scene->guest_operation));
 }
 
 /* --- the guest --- */
@@ -263,7 +284,7 @@ static void coroutine_fn fill_layer(struct scene *scene, unsigned layer)
     struct node *node = scene_open(scene->graph, options, false, &error);
     scene_must(node ? 0 : -EIO, error, "opening an image");
     if (scene->guest) {
-        backend_destroy(scene->guest);
+        guest_leave(scene);
     }
     scene->guest = attach(scene, node);
     scene_guest(scene, 2, 8);
@@ -294,7 +315,7 @@ void coroutine_fn scene_begin(struct scene *scene, unsigned layers)
     scene->discards = discards;
     scene->compressed = compressed;
     if (scene->damaged) {
-        backend_destroy(g_steal_pointer(&scene->guest));
+        guest_leave(scene);
         graph_delete_all(scene->graph);
         damage_refcounts(scene->sim, layer_path(0), scene_below(scene, UINT32_MAX));
     }
@@ -311,7 +332,7 @@ void coroutine_fn scene_end(struct scene *scene)
     }
     jobs_cancel_all_and_wait(scene->jobs);
     jobs_destroy(scene->jobs);
-    backend_destroy(scene->guest);
+    guest_leave(scene);
     graph_delete_all(scene->graph);
     graph_destroy(scene->graph);
     range_lock_destroy(&scene->ranges);

@@ -60,6 +60,7 @@ struct scene {
     uint64_t sectors, sectors_max; /* of the guest's disk, now and at most */
     GArray *sizes;                 /* struct size_promise */
     struct backend *guest;
+    struct operation *guest_operation; /* scene_guest_follows(), or NULL */
     struct promise *promise; /* the guest's */
     struct range_lock ranges;
     struct drain drain;
@@ -87,6 +88,8 @@ void coroutine_fn scene_end(struct scene *scene);
 
 /* `workers` coroutines, `operations` each, and waits for them. */
 void coroutine_fn scene_guest(struct scene *scene, unsigned workers, unsigned operations);
+/* From here on it holds the claims of an export, and goes where a job moves its users. */
+void coroutine_fn scene_guest_follows(struct scene *scene);
 /* The same in the background: scene_guest_wait(). */
 void scene_guest_start(struct scene *scene, unsigned workers, unsigned operations);
 void coroutine_fn scene_guest_wait(struct scene *scene);

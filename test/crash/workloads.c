@@ -47,6 +47,7 @@ static void coroutine_fn run_active_commit(struct scene *scene)
 {
     struct view *base = scene_add_view(scene, layer_path(0), NULL, scene->promise);
     base->group = scene->views[0].group;
+    scene_guest_follows(scene);
     scene_guest_start(scene, 2, 8);
     scene_commit(scene, "{\"device\": \"l1\", \"job-id\": \"job\", \"base-node\": \"l0\"}");
     scene->views[0].until = scene_point(scene);

@@ -39,6 +39,7 @@ struct track {
     struct track_sides sides;
     atomic_bool both;
     atomic_int error;
+    atomic_bool stored; /* in the copy, by us, since somebody asked */
 };
 
 void track_set_dirty(struct node *filter, struct dirty *dirty)
@@ -74,6 +75,12 @@ int track_take_error(struct node *filter)
 {
     struct track *track = filter->state;
     return atomic_exchange(&track->error, 0);
+}
+
+bool track_take_stored(struct node *filter)
+{
+    struct track *track = filter->state;
+    return atomic_exchange(&track->stored, false);
 }
 
 static void track_mark(struct node *node, uint64_t offset, uint64_t bytes)
@@ -164,6 +171,7 @@ static void coroutine_fn track_copy(struct node *node, const struct change *chan
         }
         at = marked + marked_bytes;
     }
+    atomic_store(&track->stored, true);
 }
 
 /* What the copy is not asked for: it is flushed when the job ends, and stores as it likes. */

@@ -32,5 +32,8 @@ void track_write_both(struct node *filter, bool both);
 bool track_writes_both(const struct node *filter);
 /* The first error of writing to the copy since the last call, or 0. What it was about is marked. Any thread. */
 int track_take_error(struct node *filter);
+/* Has anything been written to the copy since the last call? Then it may not be stable there yet, though the user has
+ * flushed the node since: who puts the copy in the node's place flushes it first. Any thread. */
+bool track_take_stored(struct node *filter);
 
 #endif
