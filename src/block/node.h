@@ -90,8 +90,9 @@ struct node {
     bool discard;              /* discard=unmap */
     bool detect_zeroes, detect_zeroes_unmap;
     bool force_share;
-    bool direct, no_flush;       /* cache.direct, cache.no-flush */
-    bool job_filter;             /* inserted over an image, by a job or as driver.guards says: part of its head */
+    bool direct, no_flush; /* cache.direct, cache.no-flush */
+    atomic_bool unsettled; /* has data that nobody flushes by itself: a flush of what leans on it flushes it too */
+    bool job_filter;       /* inserted over an image, by a job or as driver.guards says: part of its head */
     struct operation *operation; /* of a job filter, or NULL: what it shows is this variable of its job's */
     unsigned variable;
     uint64_t device, inode; /* a protocol node's file, or 0: two opens of one file agree */

@@ -417,7 +417,9 @@ int coroutine_fn edge_flush(struct edge *edge)
         return 0;
     }
     if (node->driver->flush) {
-        return node->driver->flush(node);
+        int result = node->driver->flush(node);
+        bool more = result == 0 && node->backing && atomic_load(&node_beneath_filters(node->backing->child)->unsettled);
+        return more ? edge_flush(node->backing) : result;
     }
     struct edge *below = node->filtered ? node->filtered : node->file;
     return below ? edge_flush(below) : 0;

@@ -13,7 +13,8 @@
  * 1. O is whole, writable if N is written, at least as long, and nobody's before. So what N's users see does not
  * change.
  * 2. From the commit on N is written by nobody but jobs that commit into it: it stops being open for writing, in clean,
- *    when users go on. What is not yet on stable storage is flushed before, without holding anybody up.
+ *    when users go on. What is not yet on stable storage is flushed before, without holding anybody up;
+ *    until it is, a flush of O flushes N as well (node->unsettled).
  * 3. snapshot_withdraw() undoes in reverse what apply did, from whatever point.
  */
 #include "job/snapshot.h"
@@ -303,6 +304,7 @@ static void coroutine_fn snapshot_commit(struct action *action)
     snapshot_end_relinking(snapshot);
     if (snapshot->writing) {
         node_renounce_writing(snapshot->image);
+        atomic_store(&snapshot->image->unsettled, true); /* what users have written there, their flushes cover still */
     }
     if (snapshot->sync && !snapshot->overlay->monitor_owned) {
         snapshot->overlay->monitor_owned = true;
@@ -317,8 +319,8 @@ static void coroutine_fn snapshot_commit(struct action *action)
 static void coroutine_fn snapshot_flush(struct graph *graph, struct node *image)
 {
     struct backend *backend = backend_create(graph, "blockdev-snapshot");
-    if (backend_attach(backend, image, 0, NULL) == 0) {
-        backend_flush(backend);
+    if (backend_attach(backend, image, 0, NULL) == 0 && backend_flush(backend) == 0) {
+        atomic_store(&image->unsettled, false);
     }
     backend_destroy(backend);
 }
