@@ -61,7 +61,7 @@ struct scene {
     GArray *sizes;                 /* struct size_promise */
     struct backend *guest;
     struct operation *guest_operation; /* scene_guest_follows(), or NULL */
-    struct promise *promise; /* the guest's */
+    struct promise *promise;           /* the guest's */
     struct range_lock ranges;
     struct drain drain;
     struct co_group workers;
