@@ -260,7 +260,7 @@ def run_suite(identities):
 # ---- the explorer (doc/exploration.md) ------------------------------------------------------------------------------
 
 EXPLORE_SCENARIOS = os.path.join(HERE, "data", "access-scenarios.json")
-EXPLORE_SLICE = "--slice --topology=chain --singles --pairs --schedules=2 --refused=0 --mutate --mutate-rounds=20"
+EXPLORE_SLICE = "--slice --topology=chain --singles --pairs --schedules=2 --refused=0 --mutate --mutate-rounds=60"
 EXPLORE_ASAN = "--slice --topology=fork --singles --pairs --schedules=1 --refused=0"
 EXPLORE_FULL = "--singles --everywhere --pairs --schedules=60 --refused=400 --triples=5000 --mutate --mutate-rounds=120"
 EXPLORE_LEAST = {"schedules": 2000, "mutations-caught": 12}  # what a slice is worth
