@@ -276,6 +276,7 @@ static void configure(struct convert *convert)
 {
     const struct node *node = node_beneath_filters(convert->node);
     struct copy_config *config = &convert->copying.config;
+    config->pin_zeroes = convert->backing_size > 0; /* what lies below may be another image later */
     bool one = convert->sources.count == 1 && !convert->salvage;
     config->source = one ? convert->sources.list[0].backend : NULL;
     config->read = one ? NULL : convert->salvage ? salvage_read : convert_read;
