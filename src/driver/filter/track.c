@@ -22,8 +22,8 @@
  *     place. Whatever it meets, it marks when it has ended, and the region is copied after that.
  * Marks are set more often than needed, never less.
  *
- * Requests come from any loop; the bitmap is atomic. Flush, read and block status are not implemented: the request path
- * passes them on. When to write both is the job's decision (src/job/converge.c).
+ * Requests come from any loop; the bitmap is atomic. Flush, read and block status have no member here: the request path
+ * passes them on to the node. When to write both is the job's decision (src/job/converge.c).
  */
 #include "driver/filter/track.h"
 #include "base/size.h"
