@@ -180,7 +180,10 @@ def with_commands(arguments, commands):
 
 
 def replay(log, image, limit=None):
-    """Carries out the entries of a log (all, or so many) on `image`, a bytearray; returns where the flushes were."""
+    """Carries out the entries of a log (all, or so many) on `image`, a bytearray; returns where the flushes were.
+
+    A discard leaves zeroes, as the punched hole in the file that was logged does.
+    """
     magic, version, count, sector = struct.unpack("<QQQI", log[:28])
     assert (magic, version) == (0x6A736677736872, 1)
     at, flushes = sector, []
@@ -189,10 +192,8 @@ def replay(log, image, limit=None):
         at += sector
         if flags & 1:
             flushes.append(index + 1)
-        if flags & 4:
-            continue
-        data = log[at : at + sectors * sector]
-        at += sectors * sector
+        data = bytes(sectors * sector) if flags & 4 else log[at : at + sectors * sector]
+        at += 0 if flags & 4 else sectors * sector
         end = (first + sectors) * sector
         if len(image) < end:
             image.extend(bytes(end - len(image)))
