@@ -43,8 +43,24 @@ char *listener_address(struct listener *listener)
 
 int coroutine_fn connection_open(const struct address *address, struct connection **ret, struct error **err)
 {
+    return connection_open_cancellable(address, NULL, ret, err);
+}
+
+int coroutine_fn connection_open_cancellable(const struct address *address, struct connecting *connecting,
+                                             struct connection **ret, struct error **err)
+{
     g_assert(coroutine_running());
-    return engine_self()->ops->streams->connect(address, ret, err);
+    return engine_self()->ops->streams->connect(address, connecting, ret, err);
+}
+
+void connecting_cancel(struct connecting *connecting)
+{
+    struct engine *engine = engine_self();
+
+    connecting->cancelled = true;
+    if (connecting->waiting) {
+        engine->ops->native->stream_cancel(engine, connecting->waiting);
+    }
 }
 
 struct connection *connection_from_fds(int input, int output)

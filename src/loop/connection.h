@@ -41,6 +41,15 @@ void coroutine_fn listener_close(struct listener *listener); /* removes the unix
 char *listener_address(struct listener *listener);           /* where it really listens, printable; g_free() */
 
 int coroutine_fn connection_open(const struct address *address, struct connection **ret, struct error **err);
+/* The same for who may not want to wait to the end: connecting_cancel() on the same loop makes it return -ECANCELED,
+ * soon (a name that is being looked up is waited for). Zero-initialise; NULL: nobody cancels. */
+struct connecting {
+    bool cancelled;
+    void *waiting; /* the engine's */
+};
+int coroutine_fn connection_open_cancellable(const struct address *address, struct connecting *connecting,
+                                             struct connection **ret, struct error **err);
+void connecting_cancel(struct connecting *connecting);
 /* Takes over descriptors (the same one twice for a socket). */
 struct connection *connection_from_fds(int input, int output);
 /* Receives at least 1 and at most `bytes`; 0 at the end of the stream; negative errno. -ECANCELED after

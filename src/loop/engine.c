@@ -7,10 +7,12 @@
  * control thread. Which engine runs is a matter of each loop; nothing here is a global choice.
  */
 #include "loop/engine.h"
+#include "loop/descriptor.h"
 #include "loop/loop_private.h"
 #include "loop/sim_private.h"
 #include <errno.h>
 #include <glib.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <string.h>
@@ -141,6 +143,18 @@ void native_thread_join(struct engine_thread *thread)
 {
     pthread_join(thread->thread, NULL);
     g_free(thread);
+}
+
+unsigned native_poll_events(unsigned directions)
+{
+    return (directions & DESCRIPTOR_READABLE ? POLLIN : 0U) | (directions & DESCRIPTOR_WRITABLE ? POLLOUT : 0U);
+}
+
+unsigned native_poll_ready(unsigned events, unsigned directions)
+{
+    unsigned ready = (events & POLLIN ? DESCRIPTOR_READABLE : 0U) | (events & POLLOUT ? DESCRIPTOR_WRITABLE : 0U);
+
+    return ready & directions ? ready & directions : directions;
 }
 
 void native_event_signal(int event_fd)

@@ -49,7 +49,8 @@ struct file {
     const struct file_ops *ops;
 };
 
-/* A descriptor on which coroutines of one loop wait: one for input, one for output. Zero-initialise, then set fd. */
+/* A descriptor on which coroutines of one loop wait: one for input, one for output, or one for any of both.
+ * Zero-initialise, then set fd. */
 struct native_stream {
     int fd;
     bool registered;            /* epoll knows it */
@@ -71,6 +72,8 @@ struct native_ops {
     int (*sync)(struct engine *engine, int fd);
     /* Waits until the direction is ready. 0, or -ECANCELED by stream_cancel. May return too early. */
     int (*stream_wait)(struct engine *engine, struct native_stream *stream, enum native_direction direction);
+    /* Waits until one of several is ready (loop/descriptor.h): DESCRIPTOR_ bits, not too early, or -ECANCELED. */
+    int (*stream_wait_any)(struct engine *engine, struct native_stream *stream, unsigned directions);
     /* Sockets. Returns bytes, 0 at the end, or negative errno. `tried`: a direct attempt has just found nothing. */
     ssize_t (*stream_receive)(struct engine *engine, struct native_stream *stream, void *to, size_t bytes, bool all,
                               bool tried);
@@ -129,6 +132,9 @@ uint64_t native_random(void);
 int native_thread_start(const char *name, void (*entry)(void *argument), void *argument, struct engine_thread **ret);
 void native_thread_join(struct engine_thread *thread);
 int coroutine_fn worker_pool_run(int (*work)(void *argument), void *argument);
+/* DESCRIPTOR_ bits as poll(2) has them, and back: an end or an error is every direction that was asked for. */
+unsigned native_poll_events(unsigned directions);
+unsigned native_poll_ready(unsigned events, unsigned directions);
 /* Any thread, also a signal handler: makes an eventfd readable. */
 void native_event_signal(int event_fd);
 #define NATIVE_ENGINE_OPS                                                                            \

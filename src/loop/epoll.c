@@ -10,6 +10,7 @@
 #include "loop/engine.h"
 #include <errno.h>
 #include <glib.h>
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -56,12 +57,14 @@ static void epoll_engine_destroy(struct engine *engine)
     g_free(epoll);
 }
 
-static void epoll_finish_wait(struct native_wait **slot, int result)
+/* One who waits for any of both stands in both places, and is woken once. */
+static void epoll_finish_wait(struct native_stream *stream, enum native_direction direction, int result)
 {
-    struct native_wait *wait = *slot;
+    struct native_wait *wait = direction == NATIVE_INPUT ? stream->input : stream->output;
 
     if (wait) {
-        *slot = NULL;
+        stream->input = stream->input == wait ? NULL : stream->input;
+        stream->output = stream->output == wait ? NULL : stream->output;
         wait->result = result;
         coroutine_wake(wait->waiter);
     }
@@ -96,10 +99,10 @@ static void epoll_turn(struct engine *engine, int64_t timeout_ns)
             continue;
         }
         if (events[i].events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) {
-            epoll_finish_wait(&stream->input, 0);
+            epoll_finish_wait(stream, NATIVE_INPUT, 0);
         }
         if (events[i].events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) {
-            epoll_finish_wait(&stream->output, 0);
+            epoll_finish_wait(stream, NATIVE_OUTPUT, 0);
         }
     }
 }
@@ -154,6 +157,19 @@ static int coroutine_fn epoll_sync(struct engine *engine, int fd)
     return worker_pool_run(epoll_sync_work, &fd);
 }
 
+static int epoll_register(struct epoll_engine *epoll, struct native_stream *stream)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = stream};
+
+    if (!stream->registered) {
+        if (epoll_ctl(epoll->epoll_fd, EPOLL_CTL_ADD, stream->fd, &event) < 0) {
+            return -errno;
+        }
+        stream->registered = true;
+    }
+    return 0;
+}
+
 static int coroutine_fn epoll_stream_wait(struct engine *engine, struct native_stream *stream,
                                           enum native_direction direction)
 {
@@ -162,18 +178,34 @@ static int coroutine_fn epoll_stream_wait(struct engine *engine, struct native_s
     struct native_wait **slot = direction == NATIVE_INPUT ? &stream->input : &stream->output;
 
     g_assert(!*slot);
-    if (!stream->registered) {
-        struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = stream};
-
-        if (epoll_ctl(epoll->epoll_fd, EPOLL_CTL_ADD, stream->fd, &event) < 0) {
-            /* A plain file as standard input is always ready. */
-            return errno == EPERM ? 0 : -errno;
-        }
-        stream->registered = true;
+    int r = epoll_register(epoll, stream);
+    if (r < 0) {
+        /* A plain file as standard input is always ready. */
+        return r == -EPERM ? 0 : r;
     }
     *slot = &wait;
     coroutine_yield();
     return wait.result;
+}
+
+/* Registered first, so that what changes after the look is an edge. */
+static int coroutine_fn epoll_stream_wait_any(struct engine *engine, struct native_stream *stream, unsigned directions)
+{
+    struct epoll_engine *epoll = container_of(engine, struct epoll_engine, engine);
+    struct native_wait wait = {.waiter = coroutine_self()};
+    struct pollfd ready = {.fd = stream->fd, .events = (short)native_poll_events(directions)};
+
+    g_assert(!stream->input && !stream->output);
+    int r = epoll_register(epoll, stream);
+    while (r == 0) {
+        if (poll(&ready, 1, 0) > 0) {
+            return (int)native_poll_ready((unsigned)ready.revents, directions);
+        }
+        stream->input = stream->output = &wait;
+        coroutine_yield();
+        r = wait.result;
+    }
+    return r == -EPERM ? (int)directions : r;
 }
 
 static ssize_t coroutine_fn epoll_stream_receive(struct engine *engine, struct native_stream *stream, void *to,
@@ -216,8 +248,8 @@ static ssize_t coroutine_fn epoll_stream_send(struct engine *engine, struct nati
 
 static void epoll_stream_cancel(struct engine *engine, struct native_stream *stream)
 {
-    epoll_finish_wait(&stream->input, -ECANCELED);
-    epoll_finish_wait(&stream->output, -ECANCELED);
+    epoll_finish_wait(stream, NATIVE_INPUT, -ECANCELED);
+    epoll_finish_wait(stream, NATIVE_OUTPUT, -ECANCELED);
 }
 
 static void epoll_stream_detach(struct engine *engine, struct native_stream *stream)
@@ -235,6 +267,7 @@ static const struct native_ops epoll_native_ops = {
     .transfer = epoll_transfer,
     .sync = epoll_sync,
     .stream_wait = epoll_stream_wait,
+    .stream_wait_any = epoll_stream_wait_any,
     .stream_receive = epoll_stream_receive,
     .stream_send = epoll_stream_send,
     .stream_cancel = epoll_stream_cancel,

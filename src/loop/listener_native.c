@@ -363,8 +363,13 @@ char *native_listener_address(struct listener *base)
 
 /* ---- connecting ---- */
 
+static bool is_cancelled(const struct connecting *connecting)
+{
+    return connecting && connecting->cancelled;
+}
+
 /* Waits for a connect that is under way. */
-static int coroutine_fn connect_wait(int fd)
+static int coroutine_fn connect_wait(int fd, struct connecting *connecting)
 {
     struct engine *engine = engine_self();
     struct native_stream stream = {.fd = fd};
@@ -373,7 +378,13 @@ static int coroutine_fn connect_wait(int fd)
     socklen_t size = sizeof(result);
 
     while (r >= 0 && poll(&ready, 1, 0) == 0) {
-        r = engine->ops->native->stream_wait(engine, &stream, NATIVE_OUTPUT);
+        if (connecting) {
+            connecting->waiting = &stream;
+        }
+        r = is_cancelled(connecting) ? -ECANCELED : engine->ops->native->stream_wait(engine, &stream, NATIVE_OUTPUT);
+    }
+    if (connecting) {
+        connecting->waiting = NULL;
     }
     engine->ops->native->stream_detach(engine, &stream);
     if (r < 0) {
@@ -382,7 +393,8 @@ static int coroutine_fn connect_wait(int fd)
     return getsockopt(fd, SOL_SOCKET, SO_ERROR, &result, &size) < 0 ? -errno : -result;
 }
 
-static int coroutine_fn connect_one(int family, const struct sockaddr *name, socklen_t size, struct connection **ret)
+static int coroutine_fn connect_one(int family, const struct sockaddr *name, socklen_t size,
+                                    struct connecting *connecting, struct connection **ret)
 {
     int r, fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
@@ -391,13 +403,16 @@ static int coroutine_fn connect_one(int family, const struct sockaddr *name, soc
     }
     for (int tries = 0;; tries++) {
         r = connect(fd, name, size) < 0 ? -errno : 0;
+        if (is_cancelled(connecting)) {
+            r = -ECANCELED;
+        }
         if (r != -EAGAIN || tries == CONNECT_TRIES) {
             break;
         }
         loop_sleep_ns(NULL, CONNECT_PAUSE_NS);
     }
     if (r == -EINPROGRESS || r == -EINTR) {
-        r = connect_wait(fd);
+        r = connect_wait(fd, connecting);
     }
     if (r == 0 && fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK) < 0) {
         r = -errno;
@@ -423,7 +438,8 @@ static int resolve_work(void *argument)
     return resolve(job->address, 0, &job->list, &job->err);
 }
 
-static int coroutine_fn connect_inet(const struct address *address, struct connection **ret, struct error **err)
+static int coroutine_fn connect_inet(const struct address *address, struct connecting *connecting,
+                                     struct connection **ret, struct error **err)
 {
     struct resolve_job job = {.address = address};
     int r = worker_run(resolve_work, &job);
@@ -432,8 +448,8 @@ static int coroutine_fn connect_inet(const struct address *address, struct conne
         return error_move(err, job.err);
     }
     r = -EADDRNOTAVAIL;
-    for (struct addrinfo *info = job.list; info && r < 0; info = info->ai_next) {
-        r = connect_one(info->ai_family, info->ai_addr, info->ai_addrlen, ret);
+    for (struct addrinfo *info = job.list; info && r < 0 && r != -ECANCELED; info = info->ai_next) {
+        r = connect_one(info->ai_family, info->ai_addr, info->ai_addrlen, connecting, ret);
     }
     freeaddrinfo(job.list);
     if (r < 0) {
@@ -442,7 +458,8 @@ static int coroutine_fn connect_inet(const struct address *address, struct conne
     return 0;
 }
 
-int coroutine_fn native_connect(const struct address *address, struct connection **ret, struct error **err)
+int coroutine_fn native_connect(const struct address *address, struct connecting *connecting, struct connection **ret,
+                                struct error **err)
 {
     struct sockaddr_un name;
     socklen_t size;
@@ -450,7 +467,7 @@ int coroutine_fn native_connect(const struct address *address, struct connection
 
     switch (address->kind) {
     case ADDRESS_INET:
-        return connect_inet(address, ret, err);
+        return connect_inet(address, connecting, ret, err);
     case ADDRESS_FD:
         if (fcntl(address->fd, F_GETFL) < 0) {
             return error_set_errno(err, -errno, "Could not use descriptor %d", address->fd);
@@ -462,7 +479,7 @@ int coroutine_fn native_connect(const struct address *address, struct connection
     }
     size = unix_name(address, &name);
     if (size) {
-        r = connect_one(AF_UNIX, (struct sockaddr *)&name, size, ret);
+        r = connect_one(AF_UNIX, (struct sockaddr *)&name, size, connecting, ret);
     }
     if (r < 0) {
         return error_set_errno(err, r, "Could not connect to '%s'", address->path);

@@ -484,7 +484,8 @@ static int coroutine_fn sim_listen(const struct address *address, struct listene
     return error_set(err, -EOPNOTSUPP, "There are no sockets in a simulated world");
 }
 
-static int coroutine_fn sim_connect(const struct address *address, struct connection **ret, struct error **err)
+static int coroutine_fn sim_connect(const struct address *address, struct connecting *connecting,
+                                    struct connection **ret, struct error **err)
 {
     return error_set(err, -EOPNOTSUPP, "There are no sockets in a simulated world");
 }

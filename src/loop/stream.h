@@ -15,7 +15,8 @@ struct stream_ops {
     void (*listener_shutdown)(struct listener *listener); /* any thread */
     void (*listener_close)(struct listener *listener);
     char *(*listener_address)(struct listener *listener);
-    int (*connect)(const struct address *address, struct connection **ret, struct error **err);
+    int (*connect)(const struct address *address, struct connecting *connecting, struct connection **ret,
+                   struct error **err);
     struct connection *(*adopt)(int input, int output);
     /* Waits until `minimum` (at least 1) bytes came, or fewer at the end of the stream; may return fewer anyway. */
     ssize_t (*receive)(struct connection *connection, void *to, size_t minimum, size_t maximum);

@@ -42,6 +42,7 @@ int coroutine_fn native_accept(struct listener *listener, struct connection **re
 void native_listener_shutdown(struct listener *listener);
 void coroutine_fn native_listener_close(struct listener *listener);
 char *native_listener_address(struct listener *listener);
-int coroutine_fn native_connect(const struct address *address, struct connection **ret, struct error **err);
+int coroutine_fn native_connect(const struct address *address, struct connecting *connecting, struct connection **ret,
+                                struct error **err);
 
 #endif

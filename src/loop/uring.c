@@ -229,6 +229,17 @@ static int coroutine_fn uring_stream_wait(struct engine *engine, struct native_s
     return r < 0 ? r : 0;
 }
 
+static int coroutine_fn uring_stream_wait_any(struct engine *engine, struct native_stream *stream, unsigned directions)
+{
+    struct uring_engine *uring = container_of(engine, struct uring_engine, engine);
+    struct io_uring_sqe *sqe = uring_sqe(uring);
+
+    g_assert(!stream->output);
+    io_uring_prep_poll_add(sqe, stream->fd, native_poll_events(directions));
+    int r = uring_stream_request(sqe, &stream->input);
+    return r < 0 ? r : (int)native_poll_ready((unsigned)r, directions);
+}
+
 static ssize_t coroutine_fn uring_stream_receive(struct engine *engine, struct native_stream *stream, void *to,
                                                  size_t bytes, bool all, bool tried)
 {
@@ -279,6 +290,7 @@ static const struct native_ops uring_native_ops = {
     .transfer = uring_transfer,
     .sync = uring_sync,
     .stream_wait = uring_stream_wait,
+    .stream_wait_any = uring_stream_wait_any,
     .stream_receive = uring_stream_receive,
     .stream_send = uring_stream_send,
     .stream_cancel = uring_stream_cancel,
