@@ -430,8 +430,9 @@ static size_t take_chunk(struct connection *connection, const uint8_t *bytes, si
         break;
     case NBD_CHUNK_OFFSET_DATA:
         slot_of(connection, cookie);
-        check_data(bytes + sizeof(struct nbd_chunk_data), be64toh(((const struct nbd_chunk_data *)bytes)->offset),
-                   whole - sizeof(struct nbd_chunk_data));
+        const struct nbd_body_data *body = (const void *)(chunk + 1);
+
+        check_data((const uint8_t *)(body + 1), be64toh(body->offset), whole - sizeof(*chunk) - sizeof(*body));
         break;
     default:
         die("the server answered with an error or a hole where there is data");

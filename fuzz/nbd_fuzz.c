@@ -12,6 +12,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 #define FLAGS "\0\0\0\3"
 #define OPTION(number, length) "IHAVEOPT\0\0\0" number "\0\0\0" length
 #define STRUCTURED OPTION("\x08", "\0")
+#define EXTENDED OPTION("\x0b", "\0")
 #define CONTEXT                    \
     OPTION("\x0a", "\x1d")         \
     "\0\0\0\2n0\0\0\0\1\0\0\0\x0f" \
@@ -41,6 +42,8 @@ static const struct prefix prefixes[] = {
     PREFIX(FLAGS STRUCTURED),
     PREFIX(FLAGS STRUCTURED CONTEXT GO),
     PREFIX(FLAGS STRUCTURED BITMAP_CONTEXTS GO_BITMAPS),
+    PREFIX(FLAGS EXTENDED BITMAP_CONTEXTS GO_BITMAPS),
+    PREFIX(FLAGS EXTENDED GO),
 };
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

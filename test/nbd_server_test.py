@@ -80,6 +80,76 @@ class Raw:
     __del__ = close
 
 
+class Extended(Raw):
+    """A client with extended headers, and the contexts it asks for; keeps to the protocol where a test does not mean
+    otherwise."""
+
+    def option(self, number, data=b""):
+        self.socket.sendall(struct.pack(">8sII", b"IHAVEOPT", number, len(data)) + data)
+        replies = []
+        while True:
+            _, _, kind, length = struct.unpack(">QIII", self.receive(20))
+            replies.append((kind, self.receive(length)))
+            if kind == 1:
+                return replies
+            if kind & 0x80000000:
+                raise EOFError
+
+    def go(self, name, *contexts):
+        assert self.receive(18) == b"NBDMAGICIHAVEOPT\0\3"
+        self.socket.sendall(struct.pack(">I", 3))
+        self.option(11)
+        text = struct.pack(">I", len(name)) + name.encode()
+        queries = b"".join(struct.pack(">I", len(context)) + context.encode() for context in contexts)
+        chosen = self.option(10, text + struct.pack(">I", len(contexts)) + queries)
+        self.contexts = {data[4:].decode(): struct.unpack(">I", data[:4])[0] for kind, data in chosen if kind == 4}
+        infos = {data[:2]: data[2:] for kind, data in self.option(7, text + b"\0\0") if kind == 3}
+        self.size, self.flags = struct.unpack(">QH", infos[b"\0\0"])
+        return self
+
+    @staticmethod
+    def request(kind, offset, length, cookie=0, flags=0, payload=b""):
+        if payload:
+            flags, length = flags | 32, len(payload)
+        return struct.pack(">IHHQQQ", 0x21E41C71, flags, kind, cookie, offset, length) + payload
+
+    def reply(self, kind, offset, length, flags=0, payload=b""):
+        """The chunks of the answer to one request, [(type, body)]."""
+        self.send(self.request(kind, offset, length, 77, flags, payload))
+        chunks = []
+        while True:
+            magic, done, chunk, cookie, echo, size = struct.unpack(">IHHQQQ", self.receive(32))
+            assert (magic, cookie, echo) == (0x6E8A278C, 77, offset)
+            chunks.append((chunk, self.receive(size)))
+            if done & 1:
+                return chunks
+
+    def pread(self, length, offset):
+        """What is read, hole by hole."""
+        data = bytearray(length)
+        for chunk, body in self.reply(0, offset, length):
+            start = struct.unpack(">Q", body[:8])[0] - offset
+            if chunk == 1:
+                data[start:start + len(body) - 8] = body[8:]
+            else:
+                assert chunk == 2
+        return bytes(data)
+
+    def status(self, offset, length, *contexts, flags=0):
+        """{context: [(length, flags)]}; with contexts: of these only."""
+        payload = b""
+        if contexts:
+            payload = struct.pack(">Q", length) + b"".join(struct.pack(">I", self.contexts[name]) for name in contexts)
+        names = {number: name for name, number in self.contexts.items()}
+        answer = {}
+        for chunk, body in self.reply(7, offset, length, flags, payload):
+            assert chunk == 6
+            number, count = struct.unpack(">II", body[:8])
+            assert len(body) == 8 + 16 * count
+            answer[names[number]] = list(struct.iter_unpack(">QQ", body[8:]))
+        return answer
+
+
 class NbdTestCase(harness.TestCase):
     def start(self, *options):
         daemon = self.daemon(*options)
@@ -200,6 +270,72 @@ class NbdClients(NbdTestCase):
             handle.trim(MIB, 2 * MIB, nbd.CMD_FLAG_FUA)
             handle.cache(MIB, 0)
             handle.shutdown()
+
+
+class NbdExtended(NbdTestCase):
+    """Extended headers: requests of 64 bits. (libnbd has them from version 1.18 on only.)"""
+
+    GIB = 1024 * MIB
+
+    def served_qcow2(self, size):
+        path = self.path("q.qcow2")
+        harness.qemu_img("create", "-f", "qcow2", path, str(size))
+        daemon = self.start()
+        daemon.add_qcow2("n0", path)
+        daemon.export("n0", allocation_depth=True)
+        return daemon, path
+
+    def test_more_than_4_gib_at_once(self):
+        daemon, path = self.served_qcow2(8 * self.GIB)
+        client = Extended(daemon.nbd_path).go("n0", "base:allocation", "qemu:allocation-depth")
+        self.assertEqual(client.size, 8 * self.GIB)
+        self.assertTrue(client.flags & 0x1000, "a payload for block status is offered")
+        data = self.random.randbytes(65536)
+        self.assertEqual(client.reply(1, 7 * self.GIB, 0, payload=data), [(0, b"")])
+        self.assertEqual(client.pread(131072, 7 * self.GIB - 32768), bytes(32768) + data + bytes(32768))
+        both = client.status(0, 8 * self.GIB)
+        self.assertEqual(both["base:allocation"],
+                         [(7 * self.GIB, 3), (65536, 0), (self.GIB - 65536, 3)])
+        self.assertEqual(both["qemu:allocation-depth"], [(7 * self.GIB, 0), (65536, 1), (self.GIB - 65536, 0)])
+        self.assertEqual(client.status(0, 8 * self.GIB, "qemu:allocation-depth"),
+                         {"qemu:allocation-depth": both["qemu:allocation-depth"]})
+        self.assertEqual(client.status(0, 8 * self.GIB, "base:allocation", flags=8),
+                         {"base:allocation": [(7 * self.GIB, 3)]})
+        self.assertEqual(client.reply(6, self.GIB, 6 * self.GIB + 65536), [(0, b"")])
+        self.assertEqual(client.status(0, 8 * self.GIB, "base:allocation"), {"base:allocation": [(8 * self.GIB, 3)]})
+        self.assertEqual(client.reply(4, 0, 8 * self.GIB), [(0, b"")])
+        self.assertEqual(client.reply(3, 0, 0), [(0, b"")])
+        daemon.stop()
+        harness.image_check(path)
+
+    def test_without_contexts_no_payload_is_offered(self):
+        daemon = self.served()
+        client = Extended(daemon.nbd_path).go("n0")
+        self.assertFalse(client.flags & 0x1000)
+        self.assertEqual(client.reply(7, 0, 512, payload=struct.pack(">QI", 512, 1))[0][0], 0x8001)
+        self.assertEqual(client.reply(3, 0, 0), [(0, b"")])
+
+    def test_what_is_no_extended_request(self):
+        """Every kind of nonsense is answered or ends its own connection; who behaves notices nothing."""
+        daemon = self.served()
+        good = Extended(daemon.nbd_path).go("n0", "base:allocation")
+        for _ in range(scale(150, 3000)):
+            bad = Extended(daemon.nbd_path).go("n0", "base:allocation")
+            stream = bytearray()
+            for _ in range(self.random.randrange(1, 6)):
+                kind = self.random.choice((0, 1, 3, 4, 5, 6, 7, 7, 8, 65535))
+                offset = self.random.choice((0, 4096, SIZE - 1, SIZE, 1 << 63, (1 << 64) - 1))
+                length = self.random.choice((0, 1, 12, 528, 4096, 70000, 1 << 25, 1 << 32, (1 << 64) - 1))
+                stream += bad.request(kind, offset, length, 0, self.random.choice((0, 0, 32, 32, 8, 65535)))
+                stream += bytes(min(length, 80000)) if self.random.random() < 0.5 else b""
+            if self.random.random() < 0.3:
+                stream[self.random.randrange(len(stream))] ^= 1 << self.random.randrange(8)
+            bad.socket.setblocking(False)
+            with contextlib.suppress(OSError):
+                bad.socket.send(stream)
+            bad.close()
+        self.assertEqual(good.reply(1, 4096, 0, payload=b"x" * 512), [(0, b"")])
+        self.assertEqual(good.pread(512, 4096), b"x" * 512)
 
 
 class NbdExports(NbdTestCase):

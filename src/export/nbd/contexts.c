@@ -186,6 +186,18 @@ void nbd_contexts_choose(const struct nbd_contexts *contexts, const char *query,
     }
 }
 
+bool nbd_contexts_choose_id(const struct nbd_contexts *contexts, const struct nbd_choice *among, uint32_t id,
+                            struct nbd_choice *choice)
+{
+    unsigned i = id - 1; /* see add_context() */
+
+    if (id == 0 || id > contexts->count || !nbd_choice_has(among, i) || nbd_choice_has(choice, i)) {
+        return false;
+    }
+    choice->bits[i / 64] |= UINT64_C(1) << i % 64;
+    return true;
+}
+
 bool nbd_choice_has(const struct nbd_choice *choice, unsigned index)
 {
     return choice->bits[index / 64] >> index % 64 & 1;
@@ -204,13 +216,15 @@ unsigned nbd_choice_count(const struct nbd_choice *choice)
 /* ---- block status ---- */
 
 struct collection {
-    struct nbd_status_extent *out;
+    void *out;
+    bool extended;
     unsigned max, count;
-    uint32_t last_flags, last_bytes;
+    uint32_t last_flags;
+    uint64_t last_bytes;
 };
 
 /* False: there is no room for it. */
-static bool collection_add(struct collection *collection, uint32_t bytes, uint32_t flags)
+static bool collection_add(struct collection *collection, uint64_t bytes, uint32_t flags)
 {
     if (collection->count && flags == collection->last_flags) {
         collection->last_bytes += bytes;
@@ -221,8 +235,13 @@ static bool collection_add(struct collection *collection, uint32_t bytes, uint32
         collection->last_flags = flags;
         collection->last_bytes = bytes;
     }
-    collection->out[collection->count - 1] =
-        (struct nbd_status_extent){htobe32(collection->last_bytes), htobe32(collection->last_flags)};
+    if (collection->extended) {
+        ((struct nbd_extended_status_extent *)collection->out)[collection->count - 1] =
+            (struct nbd_extended_status_extent){htobe64(collection->last_bytes), htobe64(collection->last_flags)};
+    } else {
+        ((struct nbd_status_extent *)collection->out)[collection->count - 1] =
+            (struct nbd_status_extent){htobe32((uint32_t)collection->last_bytes), htobe32(collection->last_flags)};
+    }
     return true;
 }
 
@@ -243,9 +262,9 @@ static uint32_t extent_state(enum nbd_context_kind kind, const struct extent *ex
 }
 
 static int coroutine_fn collect_extents(const struct nbd_context *context, struct backend *backend, uint64_t offset,
-                                        uint32_t bytes, struct collection *collection)
+                                        uint64_t bytes, struct collection *collection)
 {
-    uint32_t done = 0;
+    uint64_t done = 0;
 
     for (unsigned questions = 0; done < bytes && questions < STATUS_QUESTIONS_MAX; questions++) {
         struct extent extent;
@@ -255,16 +274,16 @@ static int coroutine_fn collect_extents(const struct nbd_context *context, struc
             return r;
         }
         g_assert(extent.bytes > 0 && extent.bytes <= bytes - done);
-        if (!collection_add(collection, (uint32_t)extent.bytes, extent_state(context->kind, &extent))) {
+        if (!collection_add(collection, extent.bytes, extent_state(context->kind, &extent))) {
             break;
         }
-        done += (uint32_t)extent.bytes;
+        done += extent.bytes;
     }
     return 0;
 }
 
 /* What lies behind the bitmap's end (it may be another node's) is not dirty. */
-static void collect_bits(const struct bitmap *bitmap, uint64_t offset, uint32_t bytes, struct collection *collection)
+static void collect_bits(const struct bitmap *bitmap, uint64_t offset, uint64_t bytes, struct collection *collection)
 {
     uint64_t end = offset + bytes;
 
@@ -273,10 +292,10 @@ static void collect_bits(const struct bitmap *bitmap, uint64_t offset, uint32_t 
         bool any = bitmap_next_within(bitmap, offset, end, &first, &length);
         uint64_t clean = (any ? first : end) - offset;
 
-        if (clean && !collection_add(collection, (uint32_t)clean, 0)) {
+        if (clean && !collection_add(collection, clean, 0)) {
             return;
         }
-        if (any && !collection_add(collection, (uint32_t)length, NBD_STATE_DIRTY)) {
+        if (any && !collection_add(collection, length, NBD_STATE_DIRTY)) {
             return;
         }
         offset = any ? first + length : end;
@@ -284,9 +303,9 @@ static void collect_bits(const struct bitmap *bitmap, uint64_t offset, uint32_t 
 }
 
 int coroutine_fn nbd_context_status(const struct nbd_context *context, struct backend *backend, uint64_t offset,
-                                    uint32_t bytes, struct nbd_status_extent *out, unsigned max)
+                                    uint64_t bytes, bool extended, void *out, unsigned max)
 {
-    struct collection collection = {.out = out, .max = max};
+    struct collection collection = {.out = out, .extended = extended, .max = max};
     int r = 0;
 
     if (context->kind == NBD_CONTEXT_IS_BITMAP) {

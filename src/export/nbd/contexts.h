@@ -49,12 +49,16 @@ void coroutine_fn nbd_contexts_close(struct nbd_contexts *contexts);
  * "qemu:dirty-bitmap:"), or all ("", asked by no query at all). What is unknown means none. */
 void nbd_contexts_choose(const struct nbd_contexts *contexts, const char *query, size_t bytes, bool listing,
                          struct nbd_choice *choice);
+/* Adds the one of that number to *choice if it is `among` them and not chosen yet; false if not. */
+bool nbd_contexts_choose_id(const struct nbd_contexts *contexts, const struct nbd_choice *among, uint32_t id,
+                            struct nbd_choice *choice);
 bool nbd_choice_has(const struct nbd_choice *choice, unsigned index);
 unsigned nbd_choice_count(const struct nbd_choice *choice);
 
-/* The extents of [offset, offset + bytes) as they go out, `max` at most; they may end before the range does. Returns
- * how many, at least 1, or a negative errno. On the session's loop. */
+/* The extents of [offset, offset + bytes) as they go out, `max` at most; they may end before the range does. `out` has
+ * room for so many of struct nbd_extended_status_extent or, if not `extended`, struct nbd_status_extent: then `bytes`
+ * is less than 4 GiB. Returns how many, at least 1, or a negative errno. On the session's loop. */
 int coroutine_fn nbd_context_status(const struct nbd_context *context, struct backend *backend, uint64_t offset,
-                                    uint32_t bytes, struct nbd_status_extent *out, unsigned max);
+                                    uint64_t bytes, bool extended, void *out, unsigned max);
 
 #endif

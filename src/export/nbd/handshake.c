@@ -135,12 +135,17 @@ static int reply_unknown_export(struct handshake *handshake, const char *name, u
 
 /* ---- the options ---- */
 
+static bool has_contexts(const struct handshake *handshake, const struct nbd_export *export)
+{
+    return handshake->contexts_of == export->serial && nbd_choice_count(&handshake->choice);
+}
+
 static void choose(struct handshake *handshake, struct nbd_export *chosen)
 {
     struct nbd_client *client = handshake->client;
 
     nbd_client_choose(client, chosen);
-    if (client->structured && handshake->contexts_of == chosen->serial) {
+    if (client->style >= NBD_STRUCTURED && has_contexts(handshake, chosen)) {
         client->choice = handshake->choice;
     }
 }
@@ -151,11 +156,14 @@ static int coroutine_fn option_export_name(struct handshake *handshake)
     struct nbd_client *client = handshake->client;
     struct nbd_export *chosen = nbd_server_find(client->server, (const char *)handshake->data, handshake->left);
 
+    if (client->style >= NBD_EXTENDED) {
+        return -EPROTO; /* whoever asks for extended headers knows NBD_OPT_GO */
+    }
     if (!chosen) {
         return -ENOENT;
     }
     struct nbd_export_name_reply reply = {
-        htobe64(nbd_export_size(chosen)), htobe16(nbd_export_flags(chosen, client->structured)), {0}};
+        htobe64(nbd_export_size(chosen)), htobe16(nbd_export_flags(chosen, client->style, false)), {0}};
 
     choose(handshake, chosen);
     g_byte_array_append(handshake->out, (const uint8_t *)&reply,
@@ -206,8 +214,9 @@ static void reply_info(struct handshake *handshake, const struct nbd_export *exp
         htobe16(NBD_INFO_BLOCK_SIZE), htobe32(1),
         htobe32((uint32_t)min_u64(max_u64(node ? node->limits.alignment : 1, 4096), NBD_PAYLOAD_MAX)),
         htobe32(NBD_PAYLOAD_MAX)};
-    struct nbd_info_export basics = {htobe16(NBD_INFO_EXPORT), htobe64(nbd_export_size(export)),
-                                     htobe16(nbd_export_flags(export, handshake->client->structured))};
+    struct nbd_info_export basics = {
+        htobe16(NBD_INFO_EXPORT), htobe64(nbd_export_size(export)),
+        htobe16(nbd_export_flags(export, handshake->client->style, has_contexts(handshake, export)))};
 
     reply_add(handshake, NBD_REP_INFO, &sizes, sizeof(sizes));
     reply_add(handshake, NBD_REP_INFO, &basics, sizeof(basics));
@@ -254,10 +263,26 @@ static int coroutine_fn option_info(struct handshake *handshake)
 
 static int coroutine_fn option_structured_reply(struct handshake *handshake)
 {
-    if (handshake->client->structured) {
+    struct nbd_client *client = handshake->client;
+
+    if (client->style >= NBD_EXTENDED) {
+        return reply_error(handshake, NBD_REP_ERR_EXT_HEADER_REQD, "extended headers are negotiated already");
+    }
+    if (client->style >= NBD_STRUCTURED) {
         return reply_error(handshake, NBD_REP_ERR_INVALID, "structured replies are negotiated already");
     }
-    handshake->client->structured = true;
+    client->style = NBD_STRUCTURED;
+    return reply_ack(handshake);
+}
+
+static int coroutine_fn option_extended_headers(struct handshake *handshake)
+{
+    struct nbd_client *client = handshake->client;
+
+    if (client->style >= NBD_EXTENDED) {
+        return reply_error(handshake, NBD_REP_ERR_INVALID, "extended headers are negotiated already");
+    }
+    client->style = NBD_EXTENDED;
     return reply_ack(handshake);
 }
 
@@ -291,7 +316,7 @@ static int coroutine_fn option_start_tls(struct handshake *handshake)
     }
     client->connection = secured;
     client->secure = true;
-    client->structured = false;
+    client->style = NBD_SIMPLE;
     handshake->contexts_of = 0;
     r = check_identity(client->server, identity);
     return r < 0 ? r : NEGOTIATE_ON;
@@ -347,8 +372,9 @@ static int coroutine_fn option_meta_context(struct handshake *handshake)
     if (!listing) {
         handshake->contexts_of = 0; /* whatever comes of it, the earlier choice is gone */
     }
-    if (!handshake->client->structured) {
-        return reply_error(handshake, NBD_REP_ERR_INVALID, "structured replies must be negotiated first");
+    if (handshake->client->style < NBD_STRUCTURED) {
+        return reply_error(handshake, NBD_REP_ERR_INVALID,
+                           "structured replies or extended headers must be negotiated first");
     }
     if (!take_string(handshake, &name, &name_bytes)) {
         return reply_error(handshake, NBD_REP_ERR_INVALID, "lengths that do not fit the option's length");
@@ -383,6 +409,7 @@ static const struct option options[] = {
     {NBD_OPT_STRUCTURED_REPLY, "structured-reply", option_structured_reply, false},
     {NBD_OPT_LIST_META_CONTEXT, "list-meta-context", option_meta_context, true},
     {NBD_OPT_SET_META_CONTEXT, "set-meta-context", option_meta_context, true},
+    {NBD_OPT_EXTENDED_HEADERS, "extended-headers", option_extended_headers, false},
 };
 
 /* ---- the negotiation ---- */

@@ -6,7 +6,8 @@
 #include <endian.h>
 #include <stdint.h>
 
-/* The NBD protocol's numbers and messages (proto.md of the NetworkBlockDevice project). Everything is big-endian. */
+/* The NBD protocol's numbers and messages (proto.md of the NetworkBlockDevice project; extended headers: the same on
+ * its branch extension-ext-header). Everything is big-endian. */
 
 #define NBD_MAGIC UINT64_C(0x4e42444d41474943)        /* "NBDMAGIC" */
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
@@ -14,6 +15,8 @@
 #define NBD_REQUEST_MAGIC 0x25609513u
 #define NBD_SIMPLE_REPLY_MAGIC 0x67446698u
 #define NBD_CHUNK_MAGIC 0x668e33efu
+#define NBD_EXTENDED_REQUEST_MAGIC 0x21e41c71u
+#define NBD_EXTENDED_CHUNK_MAGIC 0x6e8a278cu
 
 #define NBD_STRING_MAX 4096u               /* names and descriptions */
 #define NBD_OPTION_MAX (64u * 1024)        /* data of one option that we read at all */
@@ -49,6 +52,7 @@ enum nbd_option_reply {
 #define NBD_REP_ERR_UNKNOWN NBD_REP_ERR(6)
 #define NBD_REP_ERR_SHUTDOWN NBD_REP_ERR(7)
 #define NBD_REP_ERR_TOO_BIG NBD_REP_ERR(9)
+#define NBD_REP_ERR_EXT_HEADER_REQD NBD_REP_ERR(10)
 
 enum nbd_info { NBD_INFO_EXPORT = 0, NBD_INFO_NAME = 1, NBD_INFO_DESCRIPTION = 2, NBD_INFO_BLOCK_SIZE = 3 };
 
@@ -63,6 +67,7 @@ enum nbd_transmission_flag {
     NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
     NBD_FLAG_SEND_CACHE = 1 << 10,
     NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
+    NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12,
 };
 
 enum nbd_command {
@@ -83,6 +88,7 @@ enum nbd_command_flag {
     NBD_CMD_FLAG_DF = 1 << 2,
     NBD_CMD_FLAG_REQ_ONE = 1 << 3,
     NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+    NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5, /* extended headers: the length is that of a payload */
 };
 
 #define NBD_CHUNK_DONE 1u /* the only flag of a chunk */
@@ -91,6 +97,7 @@ enum nbd_chunk_type {
     NBD_CHUNK_OFFSET_DATA = 1,
     NBD_CHUNK_OFFSET_HOLE = 2,
     NBD_CHUNK_BLOCK_STATUS = 5,
+    NBD_CHUNK_BLOCK_STATUS_EXT = 6,
     NBD_CHUNK_ERROR = 0x8001,
     NBD_CHUNK_ERROR_OFFSET = 0x8002,
 };
@@ -114,6 +121,9 @@ enum nbd_error {
 #define NBD_CONTEXT_BITMAP "qemu:dirty-bitmap:"
 enum nbd_state { NBD_STATE_HOLE = 1 << 0, NBD_STATE_ZERO = 1 << 1 };
 enum nbd_bitmap_state { NBD_STATE_DIRTY = 1 << 0 };
+
+/* What was negotiated: how requests and replies look. Each can do what the one before it can. */
+enum nbd_style { NBD_SIMPLE, NBD_STRUCTURED, NBD_EXTENDED };
 
 #define NBD_WIRE __attribute__((packed))
 
@@ -177,35 +187,64 @@ struct nbd_chunk {
 } NBD_WIRE;
 static_assert(sizeof(struct nbd_chunk) == 20, "proto.md, structured reply chunk message");
 
-struct nbd_chunk_data { /* then the data */
-    struct nbd_chunk chunk;
+struct nbd_extended_request_header {
+    uint32_t magic;
+    uint16_t flags, type;
+    uint64_t cookie, offset, bytes;
+} NBD_WIRE;
+static_assert(sizeof(struct nbd_extended_request_header) == 32, "proto.md, extended request message");
+
+struct nbd_extended_chunk {
+    uint32_t magic;
+    uint16_t flags, type;
+    uint64_t cookie;
+    uint64_t offset; /* the request's */
+    uint64_t bytes;  /* of what follows */
+} NBD_WIRE;
+static_assert(sizeof(struct nbd_extended_chunk) == 32, "proto.md, extended reply chunk message");
+
+/* What follows a chunk's head, of either kind. */
+struct nbd_body_data { /* then the data */
     uint64_t offset;
 } NBD_WIRE;
-static_assert(sizeof(struct nbd_chunk_data) == 28, "proto.md, NBD_REPLY_TYPE_OFFSET_DATA");
+static_assert(sizeof(struct nbd_body_data) == 8, "proto.md, NBD_REPLY_TYPE_OFFSET_DATA");
 
-struct nbd_chunk_hole {
-    struct nbd_chunk chunk;
+struct nbd_body_hole {
     uint64_t offset;
     uint32_t bytes;
 } NBD_WIRE;
-static_assert(sizeof(struct nbd_chunk_hole) == 32, "proto.md, NBD_REPLY_TYPE_OFFSET_HOLE");
+static_assert(sizeof(struct nbd_body_hole) == 12, "proto.md, NBD_REPLY_TYPE_OFFSET_HOLE");
 
-struct nbd_chunk_error { /* then the message */
-    struct nbd_chunk chunk;
+struct nbd_body_error { /* then the message */
     uint32_t error;
     uint16_t message_bytes;
 } NBD_WIRE;
-static_assert(sizeof(struct nbd_chunk_error) == 26, "proto.md, NBD_REPLY_TYPE_ERROR");
+static_assert(sizeof(struct nbd_body_error) == 6, "proto.md, NBD_REPLY_TYPE_ERROR");
 
-struct nbd_chunk_status { /* then the extents */
-    struct nbd_chunk chunk;
+struct nbd_body_status { /* then the extents */
     uint32_t context;
 } NBD_WIRE;
-static_assert(sizeof(struct nbd_chunk_status) == 24, "proto.md, NBD_REPLY_TYPE_BLOCK_STATUS");
+static_assert(sizeof(struct nbd_body_status) == 4, "proto.md, NBD_REPLY_TYPE_BLOCK_STATUS");
 
 struct nbd_status_extent {
     uint32_t bytes, flags;
 } NBD_WIRE;
 static_assert(sizeof(struct nbd_status_extent) == 8, "proto.md, NBD_REPLY_TYPE_BLOCK_STATUS");
+
+struct nbd_body_extended_status { /* then the extents */
+    uint32_t context, count;
+} NBD_WIRE;
+static_assert(sizeof(struct nbd_body_extended_status) == 8, "proto.md, NBD_REPLY_TYPE_BLOCK_STATUS_EXT");
+
+struct nbd_extended_status_extent {
+    uint64_t bytes, flags;
+} NBD_WIRE;
+static_assert(sizeof(struct nbd_extended_status_extent) == 16, "proto.md, NBD_REPLY_TYPE_BLOCK_STATUS_EXT");
+
+/* The payload that a request for block status may have. */
+struct nbd_status_payload { /* then the contexts, a uint32_t each */
+    uint64_t bytes;
+} NBD_WIRE;
+static_assert(sizeof(struct nbd_status_payload) == 8, "proto.md, NBD_CMD_BLOCK_STATUS");
 
 #endif

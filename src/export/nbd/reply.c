@@ -130,14 +130,42 @@ static void batch_payload(struct nbd_batch *batch, const void *payload, size_t b
     batch->bytes += bytes;
 }
 
-static void batch_chunk(struct nbd_chunk *chunk, const struct nbd_request *request, enum nbd_chunk_type type, bool done,
-                        uint32_t bytes)
+static inline bool is_extended(const struct nbd_request *request)
 {
-    chunk->magic = htobe32(NBD_CHUNK_MAGIC);
-    chunk->flags = htobe16(done ? NBD_CHUNK_DONE : 0);
-    chunk->type = htobe16(type);
-    chunk->cookie = htobe64(request->cookie);
-    chunk->bytes = htobe32(bytes);
+    return request->session->config.style >= NBD_EXTENDED;
+}
+
+static inline unsigned chunk_head_bytes(const struct nbd_request *request)
+{
+    return is_extended(request) ? sizeof(struct nbd_extended_chunk) : sizeof(struct nbd_chunk);
+}
+
+/* Writes a chunk's head; `bytes` follow. Returns where. */
+static void *chunk_begin(void *to, const struct nbd_request *request, enum nbd_chunk_type type, bool done, size_t bytes)
+{
+    uint16_t flags = htobe16(done ? NBD_CHUNK_DONE : 0);
+
+    if (is_extended(request)) {
+        struct nbd_extended_chunk *chunk = to;
+
+        *chunk = (struct nbd_extended_chunk){
+            htobe32(NBD_EXTENDED_CHUNK_MAGIC), flags,         htobe16(type), htobe64(request->cookie),
+            htobe64(request->offset),          htobe64(bytes)};
+        return chunk + 1;
+    }
+    struct nbd_chunk *chunk = to;
+
+    *chunk = (struct nbd_chunk){htobe32(NBD_CHUNK_MAGIC), flags, htobe16(type), htobe64(request->cookie),
+                                htobe32((uint32_t)bytes)};
+    return chunk + 1;
+}
+
+/* A chunk with a body of `body_bytes` in the batch, to be filled in, and `payload_bytes` behind it. */
+static void *batch_chunk(struct nbd_batch *batch, const struct nbd_request *request, enum nbd_chunk_type type,
+                         bool done, unsigned body_bytes, size_t payload_bytes)
+{
+    return chunk_begin(batch_header(batch, chunk_head_bytes(request) + body_bytes), request, type, done,
+                       body_bytes + payload_bytes);
 }
 
 /* The request's reply is complete. */
@@ -170,18 +198,16 @@ void nbd_reply_simple(struct nbd_request *request, int error, const void *payloa
 
 void nbd_reply_error(struct nbd_request *request, int error, const char *message)
 {
-    if (!request->session->config.structured) {
+    if (request->session->config.style < NBD_STRUCTURED) {
         nbd_reply_simple(request, error, NULL, 0);
         return;
     }
     struct nbd_batch *batch = request->session->sender.filling;
     size_t message_bytes = message ? strlen(message) : 0;
-    struct nbd_chunk_error *reply = batch_header(batch, sizeof(*reply));
+    struct nbd_body_error *body = batch_chunk(batch, request, NBD_CHUNK_ERROR, true, sizeof(*body), message_bytes);
 
-    batch_chunk(&reply->chunk, request, NBD_CHUNK_ERROR, true,
-                (uint32_t)(sizeof(*reply) - sizeof(reply->chunk) + message_bytes));
-    reply->error = htobe32(nbd_error_from_errno(error));
-    reply->message_bytes = htobe16((uint16_t)message_bytes);
+    body->error = htobe32(nbd_error_from_errno(error));
+    body->message_bytes = htobe16((uint16_t)message_bytes);
     if (message_bytes) {
         batch_payload(batch, message, message_bytes);
     }
@@ -190,11 +216,11 @@ void nbd_reply_error(struct nbd_request *request, int error, const char *message
 
 void nbd_reply_done(struct nbd_request *request)
 {
-    if (request->session->config.structured &&
-        (request->type == NBD_CMD_READ || request->type == NBD_CMD_BLOCK_STATUS)) {
-        struct nbd_chunk *chunk = batch_header(request->session->sender.filling, sizeof(*chunk));
+    bool has_data = request->type == NBD_CMD_READ || request->type == NBD_CMD_BLOCK_STATUS;
 
-        batch_chunk(chunk, request, NBD_CHUNK_NONE, true, 0);
+    /* A simple reply is shorter; where it is legal. */
+    if (is_extended(request) || (has_data && request->session->config.style == NBD_STRUCTURED)) {
+        batch_chunk(request->session->sender.filling, request, NBD_CHUNK_NONE, true, 0, 0);
         batch_add(request);
     } else {
         nbd_reply_simple(request, 0, NULL, 0);
@@ -204,22 +230,18 @@ void nbd_reply_done(struct nbd_request *request)
 static void batch_data(struct nbd_batch *batch, struct nbd_request *request, const uint8_t *data, uint32_t from,
                        uint32_t bytes, bool done)
 {
-    struct nbd_chunk_data *reply = batch_header(batch, sizeof(*reply));
+    struct nbd_body_data *body = batch_chunk(batch, request, NBD_CHUNK_OFFSET_DATA, done, sizeof(*body), bytes);
 
-    batch_chunk(&reply->chunk, request, NBD_CHUNK_OFFSET_DATA, done,
-                (uint32_t)sizeof(*reply) - (uint32_t)sizeof(reply->chunk) + bytes);
-    reply->offset = htobe64(request->offset + from);
+    body->offset = htobe64(request->offset + from);
     batch_payload(batch, data + from, bytes);
 }
 
 static void batch_hole(struct nbd_batch *batch, struct nbd_request *request, uint32_t from, uint32_t bytes, bool done)
 {
-    struct nbd_chunk_hole *reply = batch_header(batch, sizeof(*reply));
+    struct nbd_body_hole *body = batch_chunk(batch, request, NBD_CHUNK_OFFSET_HOLE, done, sizeof(*body), 0);
 
-    batch_chunk(&reply->chunk, request, NBD_CHUNK_OFFSET_HOLE, done,
-                (uint32_t)sizeof(*reply) - (uint32_t)sizeof(reply->chunk));
-    reply->offset = htobe64(request->offset + from);
-    reply->bytes = htobe32(bytes);
+    body->offset = htobe64(request->offset + from);
+    body->bytes = htobe32(bytes);
 }
 
 struct run {
@@ -241,7 +263,7 @@ static unsigned data_divide(const struct nbd_request *request, const uint8_t *da
             runs[count - 1].bytes += bytes;
         } else if (count == CHUNKS_MAX) {
             runs[count - 1].hole = false;
-            runs[count - 1].bytes = request->bytes - runs[count - 1].from;
+            runs[count - 1].bytes = (uint32_t)request->bytes - runs[count - 1].from;
             break;
         } else {
             runs[count++] = (struct run){from, bytes, hole};
@@ -257,20 +279,19 @@ static bool batch_has_room(const struct nbd_batch *batch, unsigned chunks)
     unsigned others = NBD_BATCH_REQUESTS - batch->count - 1;
 
     return batch->iov_count + 2 * chunks + others * NBD_REPLY_IOVECS <= NBD_BATCH_IOVECS &&
-           batch->header_bytes + sizeof(struct nbd_chunk_hole) * chunks + others * NBD_REPLY_HEADER_BYTES <=
-               NBD_BATCH_HEADER_BYTES;
+           batch->header_bytes + NBD_REPLY_HEADER_BYTES * (chunks + others) <= NBD_BATCH_HEADER_BYTES;
 }
 
 void nbd_reply_data(struct nbd_request *request, const void *data, bool may_split)
 {
     struct nbd_batch *batch = request->session->sender.filling;
-    struct run runs[CHUNKS_MAX] = {{0, request->bytes, false}};
+    struct run runs[CHUNKS_MAX] = {{0, (uint32_t)request->bytes, false}};
     unsigned count = 1;
 
     if (may_split && request->bytes >= 2 * HOLE_GRANULE) {
         count = data_divide(request, data, runs);
         if (!batch_has_room(batch, count)) {
-            runs[0] = (struct run){0, request->bytes, false};
+            runs[0] = (struct run){0, (uint32_t)request->bytes, false};
             count = 1;
         }
     }
@@ -286,12 +307,24 @@ void nbd_reply_data(struct nbd_request *request, const void *data, bool may_spli
 
 void nbd_reply_status_chunk(const struct nbd_request *request, void *to, uint32_t context, unsigned count, bool last)
 {
-    struct nbd_chunk_status *chunk = to;
-    uint32_t bytes = count * (uint32_t)sizeof(struct nbd_status_extent);
+    if (is_extended(request)) {
+        struct nbd_body_extended_status *body =
+            chunk_begin(to, request, NBD_CHUNK_BLOCK_STATUS_EXT, last,
+                        sizeof(*body) + count * sizeof(struct nbd_extended_status_extent));
 
-    batch_chunk(&chunk->chunk, request, NBD_CHUNK_BLOCK_STATUS, last,
-                (uint32_t)sizeof(*chunk) - (uint32_t)sizeof(chunk->chunk) + bytes);
-    chunk->context = htobe32(context);
+        *body = (struct nbd_body_extended_status){htobe32(context), htobe32(count)};
+    } else {
+        struct nbd_body_status *body = chunk_begin(to, request, NBD_CHUNK_BLOCK_STATUS, last,
+                                                   sizeof(*body) + count * sizeof(struct nbd_status_extent));
+
+        body->context = htobe32(context);
+    }
+}
+
+size_t nbd_reply_status_head(const struct nbd_request *request)
+{
+    return chunk_head_bytes(request) +
+           (is_extended(request) ? sizeof(struct nbd_body_extended_status) : sizeof(struct nbd_body_status));
 }
 
 void nbd_reply_status(struct nbd_request *request, const void *chunks, size_t bytes)

@@ -49,13 +49,14 @@ void nbd_sender_flush(struct nbd_session *session);
 void nbd_reply_simple(struct nbd_request *request, int error, const void *payload, size_t bytes);
 /* `message` is a static string or NULL. */
 void nbd_reply_error(struct nbd_request *request, int error, const char *message);
-/* NBD_CMD_READ with structured replies: `data` may be split into data and holes. */
+/* NBD_CMD_READ with structured or extended replies: `data` may be split into data and holes. */
 void nbd_reply_data(struct nbd_request *request, const void *data, bool may_split);
 /* Block status: `chunks` were made one behind the other by nbd_reply_status_chunk(), `bytes` in all. */
 void nbd_reply_status(struct nbd_request *request, const void *chunks, size_t bytes);
-/* Writes the head of a chunk with `count` extents of a context to `to`, which has room for struct nbd_chunk_status;
- * they follow, big-endian. `last`: no chunk follows. */
+/* Writes the head of a chunk with `count` extents of a context to `to`; they follow, big-endian. `last`: no chunk
+ * follows. The head has nbd_reply_status_head() bytes. */
 void nbd_reply_status_chunk(const struct nbd_request *request, void *to, uint32_t context, unsigned count, bool last);
+size_t nbd_reply_status_head(const struct nbd_request *request);
 /* A request that succeeded and has nothing to say. */
 void nbd_reply_done(struct nbd_request *request);
 

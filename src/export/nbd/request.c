@@ -14,6 +14,7 @@
 #include "export/nbd/session.h"
 #include <errno.h>
 #include <glib.h>
+#include <string.h>
 
 /* Extents in one block status reply, of all contexts. */
 #define STATUS_EXTENTS_MAX 2048
@@ -104,7 +105,7 @@ static void coroutine_fn run_read(struct nbd_request *request)
     }
     if (r < 0) {
         nbd_reply_error(request, r, NULL);
-    } else if (config->structured) {
+    } else if (config->style >= NBD_STRUCTURED) {
         nbd_reply_data(request, request->memory, !(request->flags & NBD_CMD_FLAG_DF));
     } else {
         nbd_reply_simple(request, 0, request->memory, request->bytes);
@@ -138,11 +139,11 @@ static void coroutine_fn run_trim(struct nbd_request *request)
 
 static void coroutine_fn run_cache(struct nbd_request *request)
 {
-    uint32_t bytes = (uint32_t)min_u64(request->bytes, CACHE_MAX);
+    uint64_t bytes = min_u64(request->bytes, CACHE_MAX);
     size_t piece = min_u64(bytes, CACHE_PIECE);
     int r = request_take_memory(request, piece);
 
-    for (uint32_t done = 0; r == 0 && done < bytes; done += piece) {
+    for (uint64_t done = 0; r == 0 && done < bytes; done += piece) {
         struct iovec iov = {request->memory, min_u64(piece, bytes - done)};
 
         r = backend_read(request->session->config.backend, request->offset + done, iov.iov_len, buffers_one(&iov), 0);
@@ -165,46 +166,100 @@ static void coroutine_fn run_write_zeroes(struct nbd_request *request)
                    backend_write_zeroes(request->session->config.backend, request->offset, request->bytes, flags));
 }
 
-/* All chosen contexts, a chunk each; returns how many bytes, or a negative errno. */
-static ssize_t coroutine_fn status_chunks(struct nbd_request *request, uint8_t *out, unsigned contexts, unsigned max)
+/* Which contexts the request asks for: all that were negotiated or, with a payload, those that it names, and its range.
+ * 0, or a negative errno with a message. */
+static int take_status_payload(struct nbd_request *request, struct nbd_choice *ret, const char **ret_message)
 {
     const struct nbd_session_config *config = &request->session->config;
+    const uint8_t *at = request->payload.iov_base;
+    const uint8_t *end = at + request->payload.iov_len;
+    struct nbd_status_payload head;
+
+    *ret = config->choice;
+    if (!at) {
+        return 0;
+    }
+    *ret = (struct nbd_choice){0};
+    *ret_message = "a payload that does not name contexts, each once, of those that were negotiated";
+    if ((size_t)(end - at) <= sizeof(head) || (size_t)(end - at) % sizeof(uint32_t)) {
+        return -EINVAL;
+    }
+    memcpy(&head, at, sizeof(head));
+    request->bytes = be64toh(head.bytes);
+    for (at += sizeof(head); at < end; at += sizeof(uint32_t)) {
+        uint32_t id;
+
+        memcpy(&id, at, sizeof(id));
+        if (!nbd_contexts_choose_id(config->contexts, &config->choice, be32toh(id), ret)) {
+            return -EINVAL;
+        }
+    }
+    return 0;
+}
+
+/* All chosen contexts, a chunk each; returns how many bytes, or a negative errno. */
+static ssize_t coroutine_fn status_chunks(struct nbd_request *request, const struct nbd_choice *choice, uint8_t *out,
+                                          unsigned max)
+{
+    const struct nbd_session_config *config = &request->session->config;
+    bool extended = config->style >= NBD_EXTENDED;
+    size_t extent_bytes = extended ? sizeof(struct nbd_extended_status_extent) : sizeof(struct nbd_status_extent);
+    unsigned left = nbd_choice_count(choice);
     uint8_t *to = out;
 
-    for (unsigned i = 0; i < config->contexts->count; i++) {
-        if (nbd_choice_has(&config->choice, i)) {
+    for (unsigned i = 0; left; i++) {
+        if (nbd_choice_has(choice, i)) {
             const struct nbd_context *context = &config->contexts->items[i];
-            struct nbd_status_extent *extents = (void *)(to + sizeof(struct nbd_chunk_status));
-            int r = nbd_context_status(context, config->backend, request->offset, request->bytes, extents, max);
+            uint8_t *extents = to + nbd_reply_status_head(request);
+            int r =
+                nbd_context_status(context, config->backend, request->offset, request->bytes, extended, extents, max);
 
             if (r < 0) {
                 return r;
             }
-            nbd_reply_status_chunk(request, to, context->id, (unsigned)r, --contexts == 0);
-            to = (uint8_t *)(extents + r);
+            nbd_reply_status_chunk(request, to, context->id, (unsigned)r, --left == 0);
+            to = extents + (unsigned)r * extent_bytes;
         }
     }
     return to - out;
 }
 
+static int check_range(const struct nbd_request *request, int beyond_end, const char **ret_message)
+{
+    uint64_t size = atomic_load_explicit(request->session->config.size, memory_order_acquire);
+
+    if (request->offset > size || request->bytes > size - request->offset) {
+        *ret_message = "beyond the end of the export";
+        return beyond_end;
+    }
+    return 0;
+}
+
 static void coroutine_fn run_block_status(struct nbd_request *request)
 {
-    unsigned contexts = nbd_choice_count(&request->session->config.choice);
-    ssize_t r;
+    struct nbd_choice choice;
+    const char *message = NULL;
+    int checked = take_status_payload(request, &choice, &message);
+    unsigned contexts = nbd_choice_count(&choice);
 
-    if (!contexts) {
-        nbd_reply_error(request, -EINVAL, "no metadata context was negotiated");
-        return;
+    if (checked == 0) {
+        checked = check_range(request, -EINVAL, &message);
     }
-    if (!request->bytes) {
-        nbd_reply_error(request, -EINVAL, "block status of no bytes");
+    if (checked == 0 && (!contexts || !request->bytes)) {
+        checked = -EINVAL;
+        message = contexts ? "block status of no bytes" : "no metadata context was negotiated";
+    }
+    request_drop_memory(request);
+    if (checked < 0) {
+        nbd_reply_error(request, checked, message);
         return;
     }
     unsigned max = request->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : MAX(STATUS_EXTENTS_MAX / contexts, 16);
-    r = request_take_memory(request,
-                            contexts * (sizeof(struct nbd_chunk_status) + max * sizeof(struct nbd_status_extent)));
+    ssize_t r = request_take_memory(
+        request, contexts * (nbd_reply_status_head(request) + max * sizeof(struct nbd_extended_status_extent)));
+
     if (r == 0) {
-        r = status_chunks(request, request->memory, contexts, max);
+        r = status_chunks(request, &choice, request->memory, max);
     }
     if (r < 0) {
         nbd_reply_error(request, (int)r, NULL);
@@ -214,19 +269,28 @@ static void coroutine_fn run_block_status(struct nbd_request *request)
 }
 
 #define FUA NBD_CMD_FLAG_FUA
+#define PAYLOAD NBD_CMD_FLAG_PAYLOAD_LEN
 static const struct command commands[NBD_CMD_COUNT] = {
     [NBD_CMD_READ] = {"read", run_read, FUA | NBD_CMD_FLAG_DF, .has_range = true, .beyond_end = -EINVAL,
                       .bytes_max = NBD_PAYLOAD_MAX},
-    [NBD_CMD_WRITE] = {"write", run_write, FUA, .writes = true, .has_range = true, .beyond_end = -ENOSPC,
+    [NBD_CMD_WRITE] = {"write", run_write, FUA | PAYLOAD, .writes = true, .has_range = true, .beyond_end = -ENOSPC,
                        .bytes_max = NBD_PAYLOAD_MAX},
     [NBD_CMD_FLUSH] = {"flush", run_flush, FUA},
     [NBD_CMD_TRIM] = {"trim", run_trim, FUA, .writes = true, .has_range = true, .beyond_end = -EINVAL},
     [NBD_CMD_CACHE] = {"cache", run_cache, FUA, .has_range = true, .beyond_end = -EINVAL},
     [NBD_CMD_WRITE_ZEROES] = {"write-zeroes", run_write_zeroes, FUA | NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
                               .writes = true, .has_range = true, .beyond_end = -ENOSPC},
-    [NBD_CMD_BLOCK_STATUS] = {"block-status", run_block_status, FUA | NBD_CMD_FLAG_REQ_ONE, .has_range = true,
+    [NBD_CMD_BLOCK_STATUS] = {"block-status", run_block_status, FUA | PAYLOAD | NBD_CMD_FLAG_REQ_ONE, .has_range = true,
                               .beyond_end = -EINVAL},
 };
+
+/* Flags that mean nothing to a client that has not negotiated them. */
+static const uint16_t illegal_flags[] = {
+    [NBD_SIMPLE] = NBD_CMD_FLAG_DF | PAYLOAD,
+    [NBD_STRUCTURED] = PAYLOAD,
+    [NBD_EXTENDED] = 0,
+};
+#undef PAYLOAD
 #undef FUA
 
 /* 0, or a negative errno and (maybe) a message. */
@@ -234,14 +298,12 @@ static int request_check(const struct nbd_request *request, const char **ret_mes
 {
     const struct nbd_session_config *config = &request->session->config;
     const struct command *command = request->type < NBD_CMD_COUNT ? &commands[request->type] : NULL;
-    uint16_t legal;
 
     if (!command || !command->run) {
         *ret_message = "unknown command";
         return -EINVAL;
     }
-    legal = config->structured ? command->flags : command->flags & (uint16_t)~NBD_CMD_FLAG_DF;
-    if (request->flags & ~legal) {
+    if (request->flags & (uint16_t)(~command->flags | illegal_flags[config->style])) {
         *ret_message = "a flag that is unknown or not for this command";
         return -EINVAL;
     }
@@ -257,12 +319,7 @@ static int request_check(const struct nbd_request *request, const char **ret_mes
         *ret_message = "longer than the maximum payload of 32 MiB";
         return -EINVAL;
     }
-    uint64_t size = atomic_load_explicit(config->size, memory_order_acquire);
-    if (request->offset > size || request->bytes > size - request->offset) {
-        *ret_message = "beyond the end of the export";
-        return command->beyond_end;
-    }
-    return 0;
+    return check_range(request, command->beyond_end, ret_message);
 }
 
 void nbd_request_run(void *argument)

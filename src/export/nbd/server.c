@@ -108,7 +108,7 @@ static void client_transmit_run(void *argument)
         .connection = client->connection,
         .backend = export->backend,
         .pool = client->pool->pool,
-        .structured = client->structured,
+        .style = client->style,
         .contexts = &client->chosen->contexts,
         .choice = client->choice,
         .read_only = !export->writable,
@@ -195,13 +195,14 @@ uint64_t nbd_export_size(const struct nbd_export *of)
     return atomic_load(&of->export->size);
 }
 
-uint16_t nbd_export_flags(const struct nbd_export *of, bool structured)
+uint16_t nbd_export_flags(const struct nbd_export *of, enum nbd_style style, bool contexts)
 {
     /* Every client goes through one backend: what one has flushed is stable, and what one wrote all of them read. */
     uint16_t flags =
         NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE;
 
-    flags |= structured ? NBD_FLAG_SEND_DF : 0;
+    flags |= style >= NBD_STRUCTURED ? NBD_FLAG_SEND_DF : 0;
+    flags |= style >= NBD_EXTENDED && contexts ? NBD_FLAG_BLOCK_STATUS_PAYLOAD : 0;
     flags |= of->export->writable ? NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
                                   : NBD_FLAG_READ_ONLY;
     return flags;

@@ -60,7 +60,7 @@ struct nbd_client {
     struct loop_task gone;
     struct nbd_loop_pool *pool;
     struct nbd_export *chosen; /* referenced; NULL until chosen */
-    bool structured;           /* negotiated */
+    enum nbd_style style;      /* negotiated */
     struct nbd_choice choice;  /* contexts of `chosen` */
 };
 
@@ -72,7 +72,8 @@ struct nbd_export *nbd_server_find(struct nbd_server *server, const char *name, 
 void nbd_client_choose(struct nbd_client *client, struct nbd_export *chosen);
 
 uint64_t nbd_export_size(const struct nbd_export *of);
-uint16_t nbd_export_flags(const struct nbd_export *of, bool structured);
+/* Transmission flags; `contexts`: the client has chosen some of them. */
+uint16_t nbd_export_flags(const struct nbd_export *of, enum nbd_style style, bool contexts);
 
 /* handshake.c: negotiates until the transmission phase begins (0: client->chosen is set) or the client is to be
  * dropped (negative errno). */

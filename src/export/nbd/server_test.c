@@ -12,19 +12,20 @@
  *   hi, hi=N          the client's flags (3 if not said)
  *   opt=N             an option without data     opt=N,BYTES  its header alone
  *   str=TEXT          a 32-bit length and the text    text=TEXT  the text alone
- *   u16=N u32=N       numbers                    zero=N     N bytes of 0
+ *   u16=N u32=N u64=N numbers                    zero=N     N bytes of 0
  *   magic             a wrong magic number of 8 bytes
  *   go=NAME           NBD_OPT_GO for the export, no info requests
- *   sr                NBD_OPT_STRUCTURED_REPLY
+ *   sr                NBD_OPT_STRUCTURED_REPLY              xh         NBD_OPT_EXTENDED_HEADERS
  *   ctx=NAME          NBD_OPT_SET_META_CONTEXT base:allocation for the export
  *   req=TYPE,FLAGS,OFFSET,LENGTH   a request (its payload follows as zero=N); cookies count from 1
+ *   xreq=TYPE,FLAGS,OFFSET,LENGTH  the same with an extended header (flag 32: the length is the payload's)
  * What it hears: words.
  *   hello             the greeting
  *   ack:N server:NAME info:TYPE ctx:NAME err:N   option replies (N: option or error number)
  *   name:SIZE         the reply to NBD_OPT_EXPORT_NAME
  *   ok                a simple reply without error (with its payload, if the request was a read)
  *   no:ERROR          a simple reply with an error
- *   data:N hole:N none status:FLAGS=N,... error:N   chunks; a '+' behind: more will follow
+ *   data:N hole:N none status:FLAGS=N,... error:N   chunks; a '+' behind: more will follow; an 'x' before: extended
  * The server then closes the connection.
  */
 struct scenario {
@@ -35,6 +36,9 @@ struct scenario {
 #define B_SET "ctx:qemu:dirty-bitmap:b ack:10 "
 #define GO "hello info:3 info:0 ack:7 "
 #define GO_STRUCTURED "hello ack:8 info:3 info:0 ack:7 "
+#define GO_EXTENDED "hello ack:11 info:3 info:0 ack:7 "
+#define SET_THREE "hi xh opt=10,77 str=bm u32=3 str=qemu:dirty-bitmap:b str=base:allocation str=qemu:allocation-depth "
+#define THREE_SET "ctx:base:allocation ctx:qemu:allocation-depth ctx:qemu:dirty-bitmap:b ack:10 "
 static const struct scenario scenarios[] = {
     {"nothing", "", "hello"},
     {"half a flag", "u16=0", "hello"},
@@ -48,7 +52,11 @@ static const struct scenario scenarios[] = {
     {"list with data", "hi opt=3,4 u32=0 opt=2", "hello err:3 ack:2"},
     {"unknown option", "hi opt=99,5 zero=5 opt=2", "hello err:1 ack:2"},
     {"starttls", "hi opt=5 opt=2", "hello err:2 ack:2"},
-    {"extended headers", "hi opt=11 opt=2", "hello err:1 ack:2"},
+    {"extended headers", "hi xh opt=2", "hello ack:11 ack:2"},
+    {"extended headers with data", "hi opt=11,4 u32=0 opt=2", "hello err:3 ack:2"},
+    {"extended headers twice", "hi xh xh opt=2", "hello ack:11 err:3 ack:2"},
+    {"extended after structured, then structured", "hi sr xh sr opt=2", "hello ack:8 ack:11 err:10 ack:2"},
+    {"extended headers, export name", "hi xh opt=1,2 text=n0", "hello ack:11"},
     {"option too long to look at", "hi opt=7,70000 zero=70000 opt=2", "hello err:9 ack:2"},
     {"option too long to skip", "hi opt=99,4294967295 zero=100", "hello"},
     {"go", "hi go=n0", GO},
@@ -151,6 +159,55 @@ static const struct scenario scenarios[] = {
     {"structured, errors", "hi sr go=n0 req=0,0,1,1048576 req=1,0,1,1048576 zero=1048576 req=9,0,0,0",
      GO_STRUCTURED "error:22 error:28 error:22"},
     {"structured, write, flush", "hi sr go=n0 req=1,0,0,512 zero=512 req=3,0,0,0", GO_STRUCTURED "ok ok"},
+    {"the flag for payloads without extended headers", "hi sr go=n0 req=1,32,0,512 zero=512 req=0,32,0,512",
+     GO_STRUCTURED "error:22 error:22"},
+
+    {"extended, read", "hi xh go=n0 xreq=0,0,4096,4096 xreq=0,4,0,65536 xreq=0,0,7,0 xreq=0,0,0,1048576",
+     GO_EXTENDED "xdata:4096 xdata:65536 xnone xhole:1048576"},
+    {"extended, write, flush, trim, zeroes, cache",
+     "hi xh go=n0 xreq=1,33,512,512 zero=512 xreq=1,32,0,300000 zero=300000 xreq=3,0,0,0 xreq=4,0,0,1048576 "
+     "xreq=6,0,1,2 xreq=5,0,3,4 xreq=1,32,0,0",
+     GO_EXTENDED "xnone xnone xnone xnone xnone xnone xnone"},
+    {"extended, lengths of 64 bits",
+     "hi xh go=n0 xreq=0,0,0,4294967296 xreq=4,0,0,4294967297 xreq=6,0,0,18446744073709551615 "
+     "xreq=6,0,18446744073709551615,18446744073709551615 xreq=5,0,1,4294967296 xreq=7,0,0,4294967297",
+     GO_EXTENDED "xerror:22 xerror:22 xerror:28 xerror:28 xerror:22 xerror:22"},
+    {"extended, write without the flag",
+     "hi xh go=n0 xreq=1,0,0,512 zero=512 xreq=1,1,0,70000 zero=70000 xreq=3,0,0,0 xreq=1,0,0,4294967296 zero=9 "
+     "xreq=3,0,0,0",
+     GO_EXTENDED "xnone xnone xnone xerror:22"},
+    {"extended, payloads that nobody wants",
+     "hi xh go=n0 xreq=0,32,0,100 zero=100 xreq=3,32,0,70000 zero=70000 xreq=4,32,0,1 zero=1 xreq=99,32,0,9 zero=9 "
+     "xreq=7,32,0,5000 zero=5000 xreq=3,32,0,0 xreq=3,0,0,0",
+     GO_EXTENDED "xerror:22 xerror:22 xerror:22 xerror:22 xerror:22 xerror:22 xnone"},
+    {"extended, write above the maximum", "hi xh go=n0 xreq=1,32,0,33554433 zero=9 xreq=3,0,0,0",
+     GO_EXTENDED "xerror:22"},
+    {"extended, endless payload", "hi xh go=n0 xreq=4,32,0,18446744073709551615 zero=9", GO_EXTENDED "xerror:22"},
+    {"extended, payload cut", "hi xh go=n0 xreq=3,0,0,0 xreq=5,32,0,70000 zero=69999", GO_EXTENDED "xnone"},
+    {"extended, a compact request", "hi xh go=n0 xreq=3,0,0,0 req=3,0,0,0 zero=100", GO_EXTENDED "xnone"},
+    {"an extended request, not negotiated", "hi go=n0 xreq=3,0,0,0", GO},
+    {"extended, disconnect", "hi xh go=n0 xreq=2,0,0,0 xreq=3,0,0,0", GO_EXTENDED},
+    {"extended, write beyond the end", "hi xh go=n0 xreq=1,32,1048575,2 zero=2 xreq=0,0,1048575,1",
+     GO_EXTENDED "xerror:28 xdata:1"},
+    {"extended, read-only", "hi xh go=ro xreq=1,32,0,2 zero=2 xreq=6,0,0,1", GO_EXTENDED "xerror:1 xerror:1"},
+    {"extended, block status", "hi xh ctx=n0 go=n0 xreq=7,0,0,1048576 xreq=7,0,0,0 xreq=7,0,1,1048576",
+     "hello ack:11 ctx:base:allocation ack:10 info:3 info:0 ack:7 xstatus:3=1048576 xerror:22 xerror:22"},
+    {"extended, a bitmap", "hi xh " SET_B "go=bm xreq=7,0,0,1048576 xreq=7,8,0,1048576",
+     "hello ack:11 " B_SET "info:3 info:0 ack:7 xstatus:1=65536,0=458752,1=131072,0=393216 xstatus:1=65536"},
+    {"extended, block status of contexts by number",
+     SET_THREE "go=bm xreq=7,32,0,16 u64=131072 u32=3 u32=1 "
+               "xreq=7,40,0,12 u64=131072 u32=2 xreq=7,0,0,131072",
+     "hello ack:11 " THREE_SET "info:3 info:0 ack:7 xstatus:3=131072+ xstatus:1=65536,0=65536 xstatus:1=131072 "
+     "xstatus:3=131072+ xstatus:1=131072+ xstatus:1=65536,0=65536"},
+    {"extended, block status of wrong contexts",
+     SET_THREE "go=bm xreq=7,32,0,8 u64=512 xreq=7,32,0,4 zero=4 xreq=7,32,0,11 zero=11 xreq=7,32,0,14 zero=14 "
+               "xreq=7,32,0,12 u64=512 u32=0 xreq=7,32,0,12 u64=512 u32=4 xreq=7,32,0,12 u64=512 u32=4294967295 "
+               "xreq=7,32,0,16 u64=512 u32=1 u32=1 xreq=7,32,0,12 u64=1048577 u32=1 xreq=7,32,0,12 u64=0 u32=1 "
+               "xreq=7,32,0,12 u64=18446744073709551615 u32=1 xreq=7,32,0,524 zero=524 xreq=3,0,0,0",
+     "hello ack:11 " THREE_SET "info:3 info:0 ack:7 xerror:22 xerror:22 xerror:22 xerror:22 xerror:22 xerror:22 "
+     "xerror:22 xerror:22 xerror:22 xerror:22 xerror:22 xerror:22 xnone"},
+    {"extended, block status with a payload, no context chosen", "hi xh go=bm xreq=7,32,0,12 u64=512 u32=1",
+     GO_EXTENDED "xerror:22"},
 };
 
 /* ---- what is sent ---- */
@@ -170,6 +227,13 @@ static void put_u32(GByteArray *out, uint64_t value)
 static void put_u16(GByteArray *out, uint64_t value)
 {
     uint16_t number = htobe16((uint16_t)value);
+
+    put(out, &number, sizeof(number));
+}
+
+static void put_u64(GByteArray *out, uint64_t value)
+{
+    uint64_t number = htobe64(value);
 
     put(out, &number, sizeof(number));
 }
@@ -207,6 +271,18 @@ static void put_request(GByteArray *out, char **numbers, uint64_t *cookie)
     put(out, &header, sizeof(header));
 }
 
+static void put_extended_request(GByteArray *out, char **numbers, uint64_t *cookie)
+{
+    struct nbd_extended_request_header header = {htobe32(NBD_EXTENDED_REQUEST_MAGIC),
+                                                 htobe16((uint16_t)g_ascii_strtoull(numbers[1], NULL, 10)),
+                                                 htobe16((uint16_t)g_ascii_strtoull(numbers[0], NULL, 10)),
+                                                 htobe64(++*cookie),
+                                                 htobe64(g_ascii_strtoull(numbers[2], NULL, 10)),
+                                                 htobe64(g_ascii_strtoull(numbers[3], NULL, 10))};
+
+    put(out, &header, sizeof(header));
+}
+
 static void put_word(GByteArray *out, const char *word, uint64_t *cookie)
 {
     g_auto(GStrv) parts = g_strsplit(word, "=", 2);
@@ -226,6 +302,8 @@ static void put_word(GByteArray *out, const char *word, uint64_t *cookie)
         put_u16(out, first);
     } else if (!strcmp(parts[0], "u32")) {
         put_u32(out, first);
+    } else if (!strcmp(parts[0], "u64")) {
+        put_u64(out, first);
     } else if (!strcmp(parts[0], "zero")) {
         put_zeroes(out, first);
     } else if (!strcmp(parts[0], "magic")) {
@@ -236,6 +314,10 @@ static void put_word(GByteArray *out, const char *word, uint64_t *cookie)
         put_u16(out, 0);
     } else if (!strcmp(parts[0], "sr")) {
         put_option(out, NBD_OPT_STRUCTURED_REPLY, 0);
+    } else if (!strcmp(parts[0], "xh")) {
+        put_option(out, NBD_OPT_EXTENDED_HEADERS, 0);
+    } else if (!strcmp(parts[0], "xreq")) {
+        put_extended_request(out, numbers, cookie);
     } else if (!strcmp(parts[0], "ctx")) {
         put_option(out, NBD_OPT_SET_META_CONTEXT, strlen(value) + 12 + strlen(NBD_CONTEXT_ALLOCATION));
         put_string(out, value);
@@ -313,15 +395,21 @@ static void hear_export_name(struct heard *heard)
     heard->transmission = true;
 }
 
-/* How long a read is that got this cookie. */
-static size_t read_length(const struct scenario *scenario, uint64_t cookie)
+/* The numbers of the request that got this cookie. */
+static char **request_numbers(const struct scenario *scenario, uint64_t cookie)
 {
     const char *request = scenario->sends;
 
     for (uint64_t i = 0; i < cookie; i++) {
         request = strstr(request, "req=") + 4;
     }
-    g_auto(GStrv) numbers = g_strsplit(request, ",", 4);
+    return g_strsplit(request, ",", 4);
+}
+
+/* How long a read is that got this cookie. */
+static size_t read_length(const struct scenario *scenario, uint64_t cookie)
+{
+    g_auto(GStrv) numbers = request_numbers(scenario, cookie);
 
     return strcmp(numbers[0], "0") ? 0 : g_ascii_strtoull(numbers[3], NULL, 10);
 }
@@ -338,10 +426,27 @@ static void hear_simple(struct heard *heard)
     }
 }
 
+static void hear_extended_status(struct heard *heard, const uint8_t *data, size_t bytes)
+{
+    struct nbd_body_extended_status body;
+
+    g_assert_cmpuint(bytes, >=, sizeof(body) + sizeof(struct nbd_extended_status_extent));
+    memcpy(&body, data, sizeof(body));
+    g_assert_cmpuint(bytes, ==, sizeof(body) + be32toh(body.count) * sizeof(struct nbd_extended_status_extent));
+    g_string_append(heard->words, "status:");
+    for (size_t at = sizeof(body); at < bytes; at += sizeof(struct nbd_extended_status_extent)) {
+        struct nbd_extended_status_extent extent;
+
+        memcpy(&extent, data + at, sizeof(extent));
+        g_string_append_printf(heard->words, "%s%" G_GUINT64_FORMAT "=%" G_GUINT64_FORMAT, at > sizeof(body) ? "," : "",
+                               be64toh(extent.flags), be64toh(extent.bytes));
+    }
+}
+
 static void hear_status(struct heard *heard, const uint8_t *data, size_t bytes)
 {
     g_assert_true(bytes >= 12 && bytes % 8 == 4);
-    g_string_append(heard->words, " status:");
+    g_string_append(heard->words, "status:");
     for (size_t at = 4; at < bytes; at += 8) {
         struct nbd_status_extent extent;
 
@@ -351,35 +456,58 @@ static void hear_status(struct heard *heard, const uint8_t *data, size_t bytes)
     }
 }
 
-static void hear_chunk(struct heard *heard)
+static void hear_body(struct heard *heard, uint16_t type, uint16_t flags, size_t bytes)
 {
-    const struct nbd_chunk *chunk = hear(heard, sizeof(*chunk));
-    size_t bytes = be32toh(chunk->bytes);
     const uint8_t *data = hear(heard, bytes);
     uint32_t number;
 
-    switch (be16toh(chunk->type)) {
+    switch (type) {
     case NBD_CHUNK_NONE:
-        g_string_append(heard->words, " none");
+        g_assert_cmpuint(bytes, ==, 0);
+        g_string_append(heard->words, "none");
         break;
     case NBD_CHUNK_OFFSET_DATA:
-        g_string_append_printf(heard->words, " data:%zu", bytes - 8);
+        g_string_append_printf(heard->words, "data:%zu", bytes - 8);
         break;
     case NBD_CHUNK_OFFSET_HOLE:
+        g_assert_cmpuint(bytes, ==, sizeof(struct nbd_body_hole));
         memcpy(&number, data + 8, sizeof(number));
-        g_string_append_printf(heard->words, " hole:%u", be32toh(number));
+        g_string_append_printf(heard->words, "hole:%u", be32toh(number));
         break;
     case NBD_CHUNK_BLOCK_STATUS:
         hear_status(heard, data, bytes);
         break;
+    case NBD_CHUNK_BLOCK_STATUS_EXT:
+        hear_extended_status(heard, data, bytes);
+        break;
     default:
-        g_assert_cmphex(be16toh(chunk->type), ==, NBD_CHUNK_ERROR);
+        g_assert_cmphex(type, ==, NBD_CHUNK_ERROR);
         memcpy(&number, data, sizeof(number));
-        g_string_append_printf(heard->words, " error:%u", be32toh(number));
+        g_string_append_printf(heard->words, "error:%u", be32toh(number));
     }
-    if (!(be16toh(chunk->flags) & NBD_CHUNK_DONE)) {
+    if (!(flags & NBD_CHUNK_DONE)) {
         g_string_append_c(heard->words, '+');
     }
+}
+
+static void hear_chunk(struct heard *heard)
+{
+    const struct nbd_chunk *chunk = hear(heard, sizeof(*chunk));
+
+    g_assert_cmphex(be16toh(chunk->type), !=, NBD_CHUNK_BLOCK_STATUS_EXT);
+    g_string_append_c(heard->words, ' ');
+    hear_body(heard, be16toh(chunk->type), be16toh(chunk->flags), be32toh(chunk->bytes));
+}
+
+static void hear_extended_chunk(struct heard *heard)
+{
+    const struct nbd_extended_chunk *chunk = hear(heard, sizeof(*chunk));
+    g_auto(GStrv) numbers = request_numbers(heard->scenario, be64toh(chunk->cookie));
+
+    g_assert_cmphex(be16toh(chunk->type), !=, NBD_CHUNK_BLOCK_STATUS);
+    g_assert_cmphex(be64toh(chunk->offset), ==, g_ascii_strtoull(numbers[2], NULL, 10));
+    g_string_append(heard->words, " x");
+    hear_body(heard, be16toh(chunk->type), be16toh(chunk->flags), be64toh(chunk->bytes));
 }
 
 static char *words_of(const struct scenario *scenario, const GByteArray *answer)
@@ -400,6 +528,8 @@ static char *words_of(const struct scenario *scenario, const GByteArray *answer)
             hear_export_name(&heard);
         } else if (be32toh(short_magic) == NBD_SIMPLE_REPLY_MAGIC) {
             hear_simple(&heard);
+        } else if (be32toh(short_magic) == NBD_EXTENDED_CHUNK_MAGIC) {
+            hear_extended_chunk(&heard);
         } else {
             g_assert_cmphex(be32toh(short_magic), ==, NBD_CHUNK_MAGIC);
             hear_chunk(&heard);
@@ -477,7 +607,8 @@ static void test_prefixes(void)
 {
     static const char *const conversations[] = {
         "hi sr ctx=n0 opt=6,8 str=n0 u16=0 go=n0 req=0,0,0,512 req=1,0,0,64 zero=64 req=7,0,0,512 req=2,0,0,0",
-        "hi sr opt=9,19 str=bm u32=1 str=qemu: " SET_B "go=bm req=7,0,0,1048576 req=2,0,0,0"};
+        "hi sr opt=9,19 str=bm u32=1 str=qemu: " SET_B "go=bm req=7,0,0,1048576 req=2,0,0,0",
+        "hi xh " SET_B "go=bm xreq=1,32,0,64 zero=64 xreq=7,32,0,12 u64=512 u32=3 xreq=0,0,0,64"};
     struct bed bed;
 
     bed_start(&bed, false);

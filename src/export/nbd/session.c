@@ -5,8 +5,8 @@
  * 1. everything of a session happens on one loop; nothing in it is locked;
  * 2. a request counts as in flight from its header until its reply was sent; when the limits are reached nothing more
  *    is received, so a client that does not read its replies stops itself;
- * 3. [at, end) of the arena is what was received and not yet parsed; a write's payload is used where it lies if it
- *    came whole with its header, and goes straight into its own memory if it is big;
+ * 3. [at, end) of the arena is what was received and not yet parsed; a payload is used where it lies if it came whole
+ *    with its header, and goes straight into its own memory if it is big;
  * 4. the session ends when nothing is received any more and nothing is in flight: nobody is cancelled.
  * Anything that cannot be a request (a wrong magic number, a payload above the limit) ends the connection, since
  * where the next request begins is unknown. It does not know what requests do (request.c) nor how replies go out
@@ -22,10 +22,75 @@
 
 /* Payloads of this size and above that did not come whole are received into memory of their own. */
 #define PAYLOAD_BIG (32 * KiB)
+/* The longest payload of a request for block status that can be right: each context once. */
+#define STATUS_PAYLOAD_MAX (sizeof(struct nbd_status_payload) + NBD_CONTEXTS_MAX * sizeof(uint32_t))
 /* An arena with less room than this behind `end` is not received into while writes still use it. */
 #define ARENA_ROOM_MIN (64 * KiB)
 
-static struct nbd_request *session_begin_request(struct nbd_session *session, const struct nbd_request_header *header)
+/* A request's header, taken apart. */
+struct header {
+    uint64_t cookie, offset;
+    uint64_t bytes;   /* what it is about */
+    uint64_t payload; /* what follows the header */
+    uint16_t flags, type;
+    int error; /* it is not as it must be: what it is answered with */
+};
+
+static inline size_t header_bytes(const struct nbd_session *session)
+{
+    return session->config.style >= NBD_EXTENDED ? sizeof(struct nbd_extended_request_header)
+                                                 : sizeof(struct nbd_request_header);
+}
+
+/* An extended header's length is the payload's or the range's, as a flag says. A write has a payload with or without:
+ * the protocol wants the flag there, but the peer's client (10.0) does not set it. */
+static void header_take_length(struct header *header, uint64_t length)
+{
+    bool writes = header->type == NBD_CMD_WRITE;
+    bool has_payload = writes || header->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
+
+    header->payload = has_payload ? length : 0;
+    header->bytes = has_payload && !writes ? 0 : length;
+    if (has_payload && !writes && (header->type != NBD_CMD_BLOCK_STATUS || length > STATUS_PAYLOAD_MAX)) {
+        header->error = -EINVAL;
+    }
+}
+
+/* False: it cannot be a header. */
+static inline bool header_parse(const struct nbd_session *session, struct header *ret)
+{
+    const uint8_t *at = session->arena->bytes + session->at;
+
+    if (session->config.style >= NBD_EXTENDED) {
+        const struct nbd_extended_request_header *wire = (const void *)at;
+
+        *ret = (struct header){.cookie = be64toh(wire->cookie),
+                               .offset = be64toh(wire->offset),
+                               .flags = be16toh(wire->flags),
+                               .type = be16toh(wire->type)};
+        header_take_length(ret, be64toh(wire->bytes));
+        return wire->magic == htobe32(NBD_EXTENDED_REQUEST_MAGIC);
+    }
+    const struct nbd_request_header *wire = (const void *)at;
+    uint32_t bytes = be32toh(wire->bytes);
+
+    *ret = (struct header){.cookie = be64toh(wire->cookie),
+                           .offset = be64toh(wire->offset),
+                           .bytes = bytes,
+                           .payload = wire->type == htobe16(NBD_CMD_WRITE) ? bytes : 0,
+                           .flags = be16toh(wire->flags),
+                           .type = be16toh(wire->type)};
+    return wire->magic == htobe32(NBD_REQUEST_MAGIC);
+}
+
+/* What a request counts against the limit of bytes. */
+static inline size_t header_charge(const struct header *header)
+{
+    return min_u64(header->type == NBD_CMD_READ ? max_u64(header->bytes, header->payload) : header->payload,
+                   NBD_PAYLOAD_MAX);
+}
+
+static struct nbd_request *session_begin_request(struct nbd_session *session, const struct header *header)
 {
     struct nbd_request *request = session->free_requests;
 
@@ -36,15 +101,14 @@ static struct nbd_request *session_begin_request(struct nbd_session *session, co
     }
     *request = (struct nbd_request){
         .session = session,
-        .cookie = be64toh(header->cookie),
-        .offset = be64toh(header->offset),
-        .bytes = be32toh(header->bytes),
-        .flags = be16toh(header->flags),
-        .type = be16toh(header->type),
+        .cookie = header->cookie,
+        .offset = header->offset,
+        .bytes = header->bytes,
+        .flags = header->flags,
+        .type = header->type,
+        .error = header->error,
+        .charged = header_charge(header),
     };
-    if (request->type == NBD_CMD_READ || request->type == NBD_CMD_WRITE) {
-        request->charged = min_u64(request->bytes, NBD_PAYLOAD_MAX);
-    }
     session->in_flight++;
     session->in_flight_bytes += request->charged;
     return request;
@@ -145,47 +209,46 @@ static int coroutine_fn session_skip(struct nbd_session *session, size_t bytes)
     return 0;
 }
 
-/* Receives the payload of a big write into memory of its own; a part may have come with the header. */
-static int coroutine_fn session_receive_payload(struct nbd_session *session, struct nbd_request *request)
+/* Receives a big payload into memory of its own; a part may have come with the header. */
+static int coroutine_fn session_receive_payload(struct nbd_session *session, struct nbd_request *request, size_t bytes)
 {
-    size_t have = MIN(session->end - session->at, request->bytes);
+    size_t have = MIN(session->end - session->at, bytes);
 
-    request->memory = nbd_pool_take(session->config.pool, request->bytes, &request->room);
+    request->memory = nbd_pool_take(session->config.pool, bytes, &request->room);
     if (!request->memory) {
         request->error = -ENOMEM;
-        return session_skip(session, request->bytes);
+        return session_skip(session, bytes);
     }
     memcpy(request->memory, session->arena->bytes + session->at, have);
     session->at += have;
-    request->payload = (struct iovec){request->memory, request->bytes};
-    if (have == request->bytes) {
+    request->payload = (struct iovec){request->memory, bytes};
+    if (have == bytes) {
         return 0;
     }
     if (session->in_flight == session->sender.filling->count + 1) {
         nbd_sender_flush(session);
     }
-    return connection_receive_all(session->config.connection, (uint8_t *)request->memory + have, request->bytes - have);
+    return connection_receive_all(session->config.connection, (uint8_t *)request->memory + have, bytes - have);
 }
 
 /* The header is complete and the payload, if any, is not too long. */
-static int coroutine_fn session_take_request(struct nbd_session *session, const struct nbd_request_header *header)
+static int coroutine_fn session_take_request(struct nbd_session *session, const struct header *header)
 {
     struct nbd_request *request = session_begin_request(session, header);
+    size_t payload = header->payload;
     int r = 0;
 
-    session->at += sizeof(*header);
-    if (request->type == NBD_CMD_WRITE) {
-        session->bulk = request->bytes >= PAYLOAD_BIG;
-        if (session->end - session->at >= request->bytes && request->bytes < PAYLOAD_BIG) {
-            request->payload = (struct iovec){session->arena->bytes + session->at, request->bytes};
-            request->arena = session->arena;
-            request->arena->references++;
-            session->at += request->bytes;
-        } else {
-            r = session_receive_payload(session, request);
-        }
-    } else {
-        session->bulk = false;
+    session->at += header_bytes(session);
+    session->bulk = payload >= PAYLOAD_BIG;
+    if (payload && header->error) {
+        r = session_skip(session, payload);
+    } else if (payload && session->end - session->at >= payload && payload < PAYLOAD_BIG) {
+        request->payload = (struct iovec){session->arena->bytes + session->at, payload};
+        request->arena = session->arena;
+        request->arena->references++;
+        session->at += payload;
+    } else if (payload) {
+        r = session_receive_payload(session, request, payload);
     }
     if (r < 0) {
         /* The stream broke inside the payload. */
@@ -196,44 +259,42 @@ static int coroutine_fn session_take_request(struct nbd_session *session, const 
     return 0;
 }
 
-/* May a request with this much payload be let in now? */
-static bool session_has_room(const struct nbd_session *session, size_t bytes)
+/* May a request that counts so much be let in now? */
+static bool session_has_room(const struct nbd_session *session, size_t charge)
 {
     return !session->in_flight ||
-           (session->in_flight < NBD_IN_FLIGHT_MAX && session->in_flight_bytes + bytes <= NBD_IN_FLIGHT_BYTES_MAX);
+           (session->in_flight < NBD_IN_FLIGHT_MAX && session->in_flight_bytes + charge <= NBD_IN_FLIGHT_BYTES_MAX);
 }
 
 /* Takes one request from the arena, or receives more for it. Negative: no more requests. */
 static int coroutine_fn session_step(struct nbd_session *session)
 {
-    const struct nbd_request_header *header = (const void *)(session->arena->bytes + session->at);
-    size_t have = session->end - session->at;
+    size_t have = session->end - session->at, head = header_bytes(session);
+    struct header header;
 
-    if (have < sizeof(*header)) {
-        return session_receive(session, sizeof(*header));
+    if (have < head) {
+        return session_receive(session, head);
     }
-    if (header->magic != htobe32(NBD_REQUEST_MAGIC)) {
+    if (!header_parse(session, &header)) {
         return -EPROTO;
     }
-    uint16_t type = be16toh(header->type);
-    uint32_t bytes = be32toh(header->bytes);
-
-    if (type == NBD_CMD_DISC) {
+    if (header.type == NBD_CMD_DISC) {
         return -ESHUTDOWN;
     }
-    if (!session_has_room(session, type == NBD_CMD_READ || type == NBD_CMD_WRITE ? bytes : 0)) {
+    if (!session_has_room(session, header_charge(&header))) {
         session_wait(session);
         return 0;
     }
-    if (type == NBD_CMD_WRITE && bytes > NBD_PAYLOAD_MAX) {
+    if (header.payload > NBD_PAYLOAD_MAX) {
         /* Says why, and ends: the payload is not worth reading. */
-        session_start(session_begin_request(session, header));
+        header.error = header.type == NBD_CMD_WRITE ? header.error : -EINVAL;
+        session_start(session_begin_request(session, &header));
         return -EPROTO;
     }
-    if (type == NBD_CMD_WRITE && bytes < PAYLOAD_BIG && have < sizeof(*header) + bytes) {
-        return session_receive(session, sizeof(*header) + bytes);
+    if (header.payload && header.payload < PAYLOAD_BIG && have < head + header.payload) {
+        return session_receive(session, head + header.payload);
     }
-    return session_take_request(session, header);
+    return session_take_request(session, &header);
 }
 
 void coroutine_fn nbd_session_run(const struct nbd_session_config *config)

@@ -27,7 +27,7 @@ struct nbd_session_config {
     struct backend *backend;
     const atomic_uint_fast64_t *size; /* of the export, bytes; may change */
     struct nbd_pool *pool;
-    bool structured;                     /* structured replies were negotiated */
+    enum nbd_style style;                /* negotiated */
     const struct nbd_contexts *contexts; /* the export's */
     struct nbd_choice choice;            /* those of them that were negotiated */
     bool read_only;
@@ -38,15 +38,14 @@ struct nbd_session_config {
 struct nbd_request {
     struct nbd_session *session;
     struct nbd_request *next_free;
-    uint64_t cookie, offset;
-    uint32_t bytes;
+    uint64_t cookie, offset, bytes;
     uint16_t flags, type;
     int error;               /* set before it runs: it only answers with this (negative errno) */
     size_t charged;          /* bytes counted in session->in_flight_bytes */
     void *memory;            /* from the pool: a payload either way; or NULL */
     size_t room;             /* of memory */
     struct nbd_arena *arena; /* where a write's payload lies if not in memory; or NULL */
-    struct iovec payload;
+    struct iovec payload;    /* of a write; of a request for block status, or empty */
 };
 
 struct nbd_session {
