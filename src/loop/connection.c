@@ -9,6 +9,7 @@
 #include "loop/engine.h"
 #include <errno.h>
 #include <glib.h>
+#include <unistd.h>
 
 /* Pieces of memory that one send takes. */
 #define SEND_PIECES 64
@@ -125,6 +126,39 @@ int coroutine_fn connection_send(struct connection *connection, struct buffers f
         }
     }
     return 0;
+}
+
+int coroutine_fn connection_receive_with_fds(struct connection *connection, void *to, size_t bytes, int *fds,
+                                             unsigned max, unsigned *ret_count)
+{
+    *ret_count = 0;
+    if (!connection->ops->receive_fds) {
+        return -ENOTSUP;
+    }
+    ssize_t received = connection->ops->receive_fds(connection, to, bytes, fds, max, ret_count);
+    if (received <= 0) {
+        return received < 0 ? (int)received : -ECONNRESET;
+    }
+    int r = connection_receive_all(connection, (char *)to + received, bytes - (size_t)received);
+    if (r < 0) {
+        while (*ret_count) {
+            close(fds[--*ret_count]);
+        }
+    }
+    return r;
+}
+
+int coroutine_fn connection_send_with_fd(struct connection *connection, const void *from, size_t bytes, int fd)
+{
+    if (!connection->ops->send_fd) {
+        return -ENOTSUP;
+    }
+    ssize_t sent = connection->ops->send_fd(connection, from, bytes, fd);
+    if (sent < 0) {
+        return (int)sent;
+    }
+    struct iovec rest = {(char *)from + sent, bytes - (size_t)sent};
+    return rest.iov_len ? connection_send(connection, buffers_one(&rest), rest.iov_len) : 0;
 }
 
 void connection_shutdown(struct connection *connection)

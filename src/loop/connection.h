@@ -59,6 +59,14 @@ ssize_t coroutine_fn connection_receive(struct connection *connection, void *to,
 int coroutine_fn connection_receive_all(struct connection *connection, void *to, size_t bytes);
 /* Sends everything; 0 or negative errno. */
 int coroutine_fn connection_send(struct connection *connection, struct buffers from, size_t bytes);
+/*
+ * The same over unix sockets with descriptors. What is received has `bytes` (at least 1) and at most `max` descriptors,
+ * which came with the first of them and are the caller's to close; -EPROTO when there are more. One descriptor is sent
+ * with the first byte, and stays the caller's. -ENOTSUP where descriptors cannot travel.
+ */
+int coroutine_fn connection_receive_with_fds(struct connection *connection, void *to, size_t bytes, int *fds,
+                                             unsigned max, unsigned *ret_count);
+int coroutine_fn connection_send_with_fd(struct connection *connection, const void *from, size_t bytes, int fd);
 /* Any thread: both directions end; whoever waits is woken. The object stays. */
 void connection_shutdown(struct connection *connection);
 void coroutine_fn connection_close(struct connection *connection); /* accepts NULL; nobody may be waiting in it */

@@ -545,6 +545,40 @@ static void accept_starved(void *argument)
     listener_close(starved.listener);
 }
 
+/* Descriptors travel with the first byte; more than are wanted end nothing but the call, and none stays open. */
+static void descriptors(void *argument)
+{
+    int ends[2], pipe_ends[2], got[2];
+    char text[8];
+    unsigned count;
+
+    g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), ==, 0);
+    g_assert_cmpint(pipe(pipe_ends), ==, 0);
+    struct connection *one = connection_from_fds(ends[0], ends[0]), *other = connection_from_fds(ends[1], ends[1]);
+
+    g_assert_cmpint(connection_send_with_fd(one, "abcd", 4, pipe_ends[1]), ==, 0);
+    g_assert_cmpint(connection_send_with_fd(one, "efgh", 4, pipe_ends[1]), ==, 0);
+    g_assert_cmpint(connection_send_with_fd(one, "ijkl", 4, pipe_ends[1]), ==, 0);
+    close(pipe_ends[1]);
+    g_assert_cmpint(connection_receive_with_fds(other, text, 4, got, 2, &count), ==, 0);
+    g_assert_cmpmem(text, 4, "abcd", 4);
+    g_assert_cmpuint(count, ==, 1);
+    g_assert_cmpint(write(got[0], "x", 1), ==, 1);
+    close(got[0]);
+    g_assert_cmpint(connection_receive_with_fds(other, text, 4, got, 0, &count), ==, -EPROTO);
+    g_assert_cmpuint(count, ==, 0);
+    g_assert_cmpint(connection_receive_all(other, text, 4), ==, 0); /* without asking for what came along */
+    g_assert_cmpmem(text, 4, "ijkl", 4);
+    g_assert_cmpint(read(pipe_ends[0], text, 8), ==, 1);
+    g_assert_cmpint(read(pipe_ends[0], text, 8), ==, 0); /* the last descriptor of its other end is closed */
+    connection_close(one);
+    g_assert_cmpint(connection_receive_with_fds(other, text, 4, got, 2, &count), ==, -ECONNRESET);
+    connection_close(other);
+    struct connection *pipes_have_none = connection_from_fds(pipe_ends[0], pipe_ends[0]);
+    g_assert_cmpint(connection_receive_with_fds(pipes_have_none, text, 4, got, 2, &count), ==, -ENOTSUP);
+    connection_close(pipes_have_none);
+}
+
 int main(int argc, char **argv)
 {
     static const struct loop_case cases[] = {
@@ -560,6 +594,7 @@ int main(int argc, char **argv)
         {"pipes", pipes},
         {"moving", moving},
         {"accept-starved", accept_starved},
+        {"descriptors", descriptors},
     };
 
     g_test_init(&argc, &argv, NULL);

@@ -22,6 +22,10 @@ struct stream_ops {
     ssize_t (*receive)(struct connection *connection, void *to, size_t minimum, size_t maximum);
     /* Sends at least one byte of the vector; returns how many. */
     ssize_t (*send)(struct connection *connection, const struct iovec *iov, unsigned count);
+    /* Both may be NULL: no descriptors. At least one byte, with what came with the first one; 0 at the end. */
+    ssize_t (*receive_fds)(struct connection *connection, void *to, size_t bytes, int *fds, unsigned max,
+                           unsigned *ret_count);
+    ssize_t (*send_fd)(struct connection *connection, const void *from, size_t bytes, int fd);
     void (*shutdown)(struct connection *connection); /* any thread */
     void (*close)(struct connection *connection);
     void (*move)(struct connection *connection, struct loop *to);

@@ -306,6 +306,102 @@ static ssize_t coroutine_fn native_send(struct connection *base, const struct io
     return r < 0 && native_end_is_shut(&connection->end) ? -ECANCELED : r;
 }
 
+/* ---- descriptors ---- */
+
+/* What a message may carry at most, as far as its receiver's room goes. */
+#define FDS_MAX 64
+
+/* Takes the descriptors out of what was received; closes them all if there are more than `max`, or were for the room.
+ */
+static int take_fds(struct msghdr *message, int *fds, unsigned max, unsigned *ret_count)
+{
+    bool fit = !(message->msg_flags & MSG_CTRUNC);
+    unsigned count = 0;
+
+    for (struct cmsghdr *part = CMSG_FIRSTHDR(message); part; part = CMSG_NXTHDR(message, part)) {
+        if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) {
+            continue;
+        }
+        for (size_t at = CMSG_LEN(0); at + sizeof(int) <= part->cmsg_len; at += sizeof(int)) {
+            int fd;
+
+            memcpy(&fd, (char *)part + at, sizeof(fd));
+            if (count < max) {
+                fds[count++] = fd;
+            } else {
+                close(fd);
+                fit = false;
+            }
+        }
+    }
+    while (!fit && count) {
+        close(fds[--count]);
+    }
+    *ret_count = count;
+    return fit ? 0 : -EPROTO;
+}
+
+static ssize_t coroutine_fn native_receive_fds(struct connection *base, void *to, size_t bytes, int *fds, unsigned max,
+                                               unsigned *ret_count)
+{
+    struct native_connection *connection = native(base);
+    struct engine *engine = engine_self();
+    union {
+        struct cmsghdr align;
+        char room[CMSG_SPACE(FDS_MAX * sizeof(int))];
+    } control;
+
+    g_assert(atomic_load_explicit(&connection->end.loop, memory_order_relaxed) == loop_self());
+    if (!connection->socket) {
+        return -ENOTSUP;
+    }
+    while (!native_end_is_shut(&connection->end)) {
+        struct iovec iov = {to, bytes};
+        struct msghdr message = {
+            .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+        ssize_t r = recvmsg(connection->input.fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+
+        if (r >= 0) {
+            int taken = take_fds(&message, fds, max, ret_count);
+
+            connection->input.drained = false;
+            return taken < 0 ? taken : inline_result(r);
+        }
+        r = errno == EAGAIN  ? engine->ops->native->stream_wait(engine, &connection->input, NATIVE_INPUT)
+            : errno == EINTR ? 0
+                             : -errno;
+        if (r < 0 && !native_end_is_shut(&connection->end)) {
+            return r;
+        }
+    }
+    return -ECANCELED;
+}
+
+static ssize_t coroutine_fn native_send_fd(struct connection *base, const void *from, size_t bytes, int fd)
+{
+    struct native_connection *connection = native(base);
+    struct iovec iov = {(void *)from, bytes};
+    union {
+        struct cmsghdr align;
+        char room[CMSG_SPACE(sizeof(int))];
+    } control = {.align = {.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS}};
+    struct msghdr message = {
+        .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+    ssize_t r;
+
+    if (!connection->socket) {
+        return -ENOTSUP;
+    }
+    memcpy(CMSG_DATA(&control.align), &fd, sizeof(fd));
+    do {
+        if (native_end_is_shut(&connection->end)) {
+            return -ECANCELED;
+        }
+        r = stream_send(connection, &message);
+    } while (r == -EAGAIN || r == -EINTR);
+    return r < 0 && native_end_is_shut(&connection->end) ? -ECANCELED : r;
+}
+
 /* ---- names ---- */
 
 static int native_fd(struct connection *connection)
@@ -367,6 +463,8 @@ const struct stream_ops stream_native_ops = {
     .adopt = native_adopt,
     .receive = native_receive,
     .send = native_send,
+    .receive_fds = native_receive_fds,
+    .send_fd = native_send_fd,
     .shutdown = native_shutdown,
     .close = native_close,
     .move = native_move,
