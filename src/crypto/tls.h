@@ -37,6 +37,8 @@ void tls_credentials_remove_all(void);
 /* A reference to those of that id, which are for the wanted side. NULL with an error. */
 struct tls_credentials *tls_credentials_get(const char *id, bool client, struct error **err);
 void tls_credentials_put(struct tls_credentials *credentials); /* accepts NULL */
+/* A client that checks certificates has to know whose: host_name of tls_connection_open(). */
+bool tls_credentials_need_host_name(const struct tls_credentials *credentials);
 
 /*
  * Shakes hands over `inner`, which belongs to the calling loop and has nothing in flight. On success *ret is a

@@ -340,3 +340,8 @@ void tls_credentials_put(struct tls_credentials *credentials)
         credentials->references--;
     }
 }
+
+bool tls_credentials_need_host_name(const struct tls_credentials *credentials)
+{
+    return credentials->client && credentials->kind == TLS_X509 && credentials->verify_peer;
+}

@@ -11,6 +11,7 @@ extern const struct driver driver_compress;
 extern const struct driver driver_copy_on_read;
 extern const struct driver driver_file;
 extern const struct driver driver_luks;
+extern const struct driver driver_nbd; /* INTERLOCK_NBD */
 extern const struct driver driver_null_co;
 extern const struct driver driver_preallocate;
 extern const struct driver driver_qcow2;

@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glib.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -64,6 +65,18 @@ void descriptor_wait_wake(struct descriptor_wait *wait)
 
     g_assert(wait->loop == loop_self());
     engine->ops->native->stream_cancel(engine, &wait->stream);
+}
+
+unsigned descriptor_is_ready(int fd, unsigned directions)
+{
+    struct pollfd ready = {.fd = fd, .events = (short)native_poll_events(directions)};
+
+    return poll(&ready, 1, 0) > 0 ? native_poll_ready((unsigned)ready.revents, directions) : 0;
+}
+
+void descriptor_close(int fd)
+{
+    close(fd);
 }
 
 int coroutine_fn connection_take_descriptor(struct connection *connection)

@@ -27,6 +27,10 @@ int coroutine_fn descriptor_wait_ready(struct descriptor_wait *wait, unsigned di
 /* The loop of the one who waits: he goes on. Nothing when nobody waits. */
 void descriptor_wait_wake(struct descriptor_wait *wait);
 
+/* Which of the directions are ready now; does not wait. */
+unsigned descriptor_is_ready(int fd, unsigned directions);
+void descriptor_close(int fd);
+
 /* Ends an idle connection of the calling loop and hands its socket over, open and in blocking mode. -ENOTSUP: it is
  * none of its own (a layer, pipes), and stays as it is. */
 int coroutine_fn connection_take_descriptor(struct connection *connection);

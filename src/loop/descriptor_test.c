@@ -195,8 +195,10 @@ static void test_take(void *argument)
     g_assert_cmpint(read(fd, got, 3), ==, 3);
     g_assert_cmpstr(got, ==, "def");
     descriptor_wait_destroy(wait);
-    close(fd);
+    g_assert_cmpuint(descriptor_is_ready(fd, BOTH), ==, DESCRIPTOR_WRITABLE);
     close(other);
+    g_assert_cmpuint(descriptor_is_ready(fd, DESCRIPTOR_READABLE), ==, DESCRIPTOR_READABLE);
+    descriptor_close(fd);
 }
 
 /* Where nobody answers: a listening socket whose queue is full. */

@@ -9,8 +9,10 @@
  * 3. A name becomes the options of blockdev-add; opening, and what an image names itself, is open.c's.
  */
 #include "tool/image_open.h"
+#include "base/size.h"
 #include "block/graph.h"
 #include "block/user.h"
+#include "driver/protocol/nbd/nbd_name.h"
 #include "loop/file.h"
 #include "tool/keyval.h"
 #include <errno.h>
@@ -51,6 +53,20 @@ static const struct magic *magic_find(const uint8_t *content)
     return NULL;
 }
 
+/* What the first bytes of `name` say. */
+static int magic_answer(const char *name, const uint8_t *content, const char **ret, struct error **err)
+{
+    const struct magic *magic = magic_find(content);
+    if (magic && !magic->known) {
+        int r = error_set(err, -ENOTSUP, "'%s' looks like an image of format '%s', which is not supported", name,
+                          magic->format);
+        error_hint(err, "Give -f raw to take its bytes as they are");
+        return r;
+    }
+    *ret = magic ? magic->format : "raw";
+    return 0;
+}
+
 int coroutine_fn image_probe(struct graph *graph, const char *path, const char **ret, struct error **err)
 {
     uint8_t content[PROBE_SIZE] = {0};
@@ -65,15 +81,35 @@ int coroutine_fn image_probe(struct graph *graph, const char *path, const char *
     if (r < 0) {
         return error_set_errno(err, r, "Cannot read '%s'", path);
     }
-    const struct magic *magic = magic_find(content);
-    if (magic && !magic->known) {
-        r = error_set(err, -ENOTSUP, "'%s' looks like an image of format '%s', which is not supported", path,
-                      magic->format);
-        error_hint(err, "Give -f raw to take its bytes as they are");
-        return r;
+    return magic_answer(path, content, ret, err);
+}
+
+/* The same of what `description` (options of a node, without a name) opens. */
+static int coroutine_fn description_probe(struct graph *graph, json_t *description, const char *name, const char **ret,
+                                          struct error **err)
+{
+    uint8_t content[PROBE_SIZE] = {0};
+    struct iovec iov = {content, sizeof(content)};
+    struct blockdev_options *parsed = NULL;
+    struct backend *backend = NULL;
+    struct node *node = NULL;
+    json_t *options = json_copy(description);
+    json_object_set_new(options, "node-name", json_string("probe"));
+    json_object_set_new(options, "read-only", json_true());
+    int r = blockdev_options_from_text(options, NULL, &parsed, err);
+    r = r < 0 ? r : graph_open(graph, parsed, 0, &node, err);
+    r = r < 0 ? r : image_backend(graph, node, false, &backend, err);
+    if (r == 0) {
+        r = backend_read(backend, 0, min_u64(PROBE_SIZE, backend_size(backend)), buffers_one(&iov), 0);
+        r = r < 0 ? error_set_errno(err, r, "Cannot read '%s'", name) : magic_answer(name, content, ret, err);
     }
-    *ret = magic ? magic->format : "raw";
-    return 0;
+    image_backend_destroy(backend);
+    if (node) {
+        node_release(node);
+    }
+    blockdev_options_free(parsed);
+    json_decref(options);
+    return r;
 }
 
 /* --- cache modes --- */
@@ -110,7 +146,12 @@ const char *image_path(const char *name, struct error **err)
         return name;
     }
     error_set(err, -ENOTSUP, "Protocol '%.*s' is not supported", (int)length, name);
-    error_hint(err, "There are paths, 'file:PATH' and 'json:{...}'; a path with a colon in it is written './%s'", name);
+    error_hint(
+        err,
+        nbd_name_is(name)
+            ? "An NBD export is not made by this command, but used by others"
+            : "There are paths, 'file:PATH', 'nbd://...' and 'json:{...}'; a path with a colon in it is written './%s'",
+        name);
     return NULL;
 }
 
@@ -182,17 +223,33 @@ static int name_describes(const struct image_name *name, json_t **ret, struct er
     return 0;
 }
 
-/* Finds out the format of what lies in `path`, if that is allowed. */
-static int coroutine_fn name_probe(struct graph *graph, const struct image_name *name, const char *path,
-                                   const char **ret, struct error **err)
+/* Where the file that `file` describes lies, or NULL. */
+static const char *file_path(json_t *file)
 {
-    int r = image_probe(graph, path, ret, name->writable ? NULL : err);
+    json_t *image = json_object_get(file, "image"); /* blkdebug's */
+    return json_string_value(json_object_get(image ? image : file, "filename"));
+}
+
+/* The format of what `file` describes, by its content. */
+static int coroutine_fn file_probe(struct graph *graph, json_t *file, const char *name, const char **ret,
+                                   struct error **err)
+{
+    const char *path = file_path(file);
+    return path ? image_probe(graph, path, ret, err) : description_probe(graph, file, name, ret, err);
+}
+
+/* Finds that out, if it is allowed. */
+static int coroutine_fn name_probe(struct graph *graph, const struct image_name *name, json_t *file, const char **ret,
+                                   struct error **err)
+{
+    const char *path = file_path(file) ? file_path(file) : name->name;
+    int r = file_probe(graph, file, path, ret, name->writable ? NULL : err);
     if (!name->writable) {
         return r;
     }
     struct error *error = NULL;
     if (r < 0 && r != -ENOTSUP) {
-        return image_probe(graph, path, ret, err) < 0 ? r : -EIO;
+        return file_probe(graph, file, path, ret, err) < 0 ? r : -EIO;
     }
     error_set(&error, -EINVAL, "The format of '%s' is not given, and it is not guessed for writing", path);
     if (r == 0) {
@@ -206,10 +263,13 @@ static int coroutine_fn name_probe(struct graph *graph, const struct image_name 
     return error_move(err, error);
 }
 
-/* "PATH", or "blkdebug:CONFIG:PATH" where CONFIG may be empty: the description of the file (a new reference), and where
- * it lies. */
-static int file_describe(const char *name, const char **ret_path, json_t **ret, struct error **err)
+/* "PATH", the name of an NBD export, or "blkdebug:CONFIG:PATH" where CONFIG may be empty: the description of the file.
+ * A new reference. */
+static int file_describe(const char *name, json_t **ret, struct error **err)
 {
+    if (nbd_name_is(name)) {
+        return nbd_name_parse(name, ret, err);
+    }
     bool debug = g_str_has_prefix(name, "blkdebug:");
     const char *config = debug ? name + strlen("blkdebug:") : NULL, *colon = debug ? strchr(config, ':') : NULL;
     if (debug && !colon) {
@@ -229,7 +289,6 @@ static int file_describe(const char *name, const char **ret_path, json_t **ret, 
     if (!file) {
         return error_set(err, -EINVAL, "The name is not valid UTF-8");
     }
-    *ret_path = path;
     *ret = file;
     return 0;
 }
@@ -238,7 +297,7 @@ static int file_describe(const char *name, const char **ret_path, json_t **ret, 
 static int coroutine_fn name_options(struct graph *graph, const struct image_name *name, json_t **ret,
                                      struct error **err)
 {
-    const char *format = name->format, *path;
+    const char *format = name->format;
     json_t *options = NULL;
     int r = 0;
     if (name->image_opts || g_str_has_prefix(name->name, "json:")) {
@@ -247,21 +306,22 @@ static int coroutine_fn name_options(struct graph *graph, const struct image_nam
             return r;
         }
         if (!json_object_get(options, "driver")) {
-            path = json_string_value(json_object_get(json_object_get(options, "file"), "filename"));
-            if (!path) {
+            json_t *file = json_object_get(options, "file");
+            if (!json_object_get(file, "driver")) {
                 r = error_set(err, -EINVAL, "Must specify either driver or file");
             } else if (!format) {
-                r = name_probe(graph, name, path, &format, err);
+                r = name_probe(graph, name, file, &format, err);
             }
         }
     } else {
         json_t *file = NULL;
-        r = file_describe(name->name, &path, &file, err);
+        r = file_describe(name->name, &file, err);
         if (r == 0 && !format) {
-            r = name_probe(graph, name, path, &format, err);
+            r = name_probe(graph, name, file, &format, err);
         }
         if (r == 0) {
-            options = !strcmp(format, "file") ? json_incref(file) : json_pack("{s:O}", "file", file);
+            const char *own = json_string_value(json_object_get(file, "driver"));
+            options = !strcmp(format, own) ? json_incref(file) : json_pack("{s:O}", "file", file);
         }
         json_decref(file);
     }

@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_DRIVER_PROTOCOL_NBD_NBD_CLIENT_H
+#define INTERLOCK_DRIVER_PROTOCOL_NBD_NBD_CLIENT_H
+
+#include "base/error.h"
+#include "base/list.h"
+#include "loop/connection.h"
+#include "loop/coroutine.h"
+#include "loop/sync.h"
+#include <libnbd.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/*
+ * The inside of the `nbd` driver: nbd.c (the node), nbd_link.c (commands on a connection, and its revival), nbd_dial.c
+ * (making a connection), nbd_tls.c (TLS beneath libnbd). Home is the loop that opened the node: the control thread's.
+ */
+struct descriptor_wait;
+struct tls_credentials;
+
+/* Which server; does not change once the node is open. */
+struct nbd_server {
+    struct address address;
+    char *export;
+    char *context;        /* the metadata context that block status is */
+    bool context_is_must; /* a server without it is refused */
+    struct tls_credentials *credentials;
+    char *host_name;          /* whose certificate the server must show, or NULL */
+    struct co_group *tunnels; /* everything of nbd_tls.c that runs */
+};
+
+/* What a server says of its export; checked: no number of it can do harm. */
+struct nbd_facts {
+    uint64_t size;    /* a multiple of minimum */
+    uint32_t minimum; /* bytes: alignment of requests, a power of two up to 64 KiB */
+    uint32_t maximum; /* bytes of one read or write: a multiple of minimum */
+    bool read_only, flush, fua, trim, zero, fast_zero, multi, context;
+};
+
+/* An attempt to connect, that can be given up. Zero-initialise. Home only. */
+struct nbd_attempt {
+    bool cancelled;
+    struct connecting connecting;
+    struct connection *connection; /* while TLS begins */
+    struct descriptor_wait *wait;  /* while libnbd shakes hands */
+};
+/* Connects and shakes hands. On success *ret takes commands: nbd_close() it. -ECANCELED after nbd_attempt_cancel(). */
+int coroutine_fn nbd_dial(const struct nbd_server *server, struct nbd_attempt *attempt, struct nbd_handle **ret,
+                          struct nbd_facts *ret_facts, struct error **err);
+void nbd_attempt_cancel(struct nbd_attempt *attempt);
+/* Tells a handle which of its directions are ready (DESCRIPTOR_ bits); under whatever lock guards it. -1: it broke. */
+int nbd_handle_notify(struct nbd_handle *handle, unsigned ready);
+unsigned nbd_handle_directions(struct nbd_handle *handle); /* DESCRIPTOR_ bits to wait for */
+bool nbd_handle_is_lost(struct nbd_handle *handle);
+
+/* Begins TLS over `plain`, and gives a socket on which the server speaks as if it began now. Takes `plain` over, also
+ * when it fails. Moving bytes between the two goes on until either ends, as part of server->tunnels. */
+int coroutine_fn nbd_tls_open(const struct nbd_server *server, struct connection *plain, int *ret_fd,
+                              struct error **err);
+
+enum nbd_command_kind { NBD_READ, NBD_WRITE, NBD_ZERO, NBD_TRIM, NBD_FLUSH, NBD_STATUS };
+/* Lives on the stack of who waits for it. */
+struct nbd_command {
+    enum nbd_command_kind kind;
+    uint32_t flags; /* LIBNBD_CMD_FLAG_ */
+    uint64_t offset, bytes;
+    void *memory;                        /* of a read or write */
+    const char *context;                 /* of a status */
+    uint32_t extent_bytes, extent_flags; /* its answer: the first extent; 0 bytes: none came */
+    /* nbd_link.c's */
+    struct coroutine *waiter;
+    struct list link; /* nbd_link.waiting, while `queued` */
+    bool queued, done;
+    int result;
+};
+
+/* A connection, with one handle after the other. */
+struct nbd_link {
+    struct nbd_client *client;
+    bool main;                   /* the one that always is; others only spare its lock and socket */
+    _Atomic(struct loop *) loop; /* whose requests come here; the main one's: anybody's */
+    struct co_mutex guard;       /* the handle's calls, and all of the following */
+    struct nbd_handle *handle;   /* NULL: none, or not yet */
+    atomic_bool up;              /* takes commands; written under guard */
+    bool failing, dialing;
+    unsigned generation; /* of handles */
+    int64_t lost_ns, used_ns, retry_ns;
+    struct list waiting;          /* commands that neither have an answer nor watch */
+    struct nbd_command *watcher;  /* whose coroutine watches the socket, or is about to */
+    struct descriptor_wait *wait; /* the watcher's, on watch_loop, for the directions `watched` */
+    struct loop *watch_loop;
+    unsigned watched;
+    struct co_queue revival;     /* who waits for it to be up, or failing */
+    struct nbd_attempt *attempt; /* of the coroutine that dials; home only, as is the next one */
+    struct loop_sleep pause;
+};
+
+enum { NBD_LINKS_MAX = 8 };
+struct nbd_client {
+    struct nbd_server server;
+    struct nbd_facts facts; /* of the first connection; later ones must agree */
+    const char *name;       /* the node's */
+    int64_t reconnect_delay_ns;
+    struct loop *home;
+    atomic_bool closing;
+    struct co_group dials, wakes, tunnels; /* coroutines that outlive requests */
+    unsigned link_count;                   /* 1 unless the server offers multi-conn */
+    struct nbd_link links[NBD_LINKS_MAX];
+};
+
+/* Home. The first connection, with `handle` (its facts are in client->facts already). */
+void nbd_links_init(struct nbd_client *client, struct nbd_handle *handle);
+/* Home; no command is under way. Says goodbye to the server, gives up dialling. */
+void coroutine_fn nbd_links_close(struct nbd_client *client);
+/*
+ * Any loop. Runs a command to its end: 0, or the server's refusal as a negative errno. If the connection is lost, or
+ * was before, waits for another one up to the reconnect delay and issues it anew there; -EIO when that has passed.
+ */
+int coroutine_fn nbd_client_run(struct nbd_client *client, struct nbd_command *command);
+
+#endif
