@@ -438,7 +438,7 @@ class Schema:
             self.check_type(choice.type, choice.where)
             meta = self.meta(choice.type)
             kind = {'struct': 'object', 'union': 'object', 'enum': 'string', 'str': 'string', 'size': 'int'}.get(meta, meta)
-            if choice.optional or kind not in ('object', 'string', 'int', 'bool', 'null'):
+            if choice.optional or kind not in ('object', 'string', 'int', 'bool', 'list', 'null'):
                 raise SchemaError(choice.where, f'{choice.name} cannot be a choice of an alternate')
             if kind in seen:
                 raise SchemaError(choice.where, f'{choice.name} and {seen[kind]} are both a JSON {kind}')

@@ -335,6 +335,8 @@ static bool choice_fits(const struct marshal_type *type, json_t *json)
     case MARSHAL_INT:
     case MARSHAL_SIZE:
         return json_is_integer(json);
+    case MARSHAL_LIST:
+        return json_is_array(json);
     default:
         return false;
     }
@@ -352,6 +354,8 @@ static const char *choice_name(const struct marshal_type *type)
         return "null";
     case MARSHAL_BOOL:
         return "true or false";
+    case MARSHAL_LIST:
+        return "a list";
     default:
         return "an integer";
     }

@@ -2,11 +2,13 @@
 """The NBD server as its clients and its administrator see it: the usual tools, the life of exports, and clients that
 do not behave. (The protocol's details, byte by byte, are in src/export/nbd/server_test.c.)"""
 import contextlib
+import fcntl
 import os
 import random
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 import unittest
@@ -155,6 +157,12 @@ class NbdTestCase(harness.TestCase):
         daemon = self.daemon(*options)
         daemon.nbd_server()
         return daemon
+
+    def wait_until(self, is_so):
+        deadline = time.monotonic() + 5 * harness.SLOWNESS
+        while not is_so():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
 
     def raw_image(self, name="raw.img", size=SIZE):
         path = self.path(name)
@@ -439,6 +447,102 @@ class NbdExports(NbdTestCase):
         harness.qemu_io(daemon.uri("second"), "read -P 9 0 64k", image_format="raw")
 
 
+class NbdClientList(NbdTestCase):
+    """query-nbd-clients: who is there and what they have done."""
+
+    def clients(self, daemon):
+        return daemon.qmp.execute("query-nbd-clients")
+
+    def test_what_is_said_of_them(self):
+        daemon = self.start()
+        self.assertEqual(self.clients(daemon), [])
+        daemon.add_file("n0", self.raw_image())
+        daemon.export("n0", name="disk")
+        waiting = Raw(daemon.nbd_path)
+        waiting.receive(18)
+        busy = Extended(daemon.nbd_path).go("disk")
+        busy.reply(1, 0, 0, payload=bytes(8192))
+        busy.reply(0, 0, 4096)
+        busy.reply(0, SIZE, 1)
+        first, second = self.clients(daemon)
+        self.assertGreaterEqual(first.pop("since"), second.pop("since"))
+        self.assertIn(f"process {os.getpid()}", second["address"])
+        self.assertEqual(first, {"address": second["address"], "tls": False, "phase": "handshake", "headers": "simple"})
+        self.assertEqual(second, {
+            "address": second["address"], "tls": False, "phase": "transmission", "headers": "extended", "name": "disk",
+            "id": "export-disk", "thread-id": daemon.pid, "requests": 3, "read-bytes": 4096, "written-bytes": 8192})
+        waiting.close()
+        busy.close()
+        self.wait_until(lambda: self.clients(daemon) == [])
+        daemon.qmp.execute("nbd-server-stop")
+        self.assertEqual(self.clients(daemon), [])
+
+
+class NbdActivation(NbdTestCase):
+    """Sockets that a service manager has opened (sd_listen_fds(3))."""
+
+    def listening(self, name):
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.bind(self.path(name))
+        made.listen(5)
+        # High enough to be in nobody's way when they become 3 and 4.
+        high = fcntl.fcntl(made.fileno(), fcntl.F_DUPFD, 100)
+        made.close()
+        return high
+
+    def activate(self, variables, *options):
+        """The program under `options`, as the service manager would start it; `variables` as the shell takes them."""
+        sockets = [self.listening("nbd.sock"), self.listening("qmp.sock")]
+
+        def pass_them():
+            for place, descriptor in enumerate(sockets):
+                os.dup2(descriptor, 3 + place)
+
+        with open(self.path("stderr"), "wb") as stderr:
+            process = subprocess.Popen(["sh", "-c", f'{variables} exec "$@"', "sh", *harness.DAEMON, *options],
+                                       pass_fds=(3, 4), preexec_fn=pass_them, stdin=subprocess.DEVNULL, stdout=stderr,
+                                       stderr=stderr, env={**harness.SANITIZER_OPTIONS, **os.environ})
+        for descriptor in sockets:
+            os.close(descriptor)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_sockets_by_name_and_number(self):
+        image = self.raw_image()
+        process = self.activate(
+            "LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=disk:monitor", "--blockdev",
+            f"file,node-name=n0,filename={image}", "--nbd-server", "addr.type=fd,addr.str=disk", "--export",
+            "nbd,id=e0,node-name=n0", "--chardev", "socket,id=m,fd=4,server=on,wait=off", "--monitor", "m")
+        qmp = harness.Qmp(self.path("qmp.sock"), True)  # greets when all is set up
+        client = Extended(self.path("nbd.sock")).go("n0")
+        self.assertEqual(client.pread(512, 0), bytes(512))
+        self.assertEqual(qmp.execute("query-nbd-clients")[0]["requests"], 1)
+        qmp.execute("quit")
+        self.assertEqual(process.wait(20 * harness.SLOWNESS), 0)
+        self.assertTrue(os.path.exists(self.path("nbd.sock")), "the socket file is not ours to remove")
+
+    def refused(self, variables, text, name="disk"):
+        process = self.activate(variables, "--nbd-server", f"addr.type=fd,addr.str={name}")
+        self.assertEqual(process.wait(20 * harness.SLOWNESS), 1)
+        with open(self.path("stderr")) as said:
+            self.assertRegex(said.read(), text)
+        for path in ("nbd.sock", "qmp.sock"):
+            os.unlink(self.path(path))
+
+    def test_what_is_not_for_us(self):
+        named = "LISTEN_FDNAMES=disk:monitor"
+        self.refused(f"LISTEN_PID=1 LISTEN_FDS=2 {named}", "'disk' is not the number")
+        self.refused(f"LISTEN_FDS=2 {named}", "'disk' is not the number")
+        self.refused(f"LISTEN_PID=$$ LISTEN_FDS=two {named}", "LISTEN_FDS is 'two'")
+        self.refused(f"LISTEN_PID=$$ LISTEN_FDS=0 {named}", "LISTEN_FDS is '0'")
+        self.refused(f"LISTEN_PID=$$ {named}", "LISTEN_FDS is ''")
+        self.refused(f"LISTEN_PID=here LISTEN_FDS=2 {named}", "LISTEN_PID is 'here'")
+        self.refused(f"LISTEN_PID=$$ LISTEN_FDS=9 {named}", "descriptor 5")
+        self.refused(f"LISTEN_PID=$$ LISTEN_FDS=2 {named}", "'disc' is not the number", name="disc")
+        self.refused(f"LISTEN_PID=$$ LISTEN_FDS=2 {named}", "'3x' is not the number", name="3x")
+
+
 class NbdHostile(NbdTestCase):
     """Clients that do not behave harm nobody but themselves."""
 
@@ -562,7 +666,8 @@ class NbdThreads(NbdTestCase):
         try:
             for round_number in range(scale(30, 500)):
                 name = f"x{round_number % 2}"
-                daemon.export("n0", name=name, iothread=f"t{round_number // 2 % 2}")
+                threads_of_it = ("t0", "t1", ["t0", "t1"])[round_number // 2 % 3]
+                daemon.export("n0", name=name, iothread=threads_of_it)
                 time.sleep(self.random.random() * 0.05)
                 daemon.qmp.execute("block-export-del", id=f"export-{name}", mode="hard")
                 daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id=f"export-{name}")
@@ -570,6 +675,48 @@ class NbdThreads(NbdTestCase):
             stop.set()
             for thread in threads:
                 thread.join()
+
+    def test_several_threads_for_one_export(self):
+        """Clients are divided among them, and what they write at the same time, where nothing is allocated yet, is
+        there afterwards."""
+        path = self.path("q.qcow2")
+        harness.qemu_img("create", "-f", "qcow2", path, str(SIZE))
+        daemon = self.start("--object", "iothread,id=t0", "--object", "iothread,id=t1", "--blockdev",
+                            f"qcow2,node-name=n0,file.driver=file,file.filename={path}")
+        with self.assertRaisesRegex(QmpError, "is named twice"):
+            daemon.export("n0", iothread=["t0", "t0"])
+        with self.assertRaisesRegex(QmpError, '"t9" not found'):
+            daemon.export("n0", iothread=["t0", "t9"])
+        daemon.export("n0", iothread=["t0", "t1"])
+        clients = [Extended(daemon.nbd_path).go("n0") for _ in range(4)]
+        threads = [client["thread-id"] for client in daemon.qmp.execute("query-nbd-clients")]
+        self.assertEqual(sorted(threads), sorted(2 * list(set(threads))))
+        self.assertNotIn(daemon.pid, threads)
+        with self.assertRaises(QmpError):
+            daemon.qmp.execute("object-del", id="t1")
+        clients.pop().close()
+        self.wait_until(lambda: len(daemon.qmp.execute("query-nbd-clients")) == 3)
+        clients.append(Extended(daemon.nbd_path).go("n0"))
+        self.assertEqual(sorted(client["thread-id"] for client in daemon.qmp.execute("query-nbd-clients")),
+                         sorted(threads))
+        blocks = list(range(SIZE // 16384))
+        self.random.shuffle(blocks)
+        blocks = blocks[:scale(800, 4000)]
+
+        def write(number):
+            for block in blocks[number::4]:
+                clients[number].reply(1, block * 16384, 0, payload=struct.pack(">Q", block + 1) * 2048)
+
+        workers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        for position, block in enumerate(blocks):
+            got = clients[position % 3].pread(16384, block * 16384)
+            self.assertEqual(got, struct.pack(">Q", block + 1) * 2048)
+        daemon.stop()
+        harness.image_check(path)
 
     def test_quit_under_load_is_quick(self):
         daemon = self.start("--object", "iothread,id=t0")

@@ -153,7 +153,10 @@ class Tls(TestCase):
         folder = self.keys()
         rules = "authz-list,id=who,policy=deny,rules.0.match=al*,rules.0.policy=allow,rules.0.format=glob"
         daemon = self.serve(f"tls-creds-psk,id=tls,endpoint=server,dir={folder}", rules, authorization="who")
-        self.client(daemon, folder, "alice").shutdown()
+        handle = self.client(daemon, folder, "alice")
+        said = daemon.qmp.execute("query-nbd-clients")
+        self.assertEqual([(client["tls"], client["tls-identity"]) for client in said], [(True, "alice")])
+        handle.shutdown()
         self.assert_kept_out(daemon, folder, "bob")
         daemon.qmp.execute("object-del", id="who")
         self.assert_kept_out(daemon, folder, "alice")

@@ -9,6 +9,7 @@
 #include "control/control.h"
 #include "control/iothread.h"
 #include "export/export.h"
+#include "loop/activation.h"
 #include "loop/connection.h"
 #include "schema/commands.h"
 #include "schema/marshal.h"
@@ -19,10 +20,12 @@
 static int address_from_fd(const char *text, struct address *ret, struct error **err)
 {
     char *end;
-    long fd = strtol(text, &end, 10);
+    long fd = g_ascii_isdigit(*text) ? strtol(text, &end, 10) : activation_find(text);
 
-    if (end == text || *end || fd < 0 || fd > G_MAXINT) {
-        return error_set(err, -EINVAL, "'%s' is not the number of a file descriptor", text);
+    if (fd < 0 || fd > G_MAXINT || (g_ascii_isdigit(*text) && *end)) {
+        error_set(err, -EINVAL, "'%s' is not the number of a file descriptor, nor the name of one", text);
+        error_hint(err, "Names are those that the service manager passed in LISTEN_FDNAMES");
+        return -EINVAL;
     }
     *ret = (struct address){.kind = ADDRESS_FD, .fd = (int)fd};
     return 0;
@@ -117,6 +120,18 @@ int coroutine_fn command_query_block_exports(struct control *control, struct blo
 
     *ret = g_new0(struct block_export_info_list, 1);
     code = marshal_read(&block_export_info_list_type, array, "exports", MARSHAL_JSON, *ret, err);
+    json_decref(array);
+    return code;
+}
+
+int coroutine_fn command_query_nbd_clients(struct control *control, struct nbd_client_info_list **ret,
+                                           struct error **err)
+{
+    json_t *array = nbd_clients_query(control->exports);
+    int code;
+
+    *ret = g_new0(struct nbd_client_info_list, 1);
+    code = marshal_read(&nbd_client_info_list_type, array, "clients", MARSHAL_JSON, *ret, err);
     json_decref(array);
     return code;
 }

@@ -193,19 +193,50 @@ static int exports_check(struct exports *exports, const struct block_export_opti
     return type->check(exports, options, err);
 }
 
-static int exports_choose_loop(const struct exports *exports, const struct block_export_options *options,
-                               struct loop **ret, struct error **err)
+static int loops_add(struct export_loops *loops, const struct exports_config *config, const char *name,
+                     struct error **err)
 {
-    const struct exports_config *config = &exports->config;
+    struct loop *found = config->find_iothread ? config->find_iothread(config->argument, name) : NULL;
 
-    *ret = exports->loop;
-    if (options->iothread) {
-        *ret = config->find_iothread ? config->find_iothread(config->argument, options->iothread) : NULL;
-        if (!*ret) {
-            return error_set(err, -ENOENT, "iothread \"%s\" not found", options->iothread);
+    if (!found) {
+        return error_set(err, -ENOENT, "iothread \"%s\" not found", name);
+    }
+    for (unsigned i = 0; i < loops->count; i++) {
+        if (loops->items[i] == found) {
+            return error_set(err, -EEXIST, "iothread \"%s\" is named twice", name);
         }
     }
+    if (loops->count == EXPORT_LOOPS_MAX) {
+        return error_set(err, -E2BIG, "An export has %u iothreads at most", EXPORT_LOOPS_MAX);
+    }
+    loops->items[loops->count++] = found;
     return 0;
+}
+
+static int exports_choose_loops(const struct exports *exports, const struct block_export_options *options,
+                                struct export_loops *ret, struct error **err)
+{
+    const struct block_export_iothreads *wanted = options->iothread;
+    const struct str_list *several = wanted && wanted->kind == BLOCK_EXPORT_IOTHREADS_MULTI ? &wanted->u.multi : NULL;
+    int r = 0;
+
+    *ret = (struct export_loops){0};
+    if (several && several->count != 1 && !export_type_find(options->type)->several_loops) {
+        return error_set(err, -EINVAL, "Exports of type '%s' are served by one iothread, not by %zu",
+                         block_export_type_name(options->type), several->count);
+    }
+    if (several && !several->count) {
+        return error_set(err, -EINVAL, "The list of iothreads of export '%s' is empty", options->id);
+    }
+    if (!wanted) {
+        *ret = (struct export_loops){1, {exports->loop}};
+    } else if (!several) {
+        r = loops_add(ret, &exports->config, wanted->u.single, err);
+    }
+    for (size_t i = 0; several && i < several->count && r == 0; i++) {
+        r = loops_add(ret, &exports->config, several->items[i], err);
+    }
+    return r;
 }
 
 /* A node that was opened read-only is not made writable for a client. */
@@ -223,7 +254,7 @@ static int exports_check_writable(const struct block_export_options *options, co
 
 /* All that the options decide, up to the claims; graph->lock is held. */
 static int exports_plan(struct exports *exports, const struct block_export_options *options,
-                        struct operation_config *ret, struct loop **ret_loop, struct error **err)
+                        struct operation_config *ret, struct export_loops *ret_loops, struct error **err)
 {
     struct node *node = graph_find_or_error(exports->config.graph, options->node_name, err);
     int r;
@@ -232,7 +263,7 @@ static int exports_plan(struct exports *exports, const struct block_export_optio
         return -ENOENT;
     }
     const struct export_type *type = export_type_find(options->type);
-    r = exports_choose_loop(exports, options, ret_loop, err);
+    r = exports_choose_loops(exports, options, ret_loops, err);
     if (r == 0) {
         r = exports_check_writable(options, node, err);
     }
@@ -262,9 +293,10 @@ static int coroutine_fn export_attach(struct export *export, const struct block_
 {
     struct graph *graph = export->exports->config.graph;
     struct operation_config operation;
-    int r = exports_plan(export->exports, options, &operation, &export->loop, err);
+    int r = exports_plan(export->exports, options, &operation, &export->loops, err);
 
     if (r == 0) {
+        export->loop = export->loops.items[0];
         r = operation_begin(graph, &operation, &export->operation, err);
     }
     if (r < 0) {
@@ -297,10 +329,10 @@ struct export_adding {
 static int coroutine_fn adding_plan(struct action *action, struct error **err)
 {
     struct export_adding *adding = action->state;
-    struct loop *loop;
+    struct export_loops loops;
     int r = exports_check(adding->exports, adding->options, &adding->type, err);
 
-    return r < 0 ? r : exports_plan(adding->exports, adding->options, &adding->operation, &loop, err);
+    return r < 0 ? r : exports_plan(adding->exports, adding->options, &adding->operation, &loops, err);
 }
 
 static int coroutine_fn adding_preview(struct action *action, json_t **ret_claims, struct error **err)
@@ -505,8 +537,12 @@ void coroutine_fn exports_delete_type(struct exports *exports, const struct expo
 bool exports_use_loop(struct exports *exports, const struct loop *loop)
 {
     list_for_each (position, &exports->list) {
-        if (container_of(position, struct export, link)->loop == loop) {
-            return true;
+        const struct export *export = container_of(position, struct export, link);
+
+        for (unsigned i = 0; i < export->loops.count; i++) {
+            if (export->loops.items[i] == loop) {
+                return true;
+            }
         }
     }
     return false;

@@ -69,6 +69,9 @@ int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_serv
  * that is done. */
 int coroutine_fn nbd_server_stop(struct exports *exports, struct error **err);
 
+/* query-nbd-clients: an array; a new reference. */
+json_t *nbd_clients_query(const struct exports *exports);
+
 /* Stops the server and deletes every export, hard. Returns when they are gone; requests that are inside are waited for.
  */
 void coroutine_fn exports_shutdown(struct exports *exports);

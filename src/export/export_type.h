@@ -12,9 +12,16 @@
  *
  * 1. The table holds one reference to an export, every connected client one more. Deleting drops the table's; the
  *    last one ends the export: backend, claims, then the `deleted` event.
- * 2. backend, loop and the flags do not change while an export lives, so its clients read them on their own loop. What
+ * 2. backend, loops and the flags do not change while an export lives, so its clients read them on their own loop. What
  *    the backend is attached to does change: its clients ask for its size here, not there.
+ * 3. A client, or a queue of one, stays with one of the loops; several are there only for types that say so.
  */
+#define EXPORT_LOOPS_MAX 64
+/* Where an export's clients are served; the first is `loop` of struct export. */
+struct export_loops {
+    unsigned count; /* at least 1; no two are the same */
+    struct loop *items[EXPORT_LOOPS_MAX];
+};
 struct backend;
 struct node;
 struct operation;
@@ -30,7 +37,8 @@ struct export
     struct operation *operation;
     struct backend *backend;
     atomic_uint_fast64_t size; /* the backend's, for any thread; bytes */
-    struct loop *loop;         /* where its clients are served */
+    struct export_loops loops;
+    struct loop *loop; /* loops.items[0] */
     bool writable, writethrough;
     bool opening;       /* its id is taken, nothing else yet */
     bool shutting_down; /* no new clients */
@@ -43,6 +51,7 @@ struct export
 struct export_type {
     const char *name;
     enum block_export_type id;
+    bool several_loops; /* an export may have more than one */
     /* Could an export with these options be opened now? Changes nothing. */
     int (*check)(struct exports *exports, const struct block_export_options *options, struct error **err);
     /* May be NULL. The same with the graph, whose lock is held: `node` is what is to be exported. */

@@ -4,10 +4,12 @@
  * they stand, each like the QMP command that it stands for, then the control loop runs until `quit` or a signal.
  *
  * 1. --daemonize forks before any loop or thread exists; the parent leaves when the child has started, with its status.
+ *    What the service manager passed is taken before that.
  * 2. A failing option ends the program with status 1 and the option named; what was opened until then is closed.
  * 3. SIGTERM, SIGINT and SIGHUP end it in order (service_shutdown()).
  */
 #include "control/service.h"
+#include "loop/activation.h"
 #include "tool/daemon_options.h"
 #include "tool/registry.h"
 #include "tool/tool.h"
@@ -152,7 +154,12 @@ int tool_daemon(int argc, char **argv)
     struct daemon_options *options = NULL;
     struct loop *loop = NULL;
     bool done = false;
-    int code = daemon_options_parse(argc, argv, &options, &done, &daemon.err);
+    unsigned passed;
+    int code = activation_take(&passed, &daemon.err);
+
+    if (!code) {
+        code = daemon_options_parse(argc, argv, &options, &done, &daemon.err);
+    }
 
     if (code || done) {
         return code ? tool_fail("interlock daemon", daemon.err) : 0;

@@ -126,7 +126,7 @@ static bool is_on(const char *value)
 static int chardev_check_keys(json_t *arguments, struct error **err)
 {
     static const char *const known[] = {"backend", "id",     "path", "abstract", "host",
-                                        "port",    "server", "wait", "signal"};
+                                        "port",    "server", "wait", "signal",   "fd"};
     const char *key;
     json_t *value;
 
@@ -149,11 +149,20 @@ static int chardev_socket(json_t *arguments, struct chardev *chardev, struct err
     const char *path = text_value(arguments, "path");
     const char *host = text_value(arguments, "host");
     const char *port = text_value(arguments, "port");
+    const char *fd = text_value(arguments, "fd");
 
     if (!is_on(text_value(arguments, "server"))) {
         return error_set(err, -EINVAL, "A chardev socket for a monitor needs server=on: Interlock does not dial out");
     }
     chardev->wait = is_on(text_value(arguments, "wait")) || !text_value(arguments, "wait");
+    if (fd && !path && !host && !port) {
+        struct socket_address inherited = {.type = SOCKET_ADDRESS_TYPE_FD, .u.fd.str = (char *)fd};
+
+        return address_from_options(&inherited, &chardev->address, err);
+    }
+    if (fd) {
+        return error_set(err, -EINVAL, "A chardev socket has a descriptor, or a path, or a port");
+    }
     if (path && !host && !port) {
         chardev->address = (struct address){.kind = ADDRESS_UNIX,
                                             .path = g_strdup(path),
@@ -163,7 +172,7 @@ static int chardev_socket(json_t *arguments, struct chardev *chardev, struct err
         chardev->address = (struct address){
             .kind = ADDRESS_INET, .host = g_strdup(host ? host : ""), .port = g_strdup(port), .fd = -1};
     } else {
-        return error_set(err, -EINVAL, "A chardev socket needs a path, or a host and a port");
+        return error_set(err, -EINVAL, "A chardev socket needs a path, or a host and a port, or a descriptor");
     }
     return 0;
 }
@@ -284,13 +293,15 @@ static void print_help(void)
            "  --blockdev [driver=]qcow2|raw|file|null-co,node-name=N[,read-only=on][,cache.direct=on]...\n"
            "                          open a node, as blockdev-add\n"
            "  --chardev socket,id=C,path=PATH,server=on,wait=off | socket,id=C,host=H,port=P,server=on,wait=off | "
-           "stdio,id=C\n"
+           "stdio,id=C |\n            socket,id=C,fd=F,server=on,wait=off\n"
            "                          describe the end point of a monitor\n"
            "  --monitor [chardev=]C   a QMP monitor there\n"
            "  --nbd-server addr.type=unix,addr.path=PATH | addr.type=inet,addr.host=H,addr.port=P[,max-connections=N]\n"
-           "                [,tls-creds=ID[,tls-authz=ID]]\n"
-           "                          start the NBD server\n"
-           "  --export [type=]nbd,id=E,node-name=N[,name=NAME][,writable=on][,iothread=T]\n"
+           "                [,tls-creds=ID[,tls-authz=ID]] | addr.type=fd,addr.str=F\n"
+           "                          start the NBD server; F: the number of a listening socket, or its name in "
+           "LISTEN_FDNAMES\n"
+           "  --export [type=]nbd,id=E,node-name=N[,name=NAME][,writable=on][,iothread=T | "
+           ",iothread.0=T,iothread.1=U...]\n"
            "                          serve a node to NBD clients\n"
            "  --object [qom-type=]iothread,id=T\n"
            "                          make an I/O thread\n"

@@ -297,7 +297,6 @@ static int coroutine_fn option_start_tls(struct handshake *handshake)
 {
     struct nbd_client *client = handshake->client;
     struct connection *secured;
-    g_autofree char *identity = NULL;
     int r;
 
     if (!client->server->tls) {
@@ -309,7 +308,7 @@ static int coroutine_fn option_start_tls(struct handshake *handshake)
     reply_ack(handshake);
     r = send_out(handshake);
     if (r == 0) {
-        r = tls_connection_open(client->connection, client->server->tls, NULL, &secured, &identity, NULL);
+        r = tls_connection_open(client->connection, client->server->tls, NULL, &secured, &client->identity, NULL);
     }
     if (r < 0) {
         return r;
@@ -318,7 +317,7 @@ static int coroutine_fn option_start_tls(struct handshake *handshake)
     client->secure = true;
     client->style = NBD_SIMPLE;
     handshake->contexts_of = 0;
-    r = check_identity(client->server, identity);
+    r = check_identity(client->server, client->identity);
     return r < 0 ? r : NEGOTIATE_ON;
 }
 

@@ -103,6 +103,9 @@ static void coroutine_fn run_read(struct nbd_request *request)
         request->payload = (struct iovec){request->memory, request->bytes};
         r = backend_read(config->backend, request->offset, request->bytes, buffers_one(&request->payload), 0);
     }
+    if (r == 0) {
+        nbd_count(&config->counters->read_bytes, request->bytes);
+    }
     if (r < 0) {
         nbd_reply_error(request, r, NULL);
     } else if (config->style >= NBD_STRUCTURED) {
@@ -117,6 +120,9 @@ static void coroutine_fn run_write(struct nbd_request *request)
     int r = backend_write(request->session->config.backend, request->offset, request->bytes,
                           buffers_one(&request->payload), request_write_flags(request));
 
+    if (r == 0) {
+        nbd_count(&request->session->config.counters->written_bytes, request->bytes);
+    }
     request_drop_memory(request);
     request_finish(request, r);
 }

@@ -82,8 +82,11 @@ static void client_end_run(void *argument)
     connection_close(client->connection);
     server_pool_unref(client->pool);
     if (client->chosen) {
+        client->chosen->loop_clients[client->place]--;
         export_unref(client->chosen->export);
     }
+    g_free(client->address);
+    g_free(client->identity);
     g_free(client);
     server->client_count--;
     server_wake_acceptor(server);
@@ -97,7 +100,7 @@ static void client_gone(struct loop_task *task)
     coroutine_enter(coroutine_create(client_end_run, client));
 }
 
-/* On the export's loop. */
+/* On one of the export's loops. */
 static void client_transmit_run(void *argument)
 {
     struct nbd_client *client = argument;
@@ -105,6 +108,7 @@ static void client_transmit_run(void *argument)
     const struct export *export = client->chosen->export;
     struct nbd_session_config config = {
         .size = &export->size,
+        .counters = &client->counters,
         .connection = client->connection,
         .backend = export->backend,
         .pool = client->pool->pool,
@@ -116,7 +120,7 @@ static void client_transmit_run(void *argument)
     };
 
     nbd_session_run(&config);
-    if (export->loop != server->loop) {
+    if (loop_self() != server->loop) {
         connection_move(client->connection, server->loop);
     }
     loop_post(server->loop, &client->gone);
@@ -143,7 +147,7 @@ static void client_run(void *argument)
         client_end_run(client);
         return;
     }
-    struct loop *loop = client->chosen->export->loop;
+    struct loop *loop = client->chosen->export->loops.items[client->place];
 
     client->pool = server_pool_ref(server, loop);
     if (loop == server->loop) {
@@ -160,6 +164,8 @@ void nbd_server_adopt(struct nbd_server *server, struct connection *connection)
 
     client->server = server;
     client->connection = connection;
+    client->address = connection_peer(connection);
+    client->since_ns = loop_now_ns();
     client->gone.run = client_gone;
     list_append(&server->clients, &client->link);
     list_init(&client->export_link);
@@ -174,6 +180,52 @@ void nbd_client_choose(struct nbd_client *client, struct nbd_export *chosen)
     client->chosen = chosen;
     export_ref(chosen->export);
     list_append(&chosen->clients, &client->export_link);
+    for (unsigned i = 1; i < chosen->export->loops.count; i++) {
+        client->place = chosen->loop_clients[i] < chosen->loop_clients[client->place] ? i : client->place;
+    }
+    chosen->loop_clients[client->place]++;
+}
+
+static const char *style_name(enum nbd_style style)
+{
+    static const enum nbd_headers headers[] = {NBD_HEADERS_SIMPLE, NBD_HEADERS_STRUCTURED, NBD_HEADERS_EXTENDED};
+
+    return nbd_headers_name(headers[style]);
+}
+
+static json_t *client_describe(const struct nbd_client *client)
+{
+    const struct nbd_export *chosen = client->chosen;
+    json_t *info =
+        json_pack("{s:s, s:b, s:s*, s:s, s:f, s:s}", "address", client->address, "tls", client->secure, "tls-identity",
+                  client->identity, "phase",
+                  nbd_client_phase_name(chosen ? NBD_CLIENT_PHASE_TRANSMISSION : NBD_CLIENT_PHASE_HANDSHAKE), "since",
+                  (double)(loop_now_ns() - client->since_ns) / SECOND_NS, "headers", style_name(client->style));
+
+    if (chosen) {
+        const struct nbd_counters *counters = &client->counters;
+
+        json_object_set_new(info, "id", json_string(chosen->export->id));
+        json_object_set_new(info, "name", json_string(chosen->name));
+        json_object_set_new(info, "thread-id",
+                            json_integer(loop_thread_id(chosen->export->loops.items[client->place])));
+        json_object_set_new(info, "requests", json_integer((json_int_t)atomic_load(&counters->requests)));
+        json_object_set_new(info, "read-bytes", json_integer((json_int_t)atomic_load(&counters->read_bytes)));
+        json_object_set_new(info, "written-bytes", json_integer((json_int_t)atomic_load(&counters->written_bytes)));
+    }
+    return info;
+}
+
+json_t *nbd_clients_query(const struct exports *exports)
+{
+    json_t *list = json_array();
+
+    if (exports->nbd_server) {
+        list_for_each (position, &exports->nbd_server->clients) {
+            json_array_append_new(list, client_describe(container_of(position, struct nbd_client, link)));
+        }
+    }
+    return list;
 }
 
 /* ---- exports ---- */
@@ -291,6 +343,7 @@ static void coroutine_fn nbd_export_close(struct export *export)
 const struct export_type nbd_export_type = {
     .name = "nbd",
     .id = BLOCK_EXPORT_TYPE_NBD,
+    .several_loops = true,
     .check = nbd_export_check,
     .plan = nbd_export_plan,
     .open = nbd_export_open,

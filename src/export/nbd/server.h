@@ -5,6 +5,7 @@
 #include "base/list.h"
 #include "export/export_type.h"
 #include "export/nbd/contexts.h"
+#include "export/nbd/session.h"
 #include "loop/loop.h"
 #include "loop/sync.h"
 #include <stdbool.h>
@@ -13,9 +14,10 @@
 /*
  * The NBD server: who is connected to what. Control thread, but for what is marked.
  *
- * A client's life: accepted -> handshake (control loop) -> nbd_client_choose() -> transmission (the export's loop) ->
- * gone (control loop). It is in server->clients from the first to the last, and in its export's clients from the
- * choice on; whoever finds it in a list may shut its connection down, at any time.
+ * A client's life: accepted -> handshake (control loop) -> nbd_client_choose() -> transmission (one of the export's
+ * loops, that with the fewest clients of it) -> gone (control loop). It is in server->clients from the first to the
+ * last, and in its export's clients from the choice on; whoever finds it in a list may shut its connection down, at any
+ * time.
  */
 struct connection;
 struct listener;
@@ -30,7 +32,8 @@ struct nbd_export {
     char *description; /* or NULL */
     uint64_t serial;   /* no two of a server have the same */
     struct nbd_contexts contexts;
-    struct list clients; /* struct nbd_client by export_link */
+    struct list clients;                     /* struct nbd_client by export_link */
+    unsigned loop_clients[EXPORT_LOOPS_MAX]; /* of them; by the place of their loop in export->loops */
 };
 
 struct nbd_server {
@@ -56,12 +59,17 @@ struct nbd_client {
     struct nbd_server *server;
     struct connection *connection; /* from its handshake on, with TLS, the layer */
     bool secure;                   /* by TLS */
-    struct loop_timer deadline;    /* of the handshake */
+    char *address;                 /* where it is */
+    char *identity;                /* by TLS, or NULL */
+    int64_t since_ns;
+    struct loop_timer deadline; /* of the handshake */
     struct loop_task gone;
     struct nbd_loop_pool *pool;
     struct nbd_export *chosen; /* referenced; NULL until chosen */
-    enum nbd_style style;      /* negotiated */
-    struct nbd_choice choice;  /* contexts of `chosen` */
+    unsigned place;            /* in chosen->export->loops: where it is served */
+    struct nbd_counters counters;
+    enum nbd_style style;     /* negotiated */
+    struct nbd_choice choice; /* contexts of `chosen` */
 };
 
 /* A client has connected; takes the connection over. */

@@ -678,8 +678,11 @@ static void refusals_run(void *argument)
     options.node_name = "nope";
     expect_refusal(bed, &options, "nope");
     options.node_name = "n0";
-    options.iothread = "nope";
+    struct block_export_iothreads iothreads = {.kind = BLOCK_EXPORT_IOTHREADS_SINGLE, .u.single = "nope"};
+    options.iothread = &iothreads;
     expect_refusal(bed, &options, "iothread \"nope\" not found");
+    iothreads = (struct block_export_iothreads){.kind = BLOCK_EXPORT_IOTHREADS_MULTI};
+    expect_refusal(bed, &options, "is empty");
     options.iothread = NULL;
     g_autofree char *endless = g_strnfill(NBD_STRING_MAX + 1, 'x');
     options.u.nbd.name = endless;

@@ -111,6 +111,7 @@ static struct nbd_request *session_begin_request(struct nbd_session *session, co
     };
     session->in_flight++;
     session->in_flight_bytes += request->charged;
+    nbd_count(&session->config.counters->requests, 1);
     return request;
 }
 

@@ -22,10 +22,21 @@ struct connection;
 #define NBD_IN_FLIGHT_MAX NBD_BATCH_REQUESTS
 #define NBD_IN_FLIGHT_BYTES_MAX ((size_t)64 * 1024 * 1024)
 
+/* What a client has asked for; written on its loop, read anywhere. */
+struct nbd_counters {
+    atomic_uint_fast64_t requests, read_bytes, written_bytes;
+};
+static inline void nbd_count(atomic_uint_fast64_t *counter, uint64_t more)
+{
+    /* Nobody else writes. */
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + more, memory_order_relaxed);
+}
+
 struct nbd_session_config {
     struct connection *connection;
     struct backend *backend;
     const atomic_uint_fast64_t *size; /* of the export, bytes; may change */
+    struct nbd_counters *counters;
     struct nbd_pool *pool;
     enum nbd_style style;                /* negotiated */
     const struct nbd_contexts *contexts; /* the export's */

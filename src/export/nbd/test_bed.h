@@ -46,8 +46,12 @@ static inline struct loop *bed_find_iothread(void *argument, const char *name)
 
 static inline void bed_add_export(struct bed *bed, char *id, char *name, bool writable, char *iothread)
 {
-    struct block_export_options options = {
-        .type = BLOCK_EXPORT_TYPE_NBD, .id = id, .node_name = "n0", .writable = writable, .iothread = iothread};
+    struct block_export_iothreads iothreads = {.kind = BLOCK_EXPORT_IOTHREADS_SINGLE, .u.single = iothread};
+    struct block_export_options options = {.type = BLOCK_EXPORT_TYPE_NBD,
+                                           .id = id,
+                                           .node_name = "n0",
+                                           .writable = writable,
+                                           .iothread = iothread ? &iothreads : NULL};
     struct error *err = NULL;
 
     options.u.nbd.name = name;
