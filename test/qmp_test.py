@@ -120,6 +120,8 @@ class Protocol(TestCase):
                 return entry["json-type"]
             if kind == "array":
                 return [resolve(entry["element-type"], depth + 1)] if depth < 4 else "array"
+            if kind == "alternate":
+                return frozenset(resolve(choice["type"], 4) for choice in entry["members"])
             return kind
 
         result = {name: resolve(e["arg-type"], 0) for name, e in entries.items() if e["meta-type"] == "command"}
@@ -138,6 +140,8 @@ class Protocol(TestCase):
                 self.assertTrue(ours[name][0], f"{path}.{name} is ours alone and not optional")
         elif isinstance(ours, list) and isinstance(theirs, list):
             self.assert_compatible(f"{path}[]", ours[0], theirs[0])
+        elif isinstance(ours, frozenset):
+            self.assertLessEqual(theirs if isinstance(theirs, frozenset) else {theirs}, ours, path)
         else:
             self.assertEqual(ours, theirs, path)
 
