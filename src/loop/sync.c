@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Locks for coroutines: mutex, condition queue, read-write lock, group. A waiter stands on its
- * coroutine's stack in a list; whoever gives way takes it off the list, gives it what it waits for
- * (hand-off: nobody overtakes), and wakes it, on whatever loop it sleeps. Invariants:
- * 1. a mutex's state is 2 exactly while its list has waiters, and changes from or to 2 under the guard only;
+ * coroutine's stack in a list; whoever gives way wakes it, on whatever loop it sleeps. All but the mutex
+ * take it off the list and give it what it waits for (hand-off: nobody overtakes). Invariants:
+ * 1. a mutex's WAITED bit is set exactly while its list has waiters, and changes under the guard only. Who gives it
+ *    up frees it and wakes the first waiter, which competes for it; one that has lost once gets it handed over. (With
+ *    hand-off always, one wait makes every later user wait: the lock is never free while the next owner has not run
+ *    yet.) A waiter that was woken and has not run yet is not woken again;
  * 2. a group's WAITED bit is set exactly while its list has waiters, and the count of a waited-for group
  *    goes to zero under the guard only; so a group may be destroyed as soon as a wait has returned;
  * 3. a read-write lock's waiters have been granted the lock when they are woken.
@@ -13,13 +16,16 @@
 #include "loop/loop_private.h"
 #include <glib.h>
 
-enum { MUTEX_FREE, MUTEX_HELD, MUTEX_WAITED };
+enum { MUTEX_FREE = 0, MUTEX_HELD = 1, MUTEX_WAITED = 2 };
 
 /* One sleeper, on its own stack. */
 struct co_waiter {
     struct list link;
     struct coroutine *sleeper;
     bool exclusive; /* rwlock: wants to write */
+    bool woken;     /* mutex: is on its way to compete */
+    bool lost;      /* mutex: somebody overtook it */
+    bool handed;    /* mutex: owns it */
 };
 
 static struct co_waiter *waiter_first(struct list *waiters)
@@ -48,29 +54,22 @@ void co_mutex_destroy(struct co_mutex *mutex)
 
 bool co_mutex_try_lock(struct co_mutex *mutex)
 {
-    unsigned expected = MUTEX_FREE;
+    unsigned state = atomic_load_explicit(&mutex->state, memory_order_relaxed);
 
-    if (!atomic_compare_exchange_strong_explicit(&mutex->state, &expected, MUTEX_HELD, memory_order_acquire,
-                                                 memory_order_relaxed)) {
-        return false;
+    while (!(state & MUTEX_HELD)) {
+        if (atomic_compare_exchange_weak_explicit(&mutex->state, &state, state | MUTEX_HELD, memory_order_acquire,
+                                                  memory_order_relaxed)) {
+            mutex_set_owner(mutex, coroutine_self());
+            return true;
+        }
     }
-    mutex_set_owner(mutex, coroutine_self());
-    return true;
+    return false;
 }
 
 /* With the guard held: takes a free mutex (true), or marks a held one as waited for. */
 static bool mutex_take_or_mark(struct co_mutex *mutex)
 {
-    for (;;) {
-        unsigned expected = MUTEX_FREE;
-
-        if (atomic_compare_exchange_strong(&mutex->state, &expected, MUTEX_HELD)) {
-            return true;
-        }
-        if (expected == MUTEX_WAITED || atomic_compare_exchange_strong(&mutex->state, &expected, MUTEX_WAITED)) {
-            return false;
-        }
-    }
+    return !(atomic_fetch_or(&mutex->state, MUTEX_HELD | MUTEX_WAITED) & MUTEX_HELD);
 }
 
 static void coroutine_fn mutex_lock_slow(struct co_mutex *mutex)
@@ -79,14 +78,23 @@ static void coroutine_fn mutex_lock_slow(struct co_mutex *mutex)
 
     g_assert(waiter.sleeper && __atomic_load_n(&mutex->owner, __ATOMIC_RELAXED) != waiter.sleeper);
     pthread_mutex_lock(&mutex->guard);
-    if (mutex_take_or_mark(mutex)) {
-        pthread_mutex_unlock(&mutex->guard);
-        mutex_set_owner(mutex, waiter.sleeper);
-        return;
-    }
     list_append(&mutex->waiters, &waiter.link);
+    while (!mutex_take_or_mark(mutex)) {
+        pthread_mutex_unlock(&mutex->guard);
+        coroutine_yield();
+        if (waiter.handed) {
+            return;
+        }
+        pthread_mutex_lock(&mutex->guard);
+        waiter.woken = false;
+        waiter.lost = true;
+    }
+    list_remove(&waiter.link);
+    if (list_is_empty(&mutex->waiters)) {
+        atomic_store(&mutex->state, MUTEX_HELD);
+    }
+    mutex_set_owner(mutex, waiter.sleeper);
     pthread_mutex_unlock(&mutex->guard);
-    coroutine_yield(); /* it is ours when we come back */
 }
 
 void coroutine_fn co_mutex_lock(struct co_mutex *mutex)
@@ -109,18 +117,24 @@ void co_mutex_unlock(struct co_mutex *mutex)
                                                 memory_order_relaxed)) {
         return;
     }
-    g_assert(expected == MUTEX_WAITED);
+    g_assert(expected == (MUTEX_HELD | MUTEX_WAITED));
     pthread_mutex_lock(&mutex->guard);
     struct co_waiter *first = waiter_first(&mutex->waiters);
-    struct coroutine *sleeper = first->sleeper;
+    struct coroutine *to_wake = first->woken ? NULL : first->sleeper;
 
-    list_remove(&first->link);
-    mutex_set_owner(mutex, sleeper);
-    if (list_is_empty(&mutex->waiters)) {
-        atomic_store(&mutex->state, MUTEX_HELD);
+    if (first->lost && !first->woken) {
+        list_remove(&first->link);
+        first->handed = true;
+        mutex_set_owner(mutex, first->sleeper);
+        atomic_store(&mutex->state, list_is_empty(&mutex->waiters) ? MUTEX_HELD : MUTEX_HELD | MUTEX_WAITED);
+    } else {
+        first->woken = true;
+        atomic_store(&mutex->state, MUTEX_WAITED);
     }
     pthread_mutex_unlock(&mutex->guard);
-    coroutine_wake(sleeper);
+    if (to_wake) {
+        coroutine_wake(to_wake);
+    }
 }
 
 void co_queue_init(struct co_queue *queue)

@@ -11,12 +11,12 @@
 
 /*
  * Locks for coroutines that work across loops: the waker posts to the sleeper's loop. All are fair
- * (first come, first served).
+ * (first come, first served); but the first who waits for a mutex may be overtaken until it has come once.
  */
 
 /* Held across yields. Uncontended lock and unlock are one atomic operation each. */
 struct co_mutex {
-    atomic_uint state;     /* 0 free, 1 held, 2 held with waiters */
+    atomic_uint state;     /* bits: 1 held, 2 has waiters */
     pthread_mutex_t guard; /* the waiters' list */
     struct list waiters;
     struct coroutine *owner; /* for assertions */

@@ -113,7 +113,12 @@ static void mutex_is_fair(void *argument)
         coroutine_enter(coroutine_create(queue_up_entry, &queue_up));
     }
     co_mutex_unlock(&queue_up.mutex);
-    /* It has been handed over: nobody overtakes. */
+    /* It is free until who was woken comes: he can be overtaken, */
+    g_assert_true(co_mutex_try_lock(&queue_up.mutex));
+    coroutine_pause();
+    g_assert_cmpstr(queue_up.order->str, ==, "");
+    co_mutex_unlock(&queue_up.mutex);
+    /* but once only: it has been handed over. */
     g_assert_false(co_mutex_try_lock(&queue_up.mutex));
     co_mutex_lock(&queue_up.mutex);
     g_assert_cmpstr(queue_up.order->str, ==, "abcde");
