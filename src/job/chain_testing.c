@@ -206,8 +206,10 @@ static int coroutine_fn memory_change_backing(struct node *node, const char *fil
 {
     struct memory *memory = node->state;
     g_assert(node->writable);
-    if (memory->faults.header_error) {
-        return error_set_errno(err, memory->faults.header_error, "no header today");
+    int error = memory->faults.header_error;
+    memory->faults.header_error = memory->faults.header_once ? 0 : error;
+    if (error && !memory->faults.header_written) {
+        return error_set_errno(err, error, "no header today");
     }
     memory_dawdle();
     if (memory->faults.header) {
@@ -220,7 +222,8 @@ static int coroutine_fn memory_change_backing(struct node *node, const char *fil
     if (memory->faults.header) {
         memory->faults.header(node, memory->faults.argument);
     }
-    return 0;
+    memory->faults.header_written = false;
+    return error ? error_set_errno(err, error, "a header, and an error") : 0;
 }
 
 static int coroutine_fn memory_flush(struct node *node)

@@ -18,6 +18,8 @@
 
 struct memory_faults {
     int read_error, write_error, header_error, flush_error; /* negative errno, or 0 */
+    bool header_written;                                    /* the next header error comes after the change */
+    bool header_once;                                       /* there is one header error only */
     int status_error;                                       /* of asking what lies where */
     uint64_t at;                                            /* reads, writes and questions fail in this cluster only */
     int64_t write_ns;                                  /* one write after the other takes so long for each cluster */

@@ -237,7 +237,7 @@ static int mirror_move_users(struct mirror *mirror, struct error **err)
 
 static int coroutine_fn mirror_pivot(struct mirror *mirror, struct error **err)
 {
-    struct relink relink = {.operation = mirror->operation};
+    struct relink relink = {.operation = mirror->operation, .foundation = mirror->image};
     int result = mirror_write_headers(mirror, &relink, err);
     if (result == 0) {
         result = mirror_move_users(mirror, err);

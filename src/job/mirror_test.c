@@ -333,21 +333,42 @@ static void a_crash_in_the_last_step_leaves_one_of_two_states(void *unused)
     }
 }
 
-static void a_header_that_cannot_be_written_changes_nothing(void *unused)
+/* Whether the overlay's header was changed before the error, and can be put back or not: what is on disk leads to the
+ * same data as before, the target's header only goes when nobody can be naming it. */
+static void coroutine_fn header_error_round(unsigned round)
 {
     struct test_bench bench;
-    struct node *target = open_chain(&bench);
+    struct on_disk disk = {.bench = &bench, .expected = g_malloc(SIZE)};
+    struct node *target = open_chain(&bench), *overlay = bench.nodes[2];
+    bool written = round & 1, once = round & 2;
+    bench_view(bench.nodes[3], disk.expected, SIZE);
     start_mirror(&bench, (struct blockdev_mirror){.device = "a", .replaces = "a", .sync = MIRROR_SYNC_MODE_TOP});
     bench_await(&bench, "j", JOB_STATUS_READY);
-    bench_faults(bench.nodes[2])->header_error = -EIO;
+    bench_faults(overlay)->header_error = -EIO;
+    bench_faults(overlay)->header_written = written;
+    bench_faults(overlay)->header_once = once;
+    if (!once) {
+        g_test_expect_message(G_LOG_DOMAIN, G_LOG_LEVEL_WARNING, "*'b' may keep its new backing file*");
+        g_test_expect_message(G_LOG_DOMAIN, G_LOG_LEVEL_WARNING, "*'d' keeps its backing file*");
+    }
     g_assert_cmpint(job_complete(jobs_find(bench.jobs, "j"), NULL), ==, 0);
     bench_await(&bench, "j", JOB_STATUS_NULL);
-    expect_end(&bench, "no header today");
-    g_assert_true(node_backing(bench.nodes[2]) == bench.nodes[1]);
+    g_test_assert_expected_messages();
+    expect_end(&bench, written ? "a header, and an error" : "no header today");
+    g_assert_true(node_backing(overlay) == bench.nodes[1]);
     g_assert_null(node_backing(target));
-    g_assert_null(bench_disk_backing(target));
-    g_assert_cmpstr(bench_disk_backing(bench.nodes[2]), ==, "a.img");
+    g_assert_cmpstr(bench_disk_backing(target), ==, once ? NULL : "base.img");
+    g_assert_cmpstr(bench_disk_backing(overlay), ==, written && !once ? "d.img" : "a.img");
+    check_disk(overlay, &disk);
+    g_free(disk.expected);
     bench_close(&bench);
+}
+
+static void a_header_that_cannot_be_written_changes_nothing(void *unused)
+{
+    for (unsigned round = 0; round < 4; round++) {
+        header_error_round(round);
+    }
 }
 
 /* Without replaces the overlay stays where it is, and so does a job of the node's own. */

@@ -6,6 +6,8 @@
  * 1. A string is written only when the image that it names holds everything that the overlay needs, flushed. A crash
  *    between two overlays leaves one with the new string and one with the old, and both read the same data.
  * 2. node->header_backing and header_backing_format agree with the disk.
+ * 3. What was written first is put back last, and a foundation only when nobody on disk can be leaning on it any more:
+ *    a header whose change failed may have been changed.
  *
  * It takes no locks and drains nothing: its callers hold the graph still.
  */
@@ -126,28 +128,31 @@ int coroutine_fn relink_write(struct relink *relink, struct node *overlay, const
         .overlay = overlay,
         .old = {g_strdup(overlay->header_backing), g_strdup(overlay->header_backing_format)},
     };
-    int result = node_change_backing(overlay, relink->operation, name->file, name->format, err);
-    if (result < 0) {
-        backing_name_clear(&change.old);
-        error_prepend(err, "Cannot change the backing file of node '%s'", overlay->name);
-        return result;
-    }
     if (!relink->changed) {
         relink->changed = g_array_new(FALSE, FALSE, sizeof(struct relink_change));
     }
-    g_array_append_val(relink->changed, change);
-    return 0;
+    g_array_append_val(relink->changed, change); /* first: what failed may be on disk all the same */
+    int result = node_change_backing(overlay, relink->operation, name->file, name->format, err);
+    if (result < 0) {
+        error_prepend(err, "Cannot change the backing file of node '%s'", overlay->name);
+    }
+    return result;
 }
 
 void coroutine_fn relink_undo(struct relink *relink)
 {
+    bool stuck = false;
     for (guint i = relink->changed ? relink->changed->len : 0; i > 0; i--) {
         struct relink_change *change = &g_array_index(relink->changed, struct relink_change, i - 1);
         auto_error error = NULL;
         const struct backing_name *old = &change->old;
-        if (node_change_backing(change->overlay, relink->operation, old->file, old->format, &error) < 0) {
-            g_warning("The header of node '%s' keeps its new backing file: %s", change->overlay->name,
+        if (stuck && change->overlay == relink->foundation) {
+            g_warning("The header of node '%s' keeps its backing file: others may still name that node",
+                      change->overlay->name);
+        } else if (node_change_backing(change->overlay, relink->operation, old->file, old->format, &error) < 0) {
+            g_warning("The header of node '%s' may keep its new backing file: %s", change->overlay->name,
                       error ? error->message : "unknown error");
+            stuck = true;
         }
     }
     relink_clear(relink);

@@ -38,12 +38,14 @@ int relink_name(const struct node *overlay, const struct node *base, const char 
 /* Strings that were changed, to be put back if a later step fails. Zero-initialise but for the operation. */
 struct relink {
     const struct operation *operation; /* who claimed `graph` on the overlays */
+    const struct node *foundation;     /* changed first, if at all: what the others then name; or NULL */
     GArray *changed;
 };
 /* Rewrites one overlay's header (the node is drained and writable). */
 int coroutine_fn relink_write(struct relink *relink, struct node *overlay, const struct backing_name *name,
                               struct error **err);
-/* Writes the old strings again. What cannot be written is logged: either string leads to the same data then. */
+/* Writes the old strings again, also that of a relink_write() that failed. What cannot be written is logged: either
+ * string leads to the same data then, for the foundation keeps its new one. */
 void coroutine_fn relink_undo(struct relink *relink);
 void relink_clear(struct relink *relink); /* forgets; accepts a zeroed one */
 

@@ -53,6 +53,7 @@ void exploration_free(struct exploration *exploration)
     }
     g_free(exploration->singles);
     g_free(exploration->pairs);
+    g_free(exploration->first);
     g_free(exploration);
 }
 
@@ -90,6 +91,9 @@ static char *finding_of(const struct schedule *schedule, const struct result *re
 
 static void fail(struct exploration *exploration, const char *what, const char *finding)
 {
+    if (!exploration->first) {
+        exploration->first = g_strdup(finding);
+    }
     if (++exploration->failures <= FAILURES_PRINTED && !exploration->quiet) {
         printf("%s: %s\n", what, finding);
         fflush(stdout);

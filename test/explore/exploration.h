@@ -26,6 +26,7 @@ struct exploration {
     struct cell *singles; /* [count] */
     struct cell *pairs;   /* [count * count]; first <= second */
     unsigned failures;    /* findings that must not be */
+    char *first;          /* of them, with the word that replays it; or NULL */
     bool quiet;           /* failures are counted, not printed */
     uint64_t triples_run, triples_admitted;
 };

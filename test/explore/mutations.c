@@ -96,22 +96,6 @@ static unsigned count_admitted(const struct exploration *exploration)
     return count;
 }
 
-/* One finding of any cell. */
-static const char *any_finding(const struct exploration *exploration)
-{
-    for (unsigned i = 0; i < exploration->count; i++) {
-        if (exploration->singles[i].finding) {
-            return exploration->singles[i].finding;
-        }
-    }
-    for (unsigned i = 0; i < exploration->count * exploration->count; i++) {
-        if (exploration->pairs[i].finding) {
-            return exploration->pairs[i].finding;
-        }
-    }
-    return "";
-}
-
 /* True: it was noticed. */
 static bool mutation_try(int mutation, const struct exploration *before, unsigned rounds)
 {
@@ -123,7 +107,7 @@ static bool mutation_try(int mutation, const struct exploration *before, unsigne
     explore_until_failure(exploration, rounds);
     bool caught = exploration->failures > 0;
     if (caught) {
-        printf("  caught: %s; admits %u more: %s\n", what, admitted, any_finding(exploration));
+        printf("  caught: %s; admits %u more: %s\n", what, admitted, exploration->first);
     } else {
         const char *why = mutations[mutation].survives;
         printf("  survives: %s; admits %u more: %s\n", what, admitted, why ? why : "not on this topology");
