@@ -5,7 +5,8 @@
  *
  * 1. A region is marked after its change has completed below, and before the change is acknowledged: who clears the
  * mark and reads then finds the change, or finds the mark again.
- * 2. A failed write marks as well: nobody knows how much of it arrived.
+ * 2. A failed write changes as well: nobody knows how much of it arrived. Where both sides are written, what the node
+ *    shows now is written to the copy, so that a guest which goes on trying keeps no job from being ready.
  * 3. It is writable always; whether the node below may be written is decided there.
  * 4. A region that is not marked, and that the job is not about to copy, reads the same on both sides whenever nobody
  *    holds its place in `busy`. A write to both sides holds it, in whole regions (and units), from before the node is
@@ -33,6 +34,9 @@
 #include <errno.h>
 #include <glib.h>
 #include <stdlib.h>
+
+#define UNKNOWN_STEP (256 * KiB) /* what a failed write may have changed is read and written by so much */
+#define UNKNOWN_MOST (4 * MiB)   /* a guest waits for it: more is marked */
 
 struct track {
     struct dirty *dirty;
@@ -96,6 +100,7 @@ struct change {
     uint64_t offset, bytes;
     const struct buffers *from;
     unsigned flags;
+    bool unknown; /* whatever the node shows now */
 };
 
 static void track_hold(struct track *track, struct range_hold *hold, uint64_t offset, uint64_t bytes)
@@ -116,39 +121,57 @@ static int coroutine_fn copy_change(struct node *node, const struct change *chan
                       change->flags);
 }
 
-/* A unit of which a part has changed: as the node shows it now. */
-static int coroutine_fn copy_unit(struct node *node, uint64_t offset, uint64_t unit)
+/* Units of which a part has changed: as the node shows them now. *ret_read: what fails is not the node. */
+static int coroutine_fn copy_shown(struct node *node, uint64_t offset, uint64_t bytes, bool *ret_read)
 {
-    uint64_t bytes = min_u64(unit, atomic_load(&node->size) - offset);
-    void *memory = file_memory(unit);
+    *ret_read = false;
+    bytes = min_u64(bytes, atomic_load(&node->size) - offset);
+    void *memory = file_memory(bytes);
     struct iovec iov = {memory, bytes};
     if (!memory) {
         return -ENOMEM;
     }
     int result = edge_read(node->filtered, offset, bytes, buffers_one(&iov), 0);
     if (result == 0) {
+        *ret_read = true;
         result = edge_write(node->target, offset, bytes, buffers_one(&iov), 0);
     }
     free(memory);
     return result;
 }
 
+/* [offset, end), in whole units, as the node shows it now. */
+static int coroutine_fn copy_unknown(struct node *node, uint64_t offset, uint64_t end, bool *ret_read)
+{
+    const struct track *track = node->state;
+    uint64_t unit = track->sides.unit, step = max_u64(unit, UNKNOWN_STEP);
+    int result = 0;
+    for (uint64_t at = align_down(offset, unit), stop = align_up(end, unit); result == 0 && at < stop; at += step) {
+        result = copy_shown(node, at, min_u64(step, stop - at), ret_read);
+    }
+    return result;
+}
+
 /* [offset, end) of the change, which is not marked, in whole units. */
-static int coroutine_fn copy_clean(struct node *node, const struct change *change, uint64_t offset, uint64_t end)
+static int coroutine_fn copy_clean(struct node *node, const struct change *change, uint64_t offset, uint64_t end,
+                                   bool *ret_read)
 {
     const struct track *track = node->state;
     uint64_t unit = track->sides.unit;
     bool cut = !is_aligned(end, unit) && end != atomic_load(&node->size);
     uint64_t first = align_up(offset, unit), last = cut ? align_down(end, unit) : end;
     int result = 0;
+    if (change->unknown) {
+        return copy_unknown(node, offset, end, ret_read);
+    }
     if (first > offset) {
-        result = copy_unit(node, first - unit, unit);
+        result = copy_shown(node, first - unit, unit, ret_read);
     }
     if (result == 0 && first < last) {
         result = copy_change(node, change, first, last - first);
     }
     if (result == 0 && cut && last >= first) {
-        result = copy_unit(node, last, unit);
+        result = copy_shown(node, last, unit, ret_read);
     }
     return result;
 }
@@ -163,11 +186,14 @@ static void coroutine_fn track_copy(struct node *node, const struct change *chan
         if (!dirty_next_within(track->dirty, at, end, &marked, &marked_bytes)) {
             marked = end;
         }
-        int result = marked > at ? copy_clean(node, change, at, marked) : 0;
+        bool read = true;
+        int result = marked > at ? copy_clean(node, change, at, marked, &read) : 0;
         if (result < 0) {
             int none = 0;
             dirty_mark(track->dirty, at, marked - at);
-            atomic_compare_exchange_strong(&track->error, &none, result);
+            if (read) { /* else the job will meet it */
+                atomic_compare_exchange_strong(&track->error, &none, result);
+            }
         }
         at = marked + marked_bytes;
     }
@@ -186,10 +212,10 @@ static int coroutine_fn track_change_both(struct node *node, uint64_t offset, ui
     track_hold(track, &hold, offset, bytes);
     int result = from ? edge_write(node->filtered, offset, bytes, *from, flags)
                       : edge_write_zeroes(node->filtered, offset, bytes, flags);
-    if (result < 0) {
+    struct change change = {offset, bytes, from, flags & ~NODE_ALONE, result < 0};
+    if (result < 0 && bytes > UNKNOWN_MOST) {
         track_mark(node, offset, bytes);
     } else {
-        struct change change = {offset, bytes, from, flags & ~NODE_ALONE};
         track_copy(node, &change);
     }
     range_lock_release(track->sides.busy, &hold);
@@ -205,12 +231,13 @@ static int coroutine_fn track_discard_both(struct node *node, uint64_t offset, u
     track_hold(track, &hold, offset, bytes);
     int result = edge_discard(node->filtered, offset, bytes);
     for (uint64_t at = offset, end = offset + bytes; at < end; at += extent.bytes) {
-        if (result < 0 || chain_block_status(node->filtered->child, NULL, at, end - at, &extent) < 0) {
-            track_mark(node, at, end - at);
-            break;
-        }
-        if (extent.flags & EXTENT_ZERO) {
+        bool known = chain_block_status(node->filtered->child, NULL, at, end - at, &extent) == 0;
+        extent.bytes = known ? extent.bytes : end - at;
+        if (known && extent.flags & EXTENT_ZERO) {
             struct change change = {at, extent.bytes, NULL, REQUEST_MAY_UNMAP};
+            track_copy(node, &change);
+        } else if (result < 0 && extent.bytes <= UNKNOWN_MOST) {
+            struct change change = {at, extent.bytes, .unknown = true};
             track_copy(node, &change);
         } else {
             track_mark(node, at, extent.bytes);
