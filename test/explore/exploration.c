@@ -168,16 +168,23 @@ void explore_verdicts(struct exploration *exploration)
     }
 }
 
-void explore_verdicts_again(struct exploration *exploration, const struct exploration *before)
+/* NULL: everybody's claims. */
+static bool is_by(const struct move *move, const char *command)
 {
+    return !command || g_strcmp0(move->kind->command, command) == 0;
+}
+
+void explore_verdicts_again(struct exploration *exploration, const struct exploration *before, const char *command)
+{
+    const struct move *moves = exploration->moves;
     for (unsigned i = 0; i < exploration->count; i++) {
-        if (before->singles[i].verdict == VERDICT_REFUSED) {
+        if (before->singles[i].verdict == VERDICT_REFUSED && is_by(&moves[i], command)) {
             submit_verdict(exploration, &exploration->singles[i], &exploration->moves[i], NULL, false);
         }
         for (unsigned j = i; j < exploration->count; j++) {
-            if (exploration_pair(before, i, j)->verdict == VERDICT_REFUSED) {
-                submit_verdict(exploration, exploration_pair(exploration, i, j), &exploration->moves[i],
-                               &exploration->moves[j], false);
+            bool concerned = is_by(&moves[i], command) || is_by(&moves[j], command);
+            if (exploration_pair(before, i, j)->verdict == VERDICT_REFUSED && concerned) {
+                submit_verdict(exploration, exploration_pair(exploration, i, j), &moves[i], &moves[j], false);
             }
         }
     }
@@ -240,7 +247,8 @@ static void singles_round(struct exploration *exploration, unsigned round)
     runner_drain(exploration->runner);
 }
 
-static void admitted_round(struct exploration *exploration, unsigned round)
+/* after: refused pairs too, where the second comes when the first has ended. */
+static void admitted_round(struct exploration *exploration, unsigned round, bool after)
 {
     for (unsigned i = 0; i < exploration->count; i++) {
         for (unsigned j = i; j < exploration->count; j++) {
@@ -253,7 +261,7 @@ static void admitted_round(struct exploration *exploration, unsigned round)
             set_mode(&schedule, cell, round);
             if (cell->verdict == VERDICT_ADMITTED) {
                 submit(exploration, cell, &schedule, reversed, note_admitted);
-            } else if (cell->verdict == VERDICT_REFUSED && round % ROUNDS_PER_REFUSED == 0) {
+            } else if (after && cell->verdict == VERDICT_REFUSED && round % ROUNDS_PER_REFUSED == 0) {
                 submit(exploration, cell, &schedule, reversed, note_after);
             }
         }
@@ -271,7 +279,7 @@ void explore_singles(struct exploration *exploration, unsigned rounds)
 void explore_admitted(struct exploration *exploration, unsigned rounds)
 {
     for (unsigned round = 0; round < rounds; round++) {
-        admitted_round(exploration, round);
+        admitted_round(exploration, round, true);
     }
 }
 
@@ -279,7 +287,7 @@ void explore_until_failure(struct exploration *exploration, unsigned rounds)
 {
     for (unsigned round = 0; round < rounds && !exploration->failures; round++) {
         singles_round(exploration, round);
-        admitted_round(exploration, round);
+        admitted_round(exploration, round, false);
     }
 }
 

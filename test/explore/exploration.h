@@ -40,12 +40,13 @@ bool exploration_has_pair(const struct exploration *exploration, unsigned first,
 
 /* What the ledger says; finds verdicts that depend on the order. */
 void explore_verdicts(struct exploration *exploration);
-/* What it says now of what `before` found refused; the rest is left out of the exploration. */
-void explore_verdicts_again(struct exploration *exploration, const struct exploration *before);
+/* What it says now of what `before` found refused, and has to do with claims of this command (NULL: all); the rest is
+ * left out of the exploration. */
+void explore_verdicts_again(struct exploration *exploration, const struct exploration *before, const char *command);
 /* So many schedules of each single move and of each admitted pair; a violation is a failure. */
 void explore_singles(struct exploration *exploration, unsigned rounds);
 void explore_admitted(struct exploration *exploration, unsigned rounds);
-/* The same, of both, until the first violation. */
+/* The same of what is admitted, until a round has a violation. */
 void explore_until_failure(struct exploration *exploration, unsigned rounds);
 /* Every place where the power can be cut, and every request that can fail, of each single move. */
 void explore_everywhere(struct exploration *exploration);

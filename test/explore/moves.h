@@ -19,6 +19,7 @@ enum move_target { TARGET_NONE, TARGET_EMPTY, TARGET_OVERLAY };
 
 struct move_kind {
     const char *name;
+    const char *command; /* as the ledger calls who claims for it; NULL: it claims nothing */
     enum { MOVE_JOB, MOVE_CLIENT, MOVE_COMMAND } sort;
     /* Is there such a move with these images? `lower` is NO_IMAGE where the kind has only one. */
     bool (*fits)(const struct topology *topology, int upper, int lower);

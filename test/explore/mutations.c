@@ -10,6 +10,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#define BACKING "backing" /* a claim of every edge, not of a command */
+
 const struct mutation mutations[] = {
     {"block-commit", "top", ACCESS_READ_DATA, 0,
      "who denies it there is a commit that has this image as base or between, and refuses by its other bits"},
@@ -58,9 +60,9 @@ const struct mutation mutations[] = {
     {"block_resize", "node", ACCESS_ATTRIBUTES, 0, NULL},
     {"block_resize", "node", ACCESS_WRITE_BENEATH, 0, NULL},
     {"change-backing-file", "node", ACCESS_GRAPH, 0, "the graph's lock keeps the two headers apart"},
-    {"backing", "backing edge", ACCESS_READ_DATA, 0, "who denies it there writes, and writing is denied"},
-    {"backing", "backing edge", 0, ACCESS_WRITE_DATA, NULL},
-    {"backing", "backing edge", 0, ACCESS_WRITE_BENEATH, NULL},
+    {BACKING, "backing edge", ACCESS_READ_DATA, 0, "who denies it there writes, and writing is denied"},
+    {BACKING, "backing edge", 0, ACCESS_WRITE_DATA, NULL},
+    {BACKING, "backing edge", 0, ACCESS_WRITE_BENEATH, NULL},
 };
 const unsigned mutation_count = G_N_ELEMENTS(mutations);
 
@@ -102,7 +104,8 @@ static bool mutation_try(int mutation, const struct exploration *before, unsigne
     struct exploration *exploration = exploration_create(before->topology, before->runner, before->seed, mutation);
     g_autofree char *what = mutation_describe(mutation);
     exploration->quiet = true;
-    explore_verdicts_again(exploration, before);
+    const char *command = mutations[mutation].command;
+    explore_verdicts_again(exploration, before, strcmp(command, BACKING) == 0 ? NULL : command);
     unsigned admitted = count_admitted(exploration);
     explore_until_failure(exploration, rounds);
     bool caught = exploration->failures > 0;
