@@ -436,6 +436,7 @@ static void a_header_that_cannot_be_written_changes_nothing(void *unused)
     g_autofree unsigned char *before = g_malloc(SIZE), *after = g_malloc(SIZE);
     bench_view(bench.nodes[3], before, SIZE);
     bench_faults(bench.nodes[3])->header_error = -EIO;
+    bench_faults(bench.nodes[3])->header_once = true;
     start_commit(&bench, (struct block_commit_args){.device = "c", .top_node = "b", .base_node = "a"});
     bench_await(&bench, "j", JOB_STATUS_NULL);
     g_autofree char *events = bench_events(&bench);
@@ -444,7 +445,6 @@ static void a_header_that_cannot_be_written_changes_nothing(void *unused)
     g_assert_cmpstr(bench_disk_backing(bench.nodes[3]), ==, "b.img");
     bench_view(bench.nodes[3], after, SIZE);
     g_assert_cmpmem(before, SIZE, after, SIZE);
-    bench_faults(bench.nodes[3])->header_error = 0;
     start_commit(&bench, (struct block_commit_args){.device = "c", .top_node = "b", .base_node = "a"});
     bench_await(&bench, "j", JOB_STATUS_NULL);
     g_assert_true(node_backing(bench.nodes[3]) == bench.nodes[1]);
