@@ -2,14 +2,13 @@
 /*
  * Handlers of the commands about exports, the NBD server and I/O threads: a translation from the commands' arguments
  * to what src/export and iothread.h take. Each runs in a coroutine on the control loop and is called by the generated
- * dispatcher only (address_from_options() by the command line too). It keeps no state and decides nothing.
+ * dispatcher only. It keeps no state and decides nothing.
  * Addresses come in two shapes, the command line's and the older one of commands; both become the loop's here.
  */
-#include "control/address.h"
 #include "control/control.h"
 #include "control/iothread.h"
+#include "export/address.h"
 #include "export/export.h"
-#include "loop/activation.h"
 #include "loop/connection.h"
 #include "schema/commands.h"
 #include "schema/marshal.h"
@@ -17,57 +16,22 @@
 #include <glib.h>
 #include <stdlib.h>
 
-static int address_from_fd(const char *text, struct address *ret, struct error **err)
-{
-    char *end;
-    long fd = g_ascii_isdigit(*text) ? strtol(text, &end, 10) : activation_find(text);
-
-    if (fd < 0 || fd > G_MAXINT || (g_ascii_isdigit(*text) && *end)) {
-        error_set(err, -EINVAL, "'%s' is not the number of a file descriptor, nor the name of one", text);
-        error_hint(err, "Names are those that the service manager passed in LISTEN_FDNAMES");
-        return -EINVAL;
-    }
-    *ret = (struct address){.kind = ADDRESS_FD, .fd = (int)fd};
-    return 0;
-}
-
-static void address_from_inet(const struct inet_socket_address *inet, struct address *ret)
-{
-    *ret = (struct address){.kind = ADDRESS_INET, .host = g_strdup(inet->host), .port = g_strdup(inet->port), .fd = -1};
-}
-
-static void address_from_unix(const struct unix_socket_address *unix_address, struct address *ret)
-{
-    *ret = (struct address){
-        .kind = ADDRESS_UNIX, .path = g_strdup(unix_address->path), .abstract = unix_address->abstract, .fd = -1};
-}
-
-int address_from_options(const struct socket_address *options, struct address *ret, struct error **err)
-{
-    switch (options->type) {
-    case SOCKET_ADDRESS_TYPE_FD:
-        return address_from_fd(options->u.fd.str, ret, err);
-    case SOCKET_ADDRESS_TYPE_INET:
-        address_from_inet(&options->u.inet, ret);
-        return 0;
-    default:
-        address_from_unix(&options->u.unix_, ret);
-        return 0;
-    }
-}
-
 static int address_from_legacy(const struct socket_address_legacy *options, struct address *ret, struct error **err)
 {
+    struct socket_address same = {.type = options->type};
+
     switch (options->type) {
     case SOCKET_ADDRESS_TYPE_FD:
-        return address_from_fd(options->u.fd.data->str, ret, err);
+        same.u.fd = *options->u.fd.data;
+        break;
     case SOCKET_ADDRESS_TYPE_INET:
-        address_from_inet(options->u.inet.data, ret);
-        return 0;
+        same.u.inet = *options->u.inet.data;
+        break;
     default:
-        address_from_unix(options->u.unix_.data, ret);
-        return 0;
+        same.u.unix_ = *options->u.unix_.data;
+        break;
     }
+    return address_from_options(&same, ret, err);
 }
 
 int coroutine_fn command_nbd_server_start(struct control *control, struct nbd_server_start_args *args,

@@ -22,6 +22,7 @@
 
 static const struct export_type *const export_types[] = {
     &nbd_export_type,
+    &vhost_user_export_type,
 #ifdef INTERLOCK_FUSE
     &fuse_export_type,
 #endif
@@ -283,8 +284,11 @@ static int exports_plan(struct exports *exports, const struct block_export_optio
 static void export_backend_changed(void *argument)
 {
     struct export *export = argument;
+    uint64_t size = backend_size(export->backend);
 
-    atomic_store(&export->size, backend_size(export->backend));
+    if (atomic_exchange(&export->size, size) != size && export->state && export->type->resized) {
+        export->type->resized(export);
+    }
 }
 
 /* Takes the claims and attaches, in one step: the last step of a job sees neither or both. graph->lock is held. */

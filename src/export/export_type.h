@@ -59,6 +59,8 @@ struct export_type {
                 struct error **err);
     /* backend and loop are set: from now on there may be clients. graph->lock is held since `plan` succeeded. */
     int (*open)(struct export *export, const struct block_export_options *options, struct error **err);
+    /* May be NULL. The export's size has changed. */
+    void (*resized)(struct export *export);
     /* No new clients; those that are connected are disconnected, which may take until their requests are done. */
     void (*disconnect)(struct export *export);
     /* No client is left. Takes graph->lock if it needs it. */
@@ -80,7 +82,7 @@ void export_unref(struct export *export);
 /* Deletes every export of the type and waits until they, and those of it that are being deleted, are gone. */
 void coroutine_fn exports_delete_type(struct exports *exports, const struct export_type *type);
 
-extern const struct export_type nbd_export_type;
+extern const struct export_type nbd_export_type, vhost_user_export_type;
 #ifdef INTERLOCK_FUSE
 extern const struct export_type fuse_export_type;
 #endif

@@ -128,6 +128,7 @@ int native_thread_start(const char *name, void (*entry)(void *argument), void *a
     thread->entry = entry;
     thread->argument = argument;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS); /* it is meant for the thread that touched memory (shared_memory.c) */
     pthread_sigmask(SIG_SETMASK, &all, &saved);
     r = pthread_create(&thread->thread, NULL, native_thread_main, thread);
     pthread_sigmask(SIG_SETMASK, &saved, NULL);

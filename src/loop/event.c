@@ -17,6 +17,7 @@
 struct event {
     struct native_stream stream;
     struct loop *loop; /* whose engine knows it, or NULL */
+    bool waiting, interrupted;
 };
 
 static bool is_eventfd(int fd)
@@ -48,26 +49,32 @@ int coroutine_fn event_wait(struct event *event)
 
     g_assert(!event->loop || event->loop == loop_self());
     event->loop = loop_self();
-    for (;;) {
+    event->interrupted = false;
+    while (!event->interrupted) {
         uint64_t count;
         ssize_t r = read(event->stream.fd, &count, sizeof(count));
 
         if (r > 0) {
             return 0;
         }
-        r = errno == EAGAIN  ? engine->ops->native->stream_wait(engine, &event->stream, NATIVE_INPUT)
-            : errno == EINTR ? 0
-                             : -errno;
-        if (r < 0) {
+        r = -errno;
+        if (r == -EAGAIN) {
+            event->waiting = true;
+            r = engine->ops->native->stream_wait(engine, &event->stream, NATIVE_INPUT);
+            event->waiting = false;
+        }
+        if (r < 0 && r != -EINTR) {
             return (int)r;
         }
     }
+    return -ECANCELED;
 }
 
 void event_interrupt(struct event *event)
 {
-    if (event->loop) {
+    if (event->waiting) {
         g_assert(event->loop == loop_self());
+        event->interrupted = true; /* also if he was woken in vain just now */
         engine_self()->ops->native->stream_cancel(engine_self(), &event->stream);
     }
 }

@@ -3,10 +3,13 @@
  * Memory by descriptor: what one mapping writes the other reads, what is not in the file is refused, and a file that is
  * cut off behind our back leaves zeroes and a note instead of a dead process.
  */
+#include "loop/coroutine.h"
+#include "loop/loop.h"
 #include "loop/shared_memory.h"
 #include <errno.h>
 #include <glib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 static void test_shared(void)
@@ -72,11 +75,49 @@ static void test_taken_away(void)
     close(fd);
 }
 
+/* The same on the thread of a loop, whose other signals are blocked. */
+static void touch_run(void *argument)
+{
+    void **both = argument;
+
+    g_assert_cmpint(*(volatile uint8_t *)both[0], ==, 0);
+    coroutine_wake(both[1]);
+}
+
+static void taken_away_from_a_loop_run(void *argument)
+{
+    struct shared_memory *memory;
+    struct loop *thread;
+    int fd = memfd_create("test", 0);
+
+    g_assert_cmpint(ftruncate(fd, 4096), ==, 0);
+    g_assert_cmpint(shared_memory_map(fd, 0, 4096, &memory, NULL), ==, 0);
+    g_assert_cmpint(ftruncate(fd, 0), ==, 0);
+    g_assert_cmpint(loop_thread_start("other", ENGINE_AUTO, &thread, NULL), ==, 0);
+    void *both[2] = {memory->bytes, coroutine_self()};
+    loop_spawn(thread, touch_run, both);
+    coroutine_yield();
+    loop_thread_join(thread);
+    g_assert_true(shared_memory_is_lost(memory));
+    shared_memory_unmap(memory);
+    close(fd);
+}
+
+static void test_taken_away_from_a_loop(void)
+{
+    struct loop *loop;
+
+    g_assert_cmpint(loop_create(ENGINE_AUTO, &loop, NULL), ==, 0);
+    loop_run_coroutine(loop, taken_away_from_a_loop_run, NULL);
+    loop_destroy(loop);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/shared-memory/shared", test_shared);
     g_test_add_func("/shared-memory/refused", test_refused);
     g_test_add_func("/shared-memory/taken-away", test_taken_away);
+    g_test_add_func("/shared-memory/taken-away-from-a-loop", test_taken_away_from_a_loop);
     return g_test_run();
 }

@@ -107,6 +107,7 @@ static int worker_start(void)
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     sigfillset(&all);
+    sigdelset(&all, SIGBUS); /* as in engine.c */
     pthread_sigmask(SIG_SETMASK, &all, &saved);
     r = pthread_create(&thread, &attributes, worker_main, NULL);
     pthread_sigmask(SIG_SETMASK, &saved, NULL);

@@ -6,9 +6,9 @@
  * list of options that act. Parsing needs no loop; running a step does.
  */
 #include "tool/daemon_options.h"
-#include "control/address.h"
 #include "control/control.h"
 #include "control/monitor.h"
+#include "export/address.h"
 #include "export/export.h"
 #include "loop/connection.h"
 #include "schema/commands.h"

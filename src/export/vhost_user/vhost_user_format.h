@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#ifndef INTERLOCK_EXPORT_VHOST_USER_FORMAT_H
-#define INTERLOCK_EXPORT_VHOST_USER_FORMAT_H
+#ifndef INTERLOCK_EXPORT_VHOST_USER_VHOST_USER_FORMAT_H
+#define INTERLOCK_EXPORT_VHOST_USER_VHOST_USER_FORMAT_H
 
 #include <linux/virtio_blk.h>
 #include <linux/virtio_config.h>

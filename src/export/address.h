@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#ifndef INTERLOCK_CONTROL_ADDRESS_H
-#define INTERLOCK_CONTROL_ADDRESS_H
+#ifndef INTERLOCK_EXPORT_ADDRESS_H
+#define INTERLOCK_EXPORT_ADDRESS_H
 
 #include "loop/connection.h"
 #include "schema/types.h"
