@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Exports of a file in tmpfs for tests of the front end's side; see the header. The daemon's side runs on the calling
- * thread (and one I/O thread), the client on another.
+ * thread (and one I/O thread), the client on another. One bed at a time.
+ * What a client does is its own; it must have closed its connections, or be on the way, when it ends.
  */
 #include "export/vhost_user/bed_testing.h"
 #include "block/driver.h"
