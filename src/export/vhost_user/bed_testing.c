@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Exports of a file in tmpfs for tests of the front end's side; see the header. The daemon's side runs on the calling
- * thread (and one I/O thread), the client on another. One bed at a time.
+ * thread (and two I/O threads), the client on another. One bed at a time.
  * What a client does is its own; it must have closed its connections, or be on the way, when it ends.
  */
 #include "export/vhost_user/bed_testing.h"
@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 struct bed {
-    struct loop *loop, *iothread; /* iothread serves the exports if not NULL */
+    struct loop *loop, *iothreads[2]; /* they serve the exports if not NULL */
     struct graph *graph;
     struct exports *exports;
     char *directory;
@@ -37,7 +37,7 @@ static void bed_assert(int r, struct error *err)
 
 static struct loop *bed_find_iothread(void *argument, const char *name)
 {
-    return bed.iothread;
+    return bed.iothreads[name[0] - '0'];
 }
 
 static char *bed_path(const char *name)
@@ -101,11 +101,14 @@ void bed_resize(uint64_t size)
 static void bed_add_export(char *id, bool writable, int queues, int block)
 {
     struct socket_address address = {.type = SOCKET_ADDRESS_TYPE_UNIX};
+    char *names[] = {"0", "1"};
+    struct block_export_iothreads iothreads = {.kind = BLOCK_EXPORT_IOTHREADS_MULTI,
+                                               .u.multi = {.count = 2, .items = names}};
     struct block_export_options options = {.type = BLOCK_EXPORT_TYPE_VHOST_USER_BLK,
                                            .id = id,
                                            .node_name = "n0",
                                            .writable = writable,
-                                           .iothread = bed.iothread ? "io" : NULL};
+                                           .iothread = bed.iothreads[0] ? &iothreads : NULL};
     g_autofree char *path = bed_path(id);
     struct error *err = NULL;
 
@@ -152,7 +155,7 @@ static void bed_client_run(void *argument)
     g_thread_join(thread);
 }
 
-void bed_run(void (*client)(void *argument), void *argument, bool with_iothread)
+void bed_run(void (*client)(void *argument), void *argument, bool with_iothreads)
 {
     struct error *err = NULL;
 
@@ -166,8 +169,8 @@ void bed_run(void (*client)(void *argument), void *argument, bool with_iothread)
     g_autofree char *disk = bed_path("disk"), *zeroes = g_malloc0(BED_SIZE);
     g_assert_true(g_file_set_contents(disk, zeroes, BED_SIZE, NULL));
     bed_assert(loop_create(ENGINE_AUTO, &bed.loop, &err), err);
-    if (with_iothread) {
-        bed_assert(loop_thread_start("io", ENGINE_AUTO, &bed.iothread, &err), err);
+    for (unsigned i = 0; with_iothreads && i < 2; i++) {
+        bed_assert(loop_thread_start("io", ENGINE_AUTO, &bed.iothreads[i], &err), err);
     }
     bed.graph = graph_create();
     loop_run_coroutine(bed.loop, bed_start_run, NULL);
@@ -175,8 +178,8 @@ void bed_run(void (*client)(void *argument), void *argument, bool with_iothread)
     loop_run_coroutine(bed.loop, bed_stop_run, NULL);
     exports_destroy(bed.exports);
     graph_destroy(bed.graph);
-    if (bed.iothread) {
-        loop_thread_join(bed.iothread);
+    for (unsigned i = 0; with_iothreads && i < 2; i++) {
+        loop_thread_join(bed.iothreads[i]);
     }
     loop_destroy(bed.loop);
     unlink(disk);

@@ -12,7 +12,7 @@
 #define BED_SIZE (1024u * 1024)
 
 /* Runs a client against fresh exports. */
-void bed_run(void (*client)(void *argument), void *argument, bool with_iothread);
+void bed_run(void (*client)(void *argument), void *argument, bool with_iothreads);
 /* The client's thread: a connection to an export. */
 int bed_connect(const char *name);
 /* The client's thread: makes the node longer. */

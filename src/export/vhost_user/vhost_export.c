@@ -40,8 +40,8 @@ static void coroutine_fn serve(struct vhost_export *vhost)
         .connection = vhost->connection,
         .backend = export->backend,
         .size = &export->size,
-        .loops = &export->loop,
-        .loop_count = 1,
+        .loops = export->loops.items,
+        .loop_count = export->loops.count,
         .queues = vhost->queues,
         .block_bytes = vhost->block_bytes,
         .writable = export->writable,
@@ -166,6 +166,7 @@ static void coroutine_fn vhost_close(struct export *export)
 const struct export_type vhost_user_export_type = {
     .name = "vhost-user-blk",
     .id = BLOCK_EXPORT_TYPE_VHOST_USER_BLK,
+    .several_loops = true,
     .check = vhost_check,
     .open = vhost_open,
     .resized = vhost_resized,
