@@ -346,7 +346,7 @@ class Sequence:
 
 
 class RoundTrip(TestCase):
-    time_limit = 60
+    time_limit = 180
 
     def sequence(self, features, steps):
         sequence = Sequence(self, features, self.random)
