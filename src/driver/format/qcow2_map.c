@@ -137,12 +137,15 @@ int coroutine_fn qcow2_lookup(struct qcow2 *image, uint64_t offset, uint64_t byt
     }
     bool placed = qcow2_entry_has_place(image, entry);
     uint64_t host = placed ? entry.descriptor & QCOW2_OFFSET_MASK : 0;
-    uint64_t limit = min_u64(count, (in_cluster + bytes + image->cluster_size - 1) >> image->cluster_bits);
-    uint64_t run = subclusters_alike(image, entries, limit, index_in_cluster, kind);
-    uint64_t in_subcluster = offset & (image->subcluster_size - 1);
+    uint64_t run_bytes = bytes;
+    if (in_cluster + bytes > image->cluster_size || qcow2_has_subclusters(image)) {
+        uint64_t limit = min_u64(count, (in_cluster + bytes + image->cluster_size - 1) >> image->cluster_bits);
+        uint64_t run = subclusters_alike(image, entries, limit, index_in_cluster, kind);
+        run_bytes = min_u64(bytes, (run << image->subcluster_bits) - (offset & (image->subcluster_size - 1)));
+    }
     *ret = (struct qcow2_run){.kind = kind,
                               .copied = image->external || entry.descriptor & QCOW2_COPIED,
-                              .bytes = min_u64(bytes, (run << image->subcluster_bits) - in_subcluster),
+                              .bytes = run_bytes,
                               .placed = placed,
                               .host_offset = placed ? host + in_cluster : 0,
                               .entry = entry};
