@@ -331,7 +331,7 @@ class CommandLine(ImgTestCase):
         self.assert_same_json("info", "./ab:c")
         for name in ("ab:c", "nbd://localhost/x", "nbd:unix:/x", "http://x/y", "ssh://x/y", 'json:{"driver":"nbd"}', "json:{", "json:[]"):
             self.img("info", name, status=1)
-        self.assertRegex(self.img("info", "nbd://localhost/x", status=1), "Protocol 'nbd' is not supported")
+        self.assertRegex(self.img("info", "ssh://localhost/x", status=1), "Protocol 'ssh' is not supported")
         for words in ("driver=qcow2", "nonsense", "driver=nonsense,file.filename=x", "driver=qcow2,file.filename=x,nonsense=1"):
             self.img("info", "--image-opts", words, status=1)
 
