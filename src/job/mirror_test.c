@@ -174,6 +174,36 @@ static void both_sides_are_the_same(void *unused)
     }
 }
 
+/* What a failed write has left is copied at once: a guest that goes on trying does not hold the job up. */
+static void a_failed_write_leaves_no_mark(void *unused)
+{
+    struct test_bench bench;
+    struct node *target = open_chain(&bench);
+    struct guest *guest = guest_start(&bench, bench.nodes[3], control_loop, false);
+    struct blockdev_mirror args = {.device = "c",
+                                   .sync = MIRROR_SYNC_MODE_FULL,
+                                   .has_copy_mode = true,
+                                   .copy_mode = MIRROR_COPY_MODE_WRITE_BLOCKING};
+    start_mirror(&bench, args);
+    bench_await(&bench, "j", JOB_STATUS_READY);
+    guest_stop(guest);
+    bench_faults(bench.nodes[3])->write_error = -ENOSPC;
+    bench_faults(bench.nodes[3])->at = 3 * TEST_CLUSTER;
+    bench_fill(bench.nodes[3], 3 * TEST_CLUSTER, TEST_CLUSTER, 0x77); /* as far as it got */
+    char data[900] = "";
+    struct iovec iov = {data, sizeof(data)};
+    g_assert_cmpint(backend_write(guest->backend, 3 * TEST_CLUSTER + 700, sizeof(data), buffers_one(&iov), 0), ==,
+                    -ENOSPC);
+    struct block_job_info_list *list = jobs_query_block(bench.jobs);
+    g_assert_true(list->items[0]->actively_synced);
+    block_job_info_list_free(list);
+    g_assert_cmpint(bench_byte(target, 3 * TEST_CLUSTER + 700), ==, 0x77);
+    bench_faults(bench.nodes[3])->write_error = 0;
+    memset(guest->model + 3 * TEST_CLUSTER, 0x77, TEST_CLUSTER);
+    guest_leave(guest);
+    bench_close(&bench);
+}
+
 /* Cancelled while ready and being written: the copy is what the node was at one moment, so it has every write that had
  * been acknowledged by then, and nothing is written to it any more. */
 static void a_cancel_when_ready_leaves_a_copy(void *unused)
@@ -683,6 +713,7 @@ int main(int argc, char **argv)
     } tests[] = {
         {"/mirror/guests-never-see-the-pivot", guests_never_see_the_pivot},
         {"/mirror/both-sides-are-the-same", both_sides_are_the_same},
+        {"/mirror/a-failed-write-leaves-no-mark", a_failed_write_leaves_no_mark},
         {"/mirror/a-cancel-when-ready-leaves-a-copy", a_cancel_when_ready_leaves_a_copy},
         {"/mirror/a-forced-cancel-changes-nothing", a_forced_cancel_changes_nothing},
         {"/mirror/any-node-is-replaced", any_node_is_replaced},
