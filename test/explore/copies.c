@@ -63,7 +63,8 @@ static void follow_successor(const struct actor *done, int image, int successor)
     for (unsigned i = 0; i < world->actor_count; i++) {
         struct actor *actor = &world->actors[i];
         const struct operation *operation = actor->subject == image && actor != done ? world_operation(actor) : NULL;
-        bool later = actor->subject == image && actor->moved_at > done->moved_at && !actor->settled;
+        bool later = actor->subject == image && actor->moved_at > done->moved_at && !actor->settled &&
+                     actor->sync == MIRROR_SYNC_MODE_FULL; /* others stay with their image */
         if (later || (operation && operation->bound[CLAIM_NODE] == world_node(world, successor))) {
             actor->subject = successor;
         }
