@@ -3,11 +3,15 @@
  * The limit that the benchmark is compared with: an NBD server that does nothing but answer, from memory. One thread
  * per connection, blocking sockets, everything that was received is answered with one call, reads are sent straight
  * from the memory and writes copied to it. No option but GO, simple replies only, no checks worth the name: this is
- * what the sockets and the copying cost on this machine, not a server for anybody.
+ * what the sockets and the copying cost on this machine, not a server for anybody. With a file it asks the kernel for
+ * every request's data, one call each, like any server of a file that others may truncate or have left holes in: the
+ * limit of such servers.
  */
 #include "export/nbd/nbd_format.h"
+#include <fcntl.h>
 #include <glib.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,9 +22,11 @@
 #include <unistd.h>
 
 #define RECEIVE_ROOM (1024u * 1024)
+#define READ_ROOM (2u * 1024 * 1024) /* read from a file and not yet sent; half of it: the longest read */
 #define BATCH 128u
 
-static uint8_t *memory;
+static uint8_t *memory; /* the export; NULL: it is a file */
+static int file = -1;
 static uint64_t size;
 
 static int receive_all(int fd, void *data, size_t bytes)
@@ -89,15 +95,33 @@ static int handshake(int fd)
     }
 }
 
-/* Answers every whole request in the buffer; returns how many bytes of it were used, or -1. */
-static ssize_t answer(int fd, const uint8_t *bytes, size_t have)
+/* Where what a read asks for is: in the memory, or read from the file to `room`. NULL: it cannot be read. */
+static const uint8_t *find(uint64_t offset, uint32_t length, uint8_t *room)
+{
+    if (memory) {
+        return memory + offset;
+    }
+    return pread(file, room, length, (off_t)offset) == (ssize_t)length ? room : NULL;
+}
+
+static bool store(uint64_t offset, const uint8_t *from, size_t length)
+{
+    if (memory) {
+        memcpy(memory + offset, from, length);
+        return true;
+    }
+    return !length || pwrite(file, from, length, (off_t)offset) == (ssize_t)length;
+}
+
+/* Answers every whole request in the buffer; returns how many bytes of it were used, or -1. `room`: READ_ROOM bytes. */
+static ssize_t answer(int fd, const uint8_t *bytes, size_t have, uint8_t *room)
 {
     struct nbd_simple_reply replies[BATCH];
     struct iovec iov[2 * BATCH];
     unsigned count = 0, iovs = 0;
-    size_t at = 0;
+    size_t at = 0, read_at = 0;
 
-    while (count < BATCH && have - at >= sizeof(struct nbd_request_header)) {
+    while (count < BATCH && read_at < READ_ROOM / 2 && have - at >= sizeof(struct nbd_request_header)) {
         const struct nbd_request_header *request = (const void *)(bytes + at);
         uint64_t offset = be64toh(request->offset);
         uint32_t length = be32toh(request->bytes);
@@ -111,12 +135,20 @@ static ssize_t answer(int fd, const uint8_t *bytes, size_t have)
         if (have - at - sizeof(*request) < payload) {
             break;
         }
-        memcpy(memory + offset, bytes + at + sizeof(*request), payload);
+        if (!store(offset, bytes + at + sizeof(*request), payload)) {
+            return -1;
+        }
         at += sizeof(*request) + payload;
         replies[count] = (struct nbd_simple_reply){htobe32(NBD_SIMPLE_REPLY_MAGIC), 0, request->cookie};
         iov[iovs++] = (struct iovec){&replies[count++], sizeof(replies[0])};
         if (type == NBD_CMD_READ) {
-            iov[iovs++] = (struct iovec){memory + offset, length};
+            const uint8_t *data = length <= READ_ROOM / 2 ? find(offset, length, room + read_at) : NULL;
+
+            if (!data) {
+                return -1;
+            }
+            iov[iovs++] = (struct iovec){(void *)data, length};
+            read_at += memory ? 0 : length;
         }
     }
     return send_vector(fd, iov, iovs) ? -1 : (ssize_t)at;
@@ -124,11 +156,11 @@ static ssize_t answer(int fd, const uint8_t *bytes, size_t have)
 
 static void *serve(void *argument)
 {
-    int fd = (int)(intptr_t)argument, room = 4 * 1024 * 1024;
-    uint8_t *buffer = g_malloc(RECEIVE_ROOM);
+    int fd = (int)(intptr_t)argument, send_room = 4 * 1024 * 1024;
+    uint8_t *buffer = g_malloc(RECEIVE_ROOM), *room = g_malloc(READ_ROOM);
     size_t have = 0;
 
-    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &send_room, sizeof(send_room));
     if (handshake(fd) == 0) {
         for (;;) {
             ssize_t n = recv(fd, buffer + have, RECEIVE_ROOM - have, 0), used;
@@ -137,7 +169,7 @@ static void *serve(void *argument)
                 break;
             }
             have += (size_t)n;
-            while ((used = answer(fd, buffer, have)) > 0) {
+            while ((used = answer(fd, buffer, have, room)) > 0) {
                 have -= (size_t)used;
                 memmove(buffer, buffer + used, have);
             }
@@ -147,6 +179,7 @@ static void *serve(void *argument)
         }
     }
     g_free(buffer);
+    g_free(room);
     close(fd);
     return NULL;
 }
@@ -156,15 +189,19 @@ int main(int argc, char **argv)
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     int listener = socket(AF_UNIX, SOCK_STREAM, 0);
 
-    if (argc != 3 || strlen(argv[1]) >= sizeof(address.sun_path)) {
-        fputs("usage: nbd_limit SOCKET BYTES\n", stderr);
+    if (argc < 3 || argc > 4 || strlen(argv[1]) >= sizeof(address.sun_path)) {
+        fputs("usage: nbd_limit SOCKET BYTES [FILE]\n", stderr);
         return 1;
     }
     g_strlcpy(address.sun_path, argv[1], sizeof(address.sun_path));
     size = g_ascii_strtoull(argv[2], NULL, 10);
-    memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED || bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-        listen(listener, 64) < 0) {
+    if (argc == 4) {
+        file = open(argv[3], O_RDWR);
+    } else {
+        memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    }
+    if ((argc == 4 && file < 0) || memory == MAP_FAILED ||
+        bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(listener, 64) < 0) {
         perror("nbd_limit");
         return 1;
     }

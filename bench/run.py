@@ -5,7 +5,8 @@
 Everything lies in tmpfs and goes over unix sockets, so that what is measured is the programs. Servers take turns
 (A B C A B C) within each row; a row's figure is the median of its rounds, with the least and the greatest beside it.
 The load generator (nbd_load) checks the content of what it reads, and after its writes all of the image. `limit` is
-nbd_limit: a server that does nothing but answer, from memory.
+nbd_limit: a server that does nothing but answer, from memory; `of files` the same that reads and writes a file in
+tmpfs, with one call for each request.
 """
 import argparse
 import contextlib
@@ -250,7 +251,21 @@ class Limit(Server):
         return [LIMIT, self.path, str(self.size)]
 
 
-SERVERS = (Interlock, Peer, Nbdkit, Limit)
+class FileLimit(Limit):
+    """The same, but asking the kernel for the data of every request: the limit of servers of files."""
+
+    name = "limit-file"
+
+    def create_image(self, size):
+        super().create_image(size)
+        with open(self.image, "wb") as image:
+            image.truncate(size)
+
+    def command(self):
+        return [LIMIT, self.path, str(self.size), self.image]
+
+
+SERVERS = (Interlock, Peer, Nbdkit, FileLimit, Limit)
 
 
 class Results:
@@ -270,7 +285,8 @@ class Results:
 
 
 def print_head():
-    print(f"{'':58s} {'Interlock':>26s} {'qemu-storage-daemon':>26s} {'':>7s} {'nbdkit':>9s} {'':>7s} {'limit':>9s}"
+    print(f"{'':58s} {'Interlock':>26s} {'qemu-storage-daemon':>26s} {'':>7s} {'nbdkit':>9s} {'':>7s} "
+          f"{'of files':>9s} {'':>7s} {'limit':>9s} {'':>7s}"
           f"  CPU per request: ours, theirs, us")
 
 
@@ -286,13 +302,13 @@ def number(value):
 
 def print_row(row):
     cells = [f"{row['title'] + ' [' + row['unit'] + ']':58s}"]
-    for name, width in (("interlock", 26), ("qemu-storage-daemon", 26), ("nbdkit", 9), ("limit", 9)):
+    for name, width in (("interlock", 26), ("qemu-storage-daemon", 26), ("nbdkit", 9), ("limit-file", 9), ("limit", 9)):
         measured = row["servers"].get(name)
         text = number(measured["median"]) if measured else "-"
         if measured and width > 20:
             text += f" ({number(measured['min'])}..{number(measured['max'])})"
         cells.append(f"{text:>{width}s}")
-        if name in ("qemu-storage-daemon", "nbdkit"):
+        if name != "interlock":
             cells.append(f"{'x' + format(ratio(row, name), '.2f') if measured else '':>7s}")
     cpu = [row["servers"][name].get("cpu_us") for name in ("interlock", "qemu-storage-daemon") if name in row["servers"]]
     if cpu and cpu[0]:

@@ -576,6 +576,62 @@ class NbdHostile(NbdTestCase):
         third.socket.settimeout(10 * harness.SLOWNESS)
         third.go("n0").close()
 
+    def test_silent_clients_make_room_for_others(self):
+        daemon = self.served()
+        daemon.qmp.execute("nbd-server-stop")
+        daemon.qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": daemon.nbd_path}},
+                                                "max-connections": 4})
+        daemon.export("n0")
+        working = Raw(daemon.nbd_path).go("n0")
+        silent = [Raw(daemon.nbd_path) for _ in range(12)]
+        started = time.monotonic()
+        newcomer = Raw(daemon.nbd_path).go("n0")
+        self.assertLess(time.monotonic() - started, 9 * harness.SLOWNESS, "not only when their time is over")
+        for client in (working, newcomer):
+            client.send(Raw.request(3, 0, 0))
+            self.assertEqual(client.reply(), (0, 0))
+        self.assertEqual([client["phase"] for client in daemon.qmp.execute("query-nbd-clients")][0], "transmission")
+        self.assertTrue(silent[0].ended())
+
+    def test_very_many_at_once(self):
+        daemon = self.daemon()
+        daemon.qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": daemon.nbd_path}},
+                                                "max-connections": 0})
+        daemon.add_file("n0", self.raw_image())
+        daemon.export("n0")
+        good = Extended(daemon.nbd_path).go("n0")
+        beginnings = (b"", b"\0\0", b"\0\0\0\3IHAVE", b"\0\0\0\3IHAVEOPT\0\0\0\7\0\0\1\0")
+        count = scale(400, 900)
+        crowd = []
+        for number in range(count):
+            crowd.append(Raw(daemon.nbd_path))
+            crowd[-1].send(beginnings[number % len(beginnings)])
+            if number % 20 == 0:
+                self.assertEqual(good.pread(4096, 4096 * number), bytes(4096))
+        self.wait_until(lambda: len(daemon.qmp.execute("query-nbd-clients")) == count + 1)
+        with open(f"/proc/{daemon.pid}/statm") as statm:
+            self.assertLess(int(statm.read().split()[1]) * 4096, 200 * MIB * harness.SLOWNESS)
+        for client in crowd:
+            client.close()
+        self.wait_until(lambda: len(daemon.qmp.execute("query-nbd-clients")) == 1)
+        self.assertEqual(good.reply(1, 0, 0, payload=bytes(512)), [(0, b"")])
+
+    def test_byte_by_byte(self):
+        daemon = self.served()
+        client = Raw(daemon.nbd_path)
+        client.receive(18)
+        stream = struct.pack(">I8sII", 3, b"IHAVEOPT", 7, 8) + struct.pack(">I", 2) + b"n0\0\0"
+        stream += Raw.request(1, 0, 8, 1) + b"8 bytes." + Raw.request(0, 0, 8, 2)
+        for position in range(len(stream)):
+            client.send(stream[position:position + 1])
+            time.sleep(0.0005)
+        for _ in range(3):
+            _, _, _, length = struct.unpack(">QIII", client.receive(20))
+            client.receive(length)
+        self.assertEqual(client.reply(), (0, 1))
+        self.assertEqual(client.reply(), (0, 2))
+        self.assertEqual(client.receive(8), b"8 bytes.")
+
     def test_a_client_that_does_not_read_stops_itself_alone(self):
         daemon = self.served()
         greedy = Raw(daemon.nbd_path).go("n0")

@@ -2,13 +2,15 @@
 """NBD over TLS: certificates and shared keys, who is let in, and clients that try without."""
 import contextlib
 import os
+import select
 import socket
 import struct
 import subprocess
+import threading
 import time
 import unittest
 
-from harness import MIB, TestCase, run
+from harness import MIB, TestCase, run, scale
 
 try:
     import nbd
@@ -239,6 +241,60 @@ class Tls(TestCase):
                 rest += piece
         self.assertNotIn(struct.pack(">Q", 0x3E889045565A9), rest)  # no answer to an option, in plain text or not
         stream.close()
+        self.client(daemon, folder, "alice").shutdown()
+
+    def test_handshakes_that_are_cut_off_or_bent(self):
+        """Somebody in between cuts the stream after any byte, or changes one: the client fails or works, the server
+        goes on."""
+        folder = self.keys()
+        daemon = self.serve(f"tls-creds-psk,id=tls,endpoint=server,dir={folder}")
+        path = self.path("between")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(path)
+        listener.listen(5)
+
+        def between(limit, bend):
+            """Passes bytes on, both ways; of the client's the one numbered `limit` is changed, or the last."""
+            client, _ = listener.accept()
+            server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            server.connect(daemon.nbd_path)
+            passed = 0
+            with client, server:
+                while streams := select.select([client, server], [], [], 0.15)[0]:  # both wait for more: it is over
+                    for ready in streams:
+                        data = bytearray(ready.recv(65536))
+                        if ready is server:
+                            client.sendall(data)
+                        else:
+                            if passed <= limit < passed + len(data) and bend:
+                                data[limit - passed] ^= 1 << bend % 8
+                            elif not bend:
+                                data = data[:max(0, limit - passed)]
+                            passed += len(data)
+                            server.sendall(data)
+                        if not data:
+                            return
+
+        def quietly(limit, bend):
+            with contextlib.suppress(OSError):
+                between(limit, bend)
+
+        for _ in range(scale(16, 800)):
+            limit, bend = self.random.randrange(20, 700), self.random.choice((0, 0, 1, 4, 8))
+            thread = threading.Thread(target=quietly, args=(limit, bend))
+            thread.start()
+            handle = nbd.NBD()
+            handle.set_tls(nbd.TLS_REQUIRE)
+            handle.set_tls_psk_file(os.path.join(folder, "keys.psk"))
+            handle.set_tls_username("alice")
+            handle.set_export_name("disk")
+            with contextlib.suppress(nbd.Error):
+                handle.connect_unix(path)
+                self.assertEqual(handle.pread(512, 0), bytes(512))
+                handle.shutdown()
+            del handle
+            thread.join()
+        listener.close()
         self.client(daemon, folder, "alice").shutdown()
 
     def test_who_says_nothing_is_dropped(self):

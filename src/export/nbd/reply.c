@@ -285,15 +285,15 @@ static bool batch_has_room(const struct nbd_batch *batch, unsigned chunks)
 void nbd_reply_data(struct nbd_request *request, const void *data, bool may_split)
 {
     struct nbd_batch *batch = request->session->sender.filling;
-    struct run runs[CHUNKS_MAX] = {{0, (uint32_t)request->bytes, false}};
-    unsigned count = 1;
+    struct run runs[CHUNKS_MAX];
+    unsigned count = 0;
 
     if (may_split && request->bytes >= 2 * HOLE_GRANULE) {
         count = data_divide(request, data, runs);
-        if (!batch_has_room(batch, count)) {
-            runs[0] = (struct run){0, (uint32_t)request->bytes, false};
-            count = 1;
-        }
+    }
+    if (!count || !batch_has_room(batch, count)) {
+        batch_data(batch, request, data, 0, (uint32_t)request->bytes, true);
+        count = 0;
     }
     for (unsigned i = 0; i < count; i++) {
         if (runs[i].hole) {

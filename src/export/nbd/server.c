@@ -25,6 +25,8 @@
 /* How long the acceptor waits after an error that is not the clients' fault (no descriptors left). */
 #define ACCEPT_PAUSE_NS INT64_C(100000000)
 #define SECOND_NS INT64_C(1000000000)
+/* How long a handshake may take while others wait for its place. */
+#define HANDSHAKE_GRACE_NS SECOND_NS
 
 /* The pool of a loop, while it has clients. */
 struct nbd_loop_pool {
@@ -62,16 +64,6 @@ static void server_pool_unref(struct nbd_loop_pool *pool)
 
 /* ---- clients ---- */
 
-static void server_wake_acceptor(struct nbd_server *server)
-{
-    struct coroutine *acceptor = server->acceptor;
-
-    if (acceptor) {
-        server->acceptor = NULL;
-        coroutine_wake(acceptor);
-    }
-}
-
 static void client_end_run(void *argument)
 {
     struct nbd_client *client = argument;
@@ -89,7 +81,7 @@ static void client_end_run(void *argument)
     g_free(client->identity);
     g_free(client);
     server->client_count--;
-    server_wake_acceptor(server);
+    loop_sleep_wake(&server->pause);
     co_group_leave(&server->running);
 }
 
@@ -353,20 +345,46 @@ const struct export_type nbd_export_type = {
 
 /* ---- the server ---- */
 
+/* Whoever has been shaking hands for longest, if for longer than HANDSHAKE_GRACE_NS; or NULL. */
+static struct nbd_client *server_find_loiterer(struct nbd_server *server)
+{
+    list_for_each (position, &server->clients) {
+        struct nbd_client *client = container_of(position, struct nbd_client, link);
+
+        if (!client->chosen && !client->evicted) {
+            /* The list is in order of arrival. */
+            return loop_now_ns() - client->since_ns > HANDSHAKE_GRACE_NS ? client : NULL;
+        }
+    }
+    return NULL;
+}
+
+/* Waits until there is room for one client more. One that has come and waits may put out one that only occupies a
+ * place; not where the handshake is allowed to take for ever. */
+static void coroutine_fn server_wait_for_room(struct nbd_server *server)
+{
+    while (server->max_connections && server->client_count >= server->max_connections && !server->stopping) {
+        struct nbd_client *loiterer = server->handshake_max_seconds ? server_find_loiterer(server) : NULL;
+
+        if (loiterer) {
+            loiterer->evicted = true;
+            connection_shutdown(loiterer->connection);
+        }
+        loop_sleep_ns(&server->pause, HANDSHAKE_GRACE_NS / 4);
+    }
+}
+
 static void server_accept_run(void *argument)
 {
     struct nbd_server *server = argument;
 
     while (!server->stopping) {
         struct connection *connection;
-        int r;
+        int r = listener_accept(server->listener, &connection);
 
-        if (server->max_connections && server->client_count >= server->max_connections) {
-            server->acceptor = coroutine_self();
-            coroutine_yield();
-            continue;
+        if (r == 0) {
+            server_wait_for_room(server);
         }
-        r = listener_accept(server->listener, &connection);
         if (r == 0 && server->stopping) {
             connection_close(connection);
         } else if (r == 0) {
@@ -454,7 +472,6 @@ int coroutine_fn nbd_server_stop(struct exports *exports, struct error **err)
     server->stopping = true;
     listener_shutdown(server->listener);
     loop_sleep_wake(&server->pause);
-    server_wake_acceptor(server);
     list_for_each (position, &server->clients) {
         connection_shutdown(container_of(position, struct nbd_client, link)->connection);
     }

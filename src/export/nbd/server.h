@@ -46,10 +46,9 @@ struct nbd_server {
     struct list directory;       /* struct nbd_export by link */
     struct list clients;         /* struct nbd_client by link */
     unsigned client_count;
-    uint64_t serial;            /* the last one given */
-    struct list pools;          /* of loops that have clients */
-    struct coroutine *acceptor; /* waits for a client to go, or NULL */
-    struct loop_sleep pause;    /* the acceptor's, after an error */
+    uint64_t serial;         /* the last one given */
+    struct list pools;       /* of loops that have clients */
+    struct loop_sleep pause; /* the acceptor's: after an error, or until a client goes */
     bool stopping;
     struct co_group running; /* the acceptor and the clients */
 };
@@ -59,6 +58,7 @@ struct nbd_client {
     struct nbd_server *server;
     struct connection *connection; /* from its handshake on, with TLS, the layer */
     bool secure;                   /* by TLS */
+    bool evicted;                  /* it was told to go, for the sake of others */
     char *address;                 /* where it is */
     char *identity;                /* by TLS, or NULL */
     int64_t since_ns;
