@@ -268,7 +268,8 @@ static void share_inflight(struct front *front)
     if (front->inflight_fd < 0) {
         front->inflight = (struct vhost_inflight){.queues = (uint16_t)front->options.queues,
                                                   .queue_size = (uint16_t)front->options.size};
-        front_send(front, VHOST_GET_INFLIGHT_FD, 0, &front->inflight, VHOST_INFLIGHT_BYTES, NULL, 0);
+        uint32_t bytes = front->options.packed ? VHOST_INFLIGHT_BYTES : sizeof(front->inflight); /* there are both */
+        front_send(front, VHOST_GET_INFLIGHT_FD, 0, &front->inflight, bytes, NULL, 0);
         g_assert(
             front_reply(front, VHOST_GET_INFLIGHT_FD, &front->inflight, sizeof(front->inflight), &front->inflight_fd));
         g_assert(front->inflight_fd >= 0);

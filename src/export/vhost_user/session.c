@@ -458,7 +458,8 @@ static int coroutine_fn on_get_inflight_fd(struct vhost_session *session, struct
     if (r == 0) {
         pause_all(session);
         adopt_inflight(session, wanted, memory);
-        message->reply_bytes = VHOST_INFLIGHT_BYTES;
+        /* With or without padding: as it was asked. */
+        message->reply_bytes = message->header.bytes < sizeof(*wanted) ? VHOST_INFLIGHT_BYTES : sizeof(*wanted);
     }
     return r;
 }

@@ -112,7 +112,7 @@ struct vhost_inflight {
     uint64_t size, offset;
     uint16_t queues, queue_size;
 };
-#define VHOST_INFLIGHT_BYTES 20 /* without the padding at its end */
+#define VHOST_INFLIGHT_BYTES 20 /* without the padding at its end, which QEMU sends and wants, too */
 
 /* Any of them. */
 union vhost_payload {
@@ -128,6 +128,7 @@ _Static_assert(sizeof(struct vhost_header) == 12, "wire format");
 _Static_assert(sizeof(struct vhost_vring_addresses) == 40, "wire format");
 _Static_assert(sizeof(struct vhost_region) == 32, "wire format");
 _Static_assert(sizeof(struct vhost_memory_table) == 264, "wire format");
+_Static_assert(sizeof(struct vhost_inflight) == 24, "wire format");
 _Static_assert(sizeof(struct vhost_single_region) == 40, "wire format");
 _Static_assert(sizeof(struct vhost_config_message) == 268, "wire format");
 
