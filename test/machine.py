@@ -45,6 +45,9 @@ def why_not():
     """What is missing for a guest, or None."""
     if not shutil.which(QEMU):
         return f"{QEMU} is not installed"
+    version = run(QEMU, "--version").stdout.split("version ")[1]
+    if int(version.split(".")[0]) < 10:
+        return f"{QEMU} is older than 10 (no reconnect-ms): {version.split()[0]}"
     if not kernel():
         return "no Debian cloud kernel in /boot (linux-image-cloud-amd64)"
     if not os.path.exists(BUSYBOX) or b"statically linked" not in subprocess.run(
@@ -128,7 +131,7 @@ class Machine:
 
     def __init__(self, test, disks, *programs, memory=256, processors=2):
         self.directory = test.directory
-        self.time_limit = 60 * SLOWNESS
+        self.time_limit = 120 * SLOWNESS
         self.kvm = kvm_works()
         self.text = ""
         self.serial = None
@@ -193,9 +196,9 @@ class Machine:
         """What the command has printed."""
         deadline = time.monotonic() + (timeout or self.time_limit)
         while True:
-            found = re.search(rf"^done-{number}=(\d+)\n", self.text, re.MULTILINE)
+            found = re.search(rf"done-{number}=(\d+)\n", self.text)
             if found:
-                output, self.text = self.text[: found.start()], self.text[found.end() :]
+                output, self.text = self.text[: found.start()].replace("/ # ", ""), self.text[found.end() :]
                 if check and found.group(1) != "0":
                     raise AssertionError(f"a command of the guest failed ({found.group(1)}):\n{output[-4000:]}")
                 return output

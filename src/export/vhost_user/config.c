@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The configuration space of the block device, made anew whenever it is asked for: only the size and the cache mode
- * change. It is filled whatever features were negotiated; a driver looks at what it has negotiated.
+ * change. The cache mode outlives us beside the record of what is in flight. The space is filled whatever features were
+ * negotiated; a driver looks at what it has negotiated.
  */
 #include "export/vhost_user/config.h"
 #include "export/vhost_user/session.h"
@@ -34,11 +35,19 @@ void vhost_config_read(const struct vhost_session *session, uint8_t ret[VHOST_CO
     memcpy(ret, &config, sizeof(config));
 }
 
+void vhost_set_write_back(struct vhost_session *session, bool write_back)
+{
+    atomic_store(&session->device.write_back, write_back && !session->config.writethrough);
+    if (session->note) {
+        session->note->write_through = !write_back;
+    }
+}
+
 int vhost_config_write(struct vhost_session *session, const struct vhost_config_message *message)
 {
     if (message->offset != offsetof(struct virtio_blk_config, wce) || message->bytes != 1 || message->payload[0] > 1) {
         return -EINVAL;
     }
-    atomic_store(&session->device.write_back, message->payload[0] && !session->config.writethrough);
+    vhost_set_write_back(session, message->payload[0]);
     return 0;
 }

@@ -127,8 +127,7 @@ static int coroutine_fn on_set_features(struct vhost_session *session, struct me
         pause_all(session);
         session->features = wanted;
         /* Without the feature a driver cannot flush: then everything is flushed. */
-        atomic_store(&session->device.write_back,
-                     !session->config.writethrough && feature(session, VIRTIO_BLK_F_FLUSH));
+        vhost_set_write_back(session, feature(session, VIRTIO_BLK_F_FLUSH));
     }
     return 0;
 }
@@ -165,6 +164,7 @@ static void drop_inflight(struct vhost_session *session)
 {
     shared_memory_unmap(session->inflight);
     session->inflight = NULL;
+    session->note = NULL;
 }
 
 static int coroutine_fn on_reset_device(struct vhost_session *session, struct message *message)
@@ -180,7 +180,7 @@ static int coroutine_fn on_reset_device(struct vhost_session *session, struct me
     drop_inflight(session);
     session->features = 0;
     session->status = 0;
-    atomic_store(&session->device.write_back, !session->config.writethrough);
+    vhost_set_write_back(session, true);
     return 0;
 }
 
@@ -441,6 +441,18 @@ static void adopt_inflight(struct vhost_session *session, const struct vhost_inf
     session->inflight_queues = what->queues;
     session->inflight_queue_size = what->queue_size;
     session->inflight_stride = ring_inflight_bytes(what->queue_size);
+    uint64_t regions = session->inflight_stride * what->queues;
+    if (memory->size - regions < sizeof(*session->note)) {
+        return; /* somebody else's */
+    }
+    struct inflight_note *note = (void *)(memory->bytes + regions);
+    if (memcmp(note->magic, INFLIGHT_NOTE_MAGIC, sizeof(note->magic)) == 0) {
+        vhost_set_write_back(session, !note->write_through);
+    } else {
+        memcpy(note->magic, INFLIGHT_NOTE_MAGIC, sizeof(note->magic));
+        note->write_through = !atomic_load(&session->device.write_back);
+    }
+    session->note = note;
 }
 
 static int coroutine_fn on_get_inflight_fd(struct vhost_session *session, struct message *message)
@@ -452,7 +464,7 @@ static int coroutine_fn on_get_inflight_fd(struct vhost_session *session, struct
     if (r < 0) {
         return r;
     }
-    wanted->size = ring_inflight_bytes(wanted->queue_size) * wanted->queues;
+    wanted->size = ring_inflight_bytes(wanted->queue_size) * wanted->queues + sizeof(struct inflight_note);
     wanted->offset = 0;
     r = shared_memory_create("vhost-user-blk-inflight", wanted->size, &memory, &message->reply_fd, &message->err);
     if (r == 0) {

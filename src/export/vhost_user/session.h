@@ -29,6 +29,7 @@ struct vhost_session {
     struct vhost_queue *queues;
     struct vhost_memory memory;
     struct shared_memory *inflight; /* or NULL */
+    struct inflight_note *note;     /* in it, or NULL */
     uint64_t inflight_stride;       /* bytes of a queue's region */
     unsigned inflight_queues, inflight_queue_size;
     uint64_t features, protocol_features;
@@ -47,6 +48,8 @@ void vhost_session_resized(struct vhost_session *session);
 
 /* config.c: the configuration space, zeroes behind what we have. */
 void vhost_config_read(const struct vhost_session *session, uint8_t ret[VHOST_CONFIG_BYTES_MAX]);
+/* Who caches writes, from now on: nobody, if the export is write-through. */
+void vhost_set_write_back(struct vhost_session *session, bool write_back);
 /* Writes there: the only thing that a driver may change is whether writes are cached. -EINVAL otherwise. */
 int vhost_config_write(struct vhost_session *session, const struct vhost_config_message *message);
 

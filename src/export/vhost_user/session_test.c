@@ -445,7 +445,12 @@ static void record_client(void *argument)
                 front_submit(&front.queue[1], slot, VIRTIO_BLK_T_IN, slot * 16, 8192);
             }
             front_kick(&front.queue[1]);
+            struct vhost_config_message wce = {32, 1, 0, {round % 3 == 0}};
+            g_assert_true(front_tell(&front, VHOST_SET_CONFIG, &wce, VHOST_CONFIG_HEAD + 1, NULL, 0));
             front_reconnect(&front, bed_connect("rw"));
+            front_send(&front, VHOST_GET_CONFIG, 0, &wce, VHOST_CONFIG_HEAD + 1, NULL, 0);
+            g_assert_true(front_reply(&front, VHOST_GET_CONFIG, &wce, sizeof(wce), NULL));
+            g_assert_cmpuint(wce.payload[0], ==, round % 3 == 0);
             for (unsigned slot = 0; slot < front.queue[1].slots; slot++) {
                 g_assert_cmpint(front_wait(&front.queue[1]), >=, 0);
             }

@@ -175,6 +175,15 @@ struct inflight_packed {
 _Static_assert(sizeof(struct inflight_split) == 16 && sizeof(struct inflight_split_entry) == 16, "shared format");
 _Static_assert(sizeof(struct inflight_packed) == 32 && sizeof(struct inflight_packed_entry) == 32, "shared format");
 
+/* Ours, behind the regions: what else has to survive us. Other back ends look at the regions alone. */
+struct inflight_note {
+    char magic[8];
+    uint8_t write_through; /* the guest has switched the cache off, and will not say so again */
+    uint8_t padding[55];
+};
+#define INFLIGHT_NOTE_MAGIC "ILvublk1"
+_Static_assert(sizeof(struct inflight_note) == 64, "shared format");
+
 /* Flags of a packed descriptor. */
 #define PACKED_AVAILABLE (1u << VRING_PACKED_DESC_F_AVAIL)
 #define PACKED_USED (1u << VRING_PACKED_DESC_F_USED)
