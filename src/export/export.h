@@ -61,6 +61,9 @@ struct nbd_server_config {
     unsigned max_connections;       /* 0: no limit */
     const char *tls_credentials;    /* id of credentials (crypto/tls.h): every client has to use TLS; or NULL */
     const char *tls_authorization;  /* id of an authorization (crypto/authorize.h) of them; or NULL: all */
+    /* A client that had chosen an export has gone, and so many others that have are there still. May be NULL. */
+    void (*left)(void *argument, unsigned remaining);
+    void *argument;
 };
 #define NBD_SERVER_HANDSHAKE_MAX_SECONDS 10u
 #define NBD_SERVER_MAX_CONNECTIONS 100u

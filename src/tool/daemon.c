@@ -10,6 +10,7 @@
  */
 #include "control/service.h"
 #include "loop/activation.h"
+#include "tool/background.h"
 #include "tool/daemon_options.h"
 #include "tool/registry.h"
 #include "tool/tool.h"
@@ -28,76 +29,6 @@ struct daemon {
     struct error *err;
     int parent; /* pipe to the waiting parent of --daemonize, or -1 */
 };
-
-/* Forks: returns in the child with the pipe's end in *ret_parent; the parent waits there and exits. */
-static int daemonize(int *ret_parent, struct error **err)
-{
-    int ends[2];
-    char status = 1;
-    pid_t child;
-
-    if (pipe2(ends, O_CLOEXEC) < 0) {
-        return error_set_errno(err, -errno, "Cannot create a pipe");
-    }
-    child = fork();
-    if (child < 0) {
-        return error_set_errno(err, -errno, "Cannot fork");
-    }
-    if (child > 0) {
-        close(ends[1]);
-        while (read(ends[0], &status, 1) < 0 && errno == EINTR) {
-        }
-        _exit(status);
-    }
-    close(ends[0]);
-    setsid();
-    *ret_parent = ends[1];
-    return 0;
-}
-
-/* The child has started: standard streams go to /dev/null and the parent may leave. The working directory stays, for
- * relative names (of images, sockets, the pid file) go on meaning what they meant on the command line. */
-static int release_parent(int *parent, struct error **err)
-{
-    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-
-    if (null < 0) {
-        return error_set_errno(err, -errno, "Cannot leave the terminal");
-    }
-    dup2(null, STDIN_FILENO);
-    dup2(null, STDOUT_FILENO);
-    dup2(null, STDERR_FILENO);
-    close(null);
-    if (write(*parent, "", 1) != 1) {
-        return error_set_errno(err, -errno, "Cannot report to the parent process");
-    }
-    close(*parent);
-    *parent = -1;
-    return 0;
-}
-
-/* Writes our number to `path` and keeps a lock on it while we live. */
-static int write_pidfile(const char *path, struct error **err)
-{
-    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    g_autofree char *text = g_strdup_printf("%ld\n", (long)getpid());
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-
-    if (fd < 0) {
-        return error_set_errno(err, -errno, "Cannot create the pid file '%s'", path);
-    }
-    if (fcntl(fd, F_SETLK, &lock) < 0) {
-        close(fd);
-        return error_set(err, -EBUSY, "The pid file '%s' belongs to a running process", path);
-    }
-    if (ftruncate(fd, 0) < 0 || write(fd, text, strlen(text)) != (ssize_t)strlen(text)) {
-        int code = -errno;
-
-        close(fd);
-        return error_set_errno(err, code, "Cannot write the pid file '%s'", path);
-    }
-    return 0; /* left open: the lock lasts as long as the process */
-}
 
 static void handle_signal(int number, void *argument)
 {
@@ -132,10 +63,10 @@ static int run(struct daemon *daemon, struct loop *loop)
     }
     loop_run_coroutine(loop, start, daemon);
     if (!daemon->code && daemon->options->pidfile) {
-        daemon->code = write_pidfile(daemon->options->pidfile, &daemon->err);
+        daemon->code = background_write_pidfile(daemon->options->pidfile, &daemon->err);
     }
     if (!daemon->code && daemon->parent >= 0) {
-        daemon->code = release_parent(&daemon->parent, &daemon->err);
+        daemon->code = background_release_parent(&daemon->parent, &daemon->err);
     }
     if (!daemon->code && !daemon->control->quitting) {
         loop_run(loop);
@@ -167,7 +98,7 @@ int tool_daemon(int argc, char **argv)
     daemon.options = options;
     register_all();
     if (options->daemonize) {
-        code = daemonize(&daemon.parent, &daemon.err);
+        code = background_fork(&daemon.parent, &daemon.err);
     }
     if (!code) {
         code = loop_create(options->engine, &loop, &daemon.err);

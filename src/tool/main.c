@@ -18,6 +18,7 @@ static const struct sub_command {
     {"daemon", "qemu-storage-daemon", tool_daemon, "serve images and run live operations on them"},
     {"img", "qemu-img", tool_img, "make, look at, check, convert and change disk images"},
     {"io", "qemu-io", tool_io, "read, write and look at a disk image, command by command"},
+    {"nbd", "qemu-nbd", tool_nbd, "serve a disk image to NBD clients, or list what a server serves"},
     {"status", NULL, tool_status, "nodes, exports and jobs of a running daemon at a glance"},
     {"graph", NULL, tool_graph, "the picture of its nodes: text, dot or SVG"},
     {"commit", NULL, tool_verb, "merge an image down into one below it, live"},

@@ -7,6 +7,7 @@
 /* The sub-commands; each is a main() of its own: argv[0] is the name it was called by. Exit status as returned. */
 int tool_daemon(int argc, char **argv);
 int tool_io(int argc, char **argv);
+int tool_nbd(int argc, char **argv);
 int tool_status(int argc, char **argv);
 int tool_graph(int argc, char **argv);
 int tool_job(int argc, char **argv);

@@ -68,6 +68,7 @@ static void client_end_run(void *argument)
 {
     struct nbd_client *client = argument;
     struct nbd_server *server = client->server;
+    bool had_chosen = client->chosen;
 
     list_remove(&client->link);
     list_remove(&client->export_link);
@@ -82,6 +83,12 @@ static void client_end_run(void *argument)
     g_free(client);
     server->client_count--;
     loop_sleep_wake(&server->pause);
+    if (had_chosen) {
+        server->chosen_count--;
+        if (server->left) {
+            server->left(server->argument, server->chosen_count);
+        }
+    }
     co_group_leave(&server->running);
 }
 
@@ -170,6 +177,7 @@ void nbd_client_choose(struct nbd_client *client, struct nbd_export *chosen)
 {
     g_assert(!client->chosen);
     client->chosen = chosen;
+    client->server->chosen_count++;
     export_ref(chosen->export);
     list_append(&chosen->clients, &client->export_link);
     for (unsigned i = 1; i < chosen->export->loops.count; i++) {
@@ -247,6 +255,8 @@ uint16_t nbd_export_flags(const struct nbd_export *of, enum nbd_style style, boo
 
     flags |= style >= NBD_STRUCTURED ? NBD_FLAG_SEND_DF : 0;
     flags |= style >= NBD_EXTENDED && contexts ? NBD_FLAG_BLOCK_STATUS_PAYLOAD : 0;
+    /* Who is told of several connections opens them, and would wait for the second one. */
+    flags &= (uint16_t)(of->server->max_connections == 1 ? ~NBD_FLAG_CAN_MULTI_CONN : ~0);
     flags |= of->export->writable ? NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
                                   : NBD_FLAG_READ_ONLY;
     return flags;
@@ -440,6 +450,8 @@ int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_serv
     server->loop = exports->loop;
     server->handshake_max_seconds = config->handshake_max_seconds;
     server->max_connections = config->max_connections;
+    server->left = config->left;
+    server->argument = config->argument;
     server->tls = credentials;
     server->authorization = g_strdup(config->tls_authorization);
     list_init(&server->directory);

@@ -41,11 +41,13 @@ struct nbd_server {
     struct loop *loop;
     struct listener *listener;
     unsigned handshake_max_seconds, max_connections;
-    struct tls_credentials *tls; /* every client has to use TLS; or NULL */
-    char *authorization;         /* whom of them to let in, or NULL: all */
-    struct list directory;       /* struct nbd_export by link */
-    struct list clients;         /* struct nbd_client by link */
-    unsigned client_count;
+    struct tls_credentials *tls;                      /* every client has to use TLS; or NULL */
+    char *authorization;                              /* whom of them to let in, or NULL: all */
+    struct list directory;                            /* struct nbd_export by link */
+    struct list clients;                              /* struct nbd_client by link */
+    unsigned client_count, chosen_count;              /* all; those that have chosen an export */
+    void (*left)(void *argument, unsigned remaining); /* nbd_server_config's */
+    void *argument;
     uint64_t serial;         /* the last one given */
     struct list pools;       /* of loops that have clients */
     struct loop_sleep pause; /* the acceptor's: after an error, or until a client goes */

@@ -16,6 +16,7 @@
 #include "block/graph.h"
 #include "block/user.h"
 #include "tool/image_open.h"
+#include "tool/image_view.h"
 #include "tool/img/convert_bitmaps.h"
 #include "tool/img/copying.h"
 #include "tool/img/img.h"
@@ -112,31 +113,6 @@ static int coroutine_fn salvage_read(void *argument, uint64_t offset, uint64_t b
 
 /* --- the sources --- */
 
-static int coroutine_fn load_snapshot(struct convert *convert, struct node *node, struct error **err)
-{
-    const struct driver *driver = node->driver;
-    if (!driver->image || !driver->image->snapshot_load) {
-        return error_set(err, -ENOTSUP, "Failed to load snapshot: Format '%s' has no snapshots", driver->name);
-    }
-    const char *name = convert->snapshot;
-    g_autofree char *given = NULL;
-    if (g_str_has_prefix(name, "snapshot.")) { /* snapshot.id=ID or snapshot.name=NAME, or both: the id decides */
-        const char *id = strstr(name, "snapshot.id="), *value = strchr(id ? id : name, '=');
-        given = value ? g_strndup(value + 1, strcspn(value + 1, ",")) : g_strdup("");
-        name = given;
-    }
-    struct drain drain;
-    graph_lock(convert->img->graph);
-    graph_drain_begin(convert->img->graph, &node, 1, NULL, &drain);
-    int result = driver->image->snapshot_load(node, name, err);
-    graph_drain_end(&drain);
-    graph_unlock(convert->img->graph);
-    if (result < 0) {
-        error_prepend(err, "Failed to load snapshot");
-    }
-    return result;
-}
-
 static int coroutine_fn open_sources(struct convert *convert, struct error **err)
 {
     if (convert->snapshot && convert->name_count > 1) {
@@ -148,7 +124,8 @@ static int coroutine_fn open_sources(struct convert *convert, struct error **err
         result = img_sources_add(convert->img, &convert->sources, &convert->source, err);
     }
     if (result == 0 && convert->snapshot) {
-        result = load_snapshot(convert, node_beneath_filters(convert->sources.list[0].node), err);
+        result = image_show_snapshot(convert->img->graph, node_beneath_filters(convert->sources.list[0].node),
+                                     convert->snapshot, err);
         convert->sources.size = convert->sources.list[0].size = backend_size(convert->sources.list[0].backend);
     }
     if (result == 0 && convert->bitmaps) {

@@ -14,6 +14,7 @@
 #include "loop/file.h"
 #include "schema/types.h"
 #include "tool/image_open.h"
+#include "tool/image_view.h"
 #include "tool/img/img.h"
 #include "tool/io/io.h"
 #include "tool/keyval.h"
@@ -157,40 +158,6 @@ static int coroutine_fn open_over(struct io *io, json_t *json, struct node **ret
     return code;
 }
 
-static int coroutine_fn make_overlay(struct io *io, const char *path, uint64_t size, struct error **err)
-{
-    struct img img = {.graph = io->graph};
-    struct blockdev_create_options *options = NULL;
-    json_t *json =
-        json_pack("{s:s, s:s, s:I}", "driver", "qcow2", "file", "none", "size", (json_int_t)((size + 511) / 512 * 512));
-    int code = blockdev_create_options_from_json(json, NULL, &options, err);
-    code = code < 0 ? code : img_make(&img, path, options, err);
-    img_keep(&img);
-    blockdev_create_options_free(options);
-    json_decref(json);
-    return code;
-}
-
-static int coroutine_fn open_overlay(struct io *io, struct node *base, bool read_only, struct node **ret,
-                                     struct error **err)
-{
-    g_autofree char *path = g_build_filename(g_get_tmp_dir(), "interlock-io-XXXXXX", NULL);
-    int fd = g_mkstemp(path);
-    if (fd < 0) {
-        return error_set_errno(err, -errno, "Cannot make a temporary file in '%s'", g_get_tmp_dir());
-    }
-    close(fd);
-    int code = make_overlay(io, path, atomic_load(&base->size), err);
-    if (code == 0) {
-        json_t *json = json_pack("{s:s, s:s, s:{s:s, s:s}, s:s, s:b, s:s, s:{s:b}}", "driver", "qcow2", "node-name",
-                                 "overlay", "file", "driver", "file", "filename", path, "backing", base->name,
-                                 "read-only", read_only, "discard", "unmap", "cache", "no-flush", true);
-        code = open_over(io, json, ret, err);
-    }
-    (void)file_unlink(path);
-    return code;
-}
-
 static void coroutine_fn release_nodes(struct io *io)
 {
     for (unsigned i = 0; i < G_N_ELEMENTS(io->nodes); i++) {
@@ -218,7 +185,7 @@ static int coroutine_fn open_nodes(struct io *io, const struct io_opening *how, 
         push_node(io, node);
     }
     if (code == 0 && how->snapshot) {
-        code = open_overlay(io, io->nodes[0], how->read_only, &node, err);
+        code = image_open_overlay(io->graph, io->nodes[0], how->read_only, &node, err);
         if (code == 0) {
             push_node(io, node);
         }

@@ -48,7 +48,11 @@ struct nbd_attempt {
 /* Connects and shakes hands. On success *ret takes commands: nbd_close() it. -ECANCELED after nbd_attempt_cancel(). */
 int coroutine_fn nbd_dial(const struct nbd_server *server, struct nbd_attempt *attempt, struct nbd_handle **ret,
                           struct nbd_facts *ret_facts, struct error **err);
+/* The first half of it: a connected socket on which the server is about to greet, TLS done. */
+int coroutine_fn nbd_dial_socket(const struct nbd_server *server, struct nbd_attempt *attempt, struct error **err);
 void nbd_attempt_cancel(struct nbd_attempt *attempt);
+/* What libnbd last complained of, as an error. */
+int nbd_library_error(struct error **err);
 /* Tells a handle which of its directions are ready (DESCRIPTOR_ bits); under whatever lock guards it. -1: it broke. */
 int nbd_handle_notify(struct nbd_handle *handle, unsigned ready);
 unsigned nbd_handle_directions(struct nbd_handle *handle); /* DESCRIPTOR_ bits to wait for */

@@ -109,7 +109,7 @@ void nbd_attempt_cancel(struct nbd_attempt *attempt)
     }
 }
 
-static int error_of_library(struct error **err)
+int nbd_library_error(struct error **err)
 {
     int code = nbd_get_errno();
     const char *text = nbd_get_error();
@@ -138,7 +138,7 @@ static int coroutine_fn shake_hands(struct nbd_attempt *attempt, struct nbd_hand
         } else if (ready < 0) {
             r = error_set_errno(err, ready, "Cannot wait for a socket");
         } else if (nbd_handle_notify(handle, (unsigned)ready) < 0) {
-            r = error_of_library(err);
+            r = nbd_library_error(err);
         } else if (nbd_handle_is_lost(handle)) {
             r = error_set(err, -ECONNRESET, "The server ended the connection");
         }
@@ -148,7 +148,7 @@ static int coroutine_fn shake_hands(struct nbd_attempt *attempt, struct nbd_hand
     return r;
 }
 
-static int coroutine_fn dial_socket(const struct nbd_server *server, struct nbd_attempt *attempt, struct error **err)
+int coroutine_fn nbd_dial_socket(const struct nbd_server *server, struct nbd_attempt *attempt, struct error **err)
 {
     struct connection *connection;
     int fd, r = connection_open_cancellable(&server->address, &attempt->connecting, &connection, err);
@@ -172,14 +172,14 @@ static int coroutine_fn dial_socket(const struct nbd_server *server, struct nbd_
 int coroutine_fn nbd_dial(const struct nbd_server *server, struct nbd_attempt *attempt, struct nbd_handle **ret,
                           struct nbd_facts *ret_facts, struct error **err)
 {
-    int fd = dial_socket(server, attempt, err);
+    int fd = nbd_dial_socket(server, attempt, err);
     if (fd < 0) {
         return fd;
     }
     struct nbd_handle *handle = nbd_create();
     int r = 0;
     if (!handle || handle_prepare(server, handle) < 0 || nbd_aio_connect_socket(handle, fd) < 0) {
-        r = error_of_library(err);
+        r = nbd_library_error(err);
         descriptor_close(fd);
     }
     if (r == 0) {
