@@ -64,10 +64,13 @@ struct nbd_server_config {
     /* A client that had chosen an export has gone, and so many others that have are there still. May be NULL. */
     void (*left)(void *argument, unsigned remaining);
     void *argument;
+    bool held; /* clients wait outside until nbd_server_admit() */
 };
 #define NBD_SERVER_HANDSHAKE_MAX_SECONDS 10u
 #define NBD_SERVER_MAX_CONNECTIONS 100u
 int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_server_config *config, struct error **err);
+/* The exports that clients shall find are there: from now on they may come. */
+void nbd_server_admit(struct exports *exports);
 /* nbd-server-stop: no more clients, those connected are disconnected, every NBD export is deleted; returns when all
  * that is done. */
 int coroutine_fn nbd_server_stop(struct exports *exports, struct error **err);

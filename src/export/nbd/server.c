@@ -373,6 +373,9 @@ static struct nbd_client *server_find_loiterer(struct nbd_server *server)
  * place; not where the handshake is allowed to take for ever. */
 static void coroutine_fn server_wait_for_room(struct nbd_server *server)
 {
+    while (server->held && !server->stopping) {
+        loop_sleep_ns(&server->pause, ACCEPT_PAUSE_NS);
+    }
     while (server->max_connections && server->client_count >= server->max_connections && !server->stopping) {
         struct nbd_client *loiterer = server->handshake_max_seconds ? server_find_loiterer(server) : NULL;
 
@@ -451,6 +454,7 @@ int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_serv
     server->handshake_max_seconds = config->handshake_max_seconds;
     server->max_connections = config->max_connections;
     server->left = config->left;
+    server->held = config->held;
     server->argument = config->argument;
     server->tls = credentials;
     server->authorization = g_strdup(config->tls_authorization);
@@ -472,6 +476,12 @@ int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_serv
     co_group_enter(&server->running);
     coroutine_enter(coroutine_create(server_accept_run, server));
     return 0;
+}
+
+void nbd_server_admit(struct exports *exports)
+{
+    exports->nbd_server->held = false;
+    loop_sleep_wake(&exports->nbd_server->pause);
 }
 
 int coroutine_fn nbd_server_stop(struct exports *exports, struct error **err)

@@ -51,6 +51,7 @@ struct nbd_server {
     uint64_t serial;         /* the last one given */
     struct list pools;       /* of loops that have clients */
     struct loop_sleep pause; /* the acceptor's: after an error, or until a client goes */
+    bool held;               /* nobody is served yet */
     bool stopping;
     struct co_group running; /* the acceptor and the clients */
 };

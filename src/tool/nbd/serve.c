@@ -127,7 +127,8 @@ static int coroutine_fn listen_to_clients(struct server *server, struct error **
                                        .tls_credentials = options->tls_creds,
                                        .tls_authorization = options->tls_authz,
                                        .left = client_left,
-                                       .argument = server};
+                                       .argument = server,
+                                       .held = true};
     int code = nbd_server_start(server->control->exports, &config, err);
     if (code == 0 && options->verbose) {
         g_autofree char *where = options->inherited ? g_strdup("the socket that was passed") : address_format(&address);
@@ -159,6 +160,9 @@ static void coroutine_fn start(void *argument)
     }
     if (server->code == 0) {
         server->code = add_export(server, &server->err);
+    }
+    if (server->code == 0) {
+        nbd_server_admit(server->control->exports);
     }
 }
 
