@@ -6,7 +6,10 @@
  * 1. An offset is in the hash at most once; a slice in use (`used`) is in the hash.
  * 2. A slice is in `dirty` exactly if its `dirty_at` is not 0 (it is its place there + 1).
  * 3. A slice is evicted only when clean: either written here (nobody cares for the order), or by make_clean.
- * 4. The image's lock is held over every call, reads and writes of slices included, so nothing here has a lock.
+ * 4. Who goes through an image once (a job, a backup program) does not fill memory: a slice that comes for the first
+ *    time is `passing`, and passing slices take the place of each other once there are some. One that comes again after
+ *    it has had to go (`ghosts` remember) is here to stay. Dirty slices may be more, for they cost to be written.
+ * 5. The image's lock is held over every call, reads and writes of slices included, so nothing here has a lock.
  *
  * It does not know what the tables mean, and never writes by itself but for the sake of 3.
  */
@@ -25,9 +28,15 @@ struct qcow2_slice {
     bool used;
     bool referenced; /* since the hand passed */
     bool touched;    /* since the last trim */
+    bool passing;    /* used for the first time, as far as is known */
 };
 
-enum { SLAB_BYTES_BITS = 17 };
+enum {
+    SLAB_BYTES_BITS = 17,
+    PASSING_MIN = 256,       /* slices; else */
+    PASSING_SHARE = 16,      /* of all that there may be: the most that pass through */
+    PASSING_DIRTY_SHARE = 8, /* and of those that are dirty */
+};
 
 static void *slice_data(const struct qcow2_cache *cache, const struct qcow2_slice *slice)
 {
@@ -48,6 +57,7 @@ void qcow2_cache_init(struct qcow2_cache *cache, struct edge *file, unsigned sli
         cache->bucket_bits++;
     }
     cache->buckets = g_new0(uint32_t, 1u << cache->bucket_bits);
+    cache->passing_max = MAX(PASSING_MIN, max_slices / PASSING_SHARE);
 }
 
 /* Frees the slabs from number `first` on. */
@@ -65,13 +75,34 @@ void qcow2_cache_finish(struct qcow2_cache *cache)
     g_free(cache->slices);
     g_free(cache->buckets);
     g_free(cache->dirty);
+    g_free(cache->ghosts);
     memset(cache, 0, sizeof(*cache));
+}
+
+static uint64_t cache_hash(const struct qcow2_cache *cache, uint64_t offset)
+{
+    return (offset >> cache->slice_bits) * UINT64_C(0x9e3779b97f4a7c15) >> (64 - cache->bucket_bits);
 }
 
 static uint32_t *cache_bucket(struct qcow2_cache *cache, uint64_t offset)
 {
-    uint64_t hash = (offset >> cache->slice_bits) * UINT64_C(0x9e3779b97f4a7c15);
-    return &cache->buckets[hash >> (64 - cache->bucket_bits)];
+    return &cache->buckets[cache_hash(cache, offset)];
+}
+
+/* Was it here, and had to go? A guess: of several with the same hash the last one is remembered. */
+static bool cache_knows(const struct qcow2_cache *cache, uint64_t offset)
+{
+    return cache->ghosts && cache->ghosts[cache_hash(cache, offset)] == offset;
+}
+
+static void cache_remember(struct qcow2_cache *cache, uint64_t offset)
+{
+    if (!cache->ghosts) {
+        cache->ghosts = g_try_new0(uint64_t, (size_t)1 << cache->bucket_bits);
+    }
+    if (cache->ghosts) {
+        cache->ghosts[cache_hash(cache, offset)] = offset;
+    }
 }
 
 static struct qcow2_slice *cache_find(struct qcow2_cache *cache, uint64_t offset)
@@ -103,8 +134,10 @@ static void cache_remove(struct qcow2_cache *cache, struct qcow2_slice *slice)
     if (slice->dirty_at) {
         cache_clean_slice(cache, slice);
     }
+    cache->passing_count -= slice->passing;
     slice->used = false;
     slice->referenced = false;
+    slice->passing = false;
 }
 
 static int coroutine_fn cache_write_slice(struct qcow2_cache *cache, struct qcow2_slice *slice)
@@ -139,10 +172,23 @@ static bool cache_grow(struct qcow2_cache *cache)
     return true;
 }
 
-/* A slice that nobody uses. */
-static int coroutine_fn cache_take(struct qcow2_cache *cache, struct qcow2_slice **ret)
+/* Whether a slice that is to pass through has to take the place of another such. */
+static bool is_crowded(const struct qcow2_cache *cache, bool passing)
 {
-    if (cache->slice_count < cache->max_slices && cache_grow(cache)) {
+    return passing && cache->passing_count >= cache->passing_max;
+}
+
+/* Whether a dirty slice may stay, and a new one come, though the place is crowded. */
+static bool may_spread(const struct qcow2_cache *cache)
+{
+    return cache->slice_count < cache->max_slices && cache->dirty_count < cache->max_slices / PASSING_DIRTY_SHARE;
+}
+
+/* A slice that nobody uses, for one that passes through or stays. */
+static int coroutine_fn cache_take(struct qcow2_cache *cache, bool passing, struct qcow2_slice **ret)
+{
+    bool crowded = is_crowded(cache, passing);
+    if (!crowded && cache->slice_count < cache->max_slices && cache_grow(cache)) {
         *ret = &cache->slices[cache->slice_count - 1];
         return 0;
     }
@@ -153,20 +199,30 @@ static int coroutine_fn cache_take(struct qcow2_cache *cache, struct qcow2_slice
     for (uint64_t looked_at = 0;; looked_at++) {
         struct qcow2_slice *slice = &cache->slices[cache->hand];
         cache->hand = (cache->hand + 1) % cache->slice_count;
+        if (slice->used && !slice->passing && crowded && cache->passing_count) {
+            continue;
+        }
         if (slice->used && slice->referenced) {
             slice->referenced = false;
             continue;
         }
+        if (slice->used && slice->dirty_at && crowded && may_spread(cache) && cache_grow(cache)) {
+            *ret = &cache->slices[cache->slice_count - 1];
+            return 0;
+        }
         if (slice->used && slice->dirty_at && failed == 0) {
             failed = cache->make_clean ? cache->make_clean(cache->argument) : cache_write_slice(cache, slice);
+            looked_at = 0;
         }
         if (slice->used && slice->dirty_at && failed < 0) {
+            crowded = false; /* any clean one will do: reads go on where nothing can be written */
             if (looked_at > 2 * (uint64_t)cache->slice_count) {
                 return failed;
             }
-            continue; /* a clean one will do: reads go on where nothing can be written */
+            continue;
         }
         if (slice->used) {
+            cache_remember(cache, slice->offset);
             cache_remove(cache, slice);
         }
         *ret = slice;
@@ -174,9 +230,12 @@ static int coroutine_fn cache_take(struct qcow2_cache *cache, struct qcow2_slice
     }
 }
 
-static void cache_insert(struct qcow2_cache *cache, struct qcow2_slice *slice, uint64_t offset, void **ret)
+static void cache_insert(struct qcow2_cache *cache, struct qcow2_slice *slice, uint64_t offset, bool passing,
+                         void **ret)
 {
     uint32_t *bucket = cache_bucket(cache, offset);
+    slice->passing = passing;
+    cache->passing_count += passing;
     slice->offset = offset;
     slice->used = true;
     slice->referenced = slice->touched = true;
@@ -204,7 +263,8 @@ int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, voi
         *ret = slice_data(cache, slice);
         return 0;
     }
-    int code = cache_take(cache, &slice);
+    bool passing = !cache_knows(cache, offset);
+    int code = cache_take(cache, passing, &slice);
     if (code < 0) {
         return code;
     }
@@ -213,7 +273,7 @@ int coroutine_fn qcow2_cache_get(struct qcow2_cache *cache, uint64_t offset, voi
     if (code < 0) {
         return code;
     }
-    cache_insert(cache, slice, offset, ret);
+    cache_insert(cache, slice, offset, passing, ret);
     return 0;
 }
 
@@ -224,11 +284,11 @@ int coroutine_fn qcow2_cache_get_zeroed(struct qcow2_cache *cache, uint64_t offs
         cache->last = slice - cache->slices;
         *ret = slice_data(cache, slice);
     } else {
-        int code = cache_take(cache, &slice);
+        int code = cache_take(cache, true, &slice);
         if (code < 0) {
             return code;
         }
-        cache_insert(cache, slice, offset, ret);
+        cache_insert(cache, slice, offset, true, ret);
     }
     memset(*ret, 0, (size_t)1 << cache->slice_bits);
     qcow2_cache_mark_dirty(cache);
@@ -330,7 +390,8 @@ void qcow2_cache_trim(struct qcow2_cache *cache)
     for (unsigned i = 0; i < cache->slice_count; i++) {
         struct qcow2_slice *slice = &cache->slices[i];
         if (slice->used && !slice->touched && !slice->dirty_at) {
-            slice->used = false;
+            cache->passing_count -= slice->passing;
+            slice->used = slice->passing = false;
             any = true;
         }
         slice->touched = false;
@@ -344,7 +405,7 @@ void qcow2_cache_clear(struct qcow2_cache *cache)
 {
     g_assert(cache->dirty_count == 0);
     free_slabs(cache, 0);
-    cache->slice_count = 0;
+    cache->slice_count = cache->passing_count = 0;
     cache->hand = 0;
     memset(cache->buckets, 0, sizeof(*cache->buckets) << cache->bucket_bits);
 }

@@ -11,7 +11,8 @@
 /*
  * A write-back cache of slices of on-disk tables (L2 tables, refcount blocks), by host offset. Slices are all of one
  * size and naturally aligned. Memory is taken slice by slice as they are used. All functions are called with the
- * image's lock held. A table pointer is valid until the next get on the same cache.
+ * image's lock held. Somebody who goes through a large image once does not fill the cache with it. A table pointer is
+ * valid until the next get on the same cache.
  */
 struct edge;
 struct qcow2_slice;
@@ -28,9 +29,11 @@ struct qcow2_cache {
     unsigned slab_count, slab_bits; /* slab_bits: log2 of slices per slab */
     uint32_t *buckets;              /* index + 1 of the first slice of a chain; 0: empty */
     unsigned bucket_bits;
-    uint32_t hand;   /* of the clock that chooses whom to evict */
-    uint32_t last;   /* the slice used last */
-    uint32_t *dirty; /* indices */
+    unsigned passing_max, passing_count; /* of slices used for the first time */
+    uint64_t *ghosts;                    /* by bucket: the offset of one that had to go, or NULL */
+    uint32_t hand;                       /* of the clock that chooses whom to evict */
+    uint32_t last;                       /* the slice used last */
+    uint32_t *dirty;                     /* indices */
     unsigned dirty_count, dirty_room;
     /* Called when a dirty slice has to go: makes every slice clean, in the order that the image needs. NULL: slices
      * may be written one by one, at any time. */
