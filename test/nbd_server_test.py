@@ -514,9 +514,9 @@ class NbdActivation(NbdTestCase):
             "LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=disk:monitor", "--blockdev",
             f"file,node-name=n0,filename={image}", "--nbd-server", "addr.type=fd,addr.str=disk", "--export",
             "nbd,id=e0,node-name=n0", "--chardev", "socket,id=m,fd=4,server=on,wait=off", "--monitor", "m")
-        qmp = harness.Qmp(self.path("qmp.sock"), True)  # greets when all is set up
-        client = Extended(self.path("nbd.sock")).go("n0")
+        client = Extended(self.path("nbd.sock")).go("n0")  # however early it comes, the export is there
         self.assertEqual(client.pread(512, 0), bytes(512))
+        qmp = harness.Qmp(self.path("qmp.sock"), True)
         self.assertEqual(qmp.execute("query-nbd-clients")[0]["requests"], 1)
         qmp.execute("quit")
         self.assertEqual(process.wait(20 * harness.SLOWNESS), 0)

@@ -69,7 +69,8 @@ struct nbd_server_config {
 #define NBD_SERVER_HANDSHAKE_MAX_SECONDS 10u
 #define NBD_SERVER_MAX_CONNECTIONS 100u
 int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_server_config *config, struct error **err);
-/* The exports that clients shall find are there: from now on they may come. */
+/* The exports that clients shall find are there: from now on they may come. Harmless where nothing was held, or no
+ * server is. */
 void nbd_server_admit(struct exports *exports);
 /* nbd-server-stop: no more clients, those connected are disconnected, every NBD export is deleted; returns when all
  * that is done. */

@@ -9,6 +9,7 @@
  * 3. SIGTERM, SIGINT and SIGHUP end it in order (service_shutdown()).
  */
 #include "control/service.h"
+#include "export/export.h"
 #include "loop/activation.h"
 #include "tool/background.h"
 #include "tool/daemon_options.h"
@@ -42,6 +43,9 @@ static void coroutine_fn start(void *argument)
     for (unsigned i = 0; i < daemon->options->steps->len && !daemon->code; i++) {
         daemon->code = daemon_step_run(g_ptr_array_index(daemon->options->steps, i), daemon->options, daemon->control,
                                        &daemon->err);
+    }
+    if (!daemon->code) {
+        nbd_server_admit(daemon->control->exports);
     }
 }
 

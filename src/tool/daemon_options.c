@@ -104,7 +104,8 @@ static int coroutine_fn step_nbd_server(json_t *arguments, bool text, const stru
                                            .handshake_max_seconds = (unsigned)server->handshake_max_seconds,
                                            .max_connections = (unsigned)server->max_connections,
                                            .tls_credentials = server->tls_creds,
-                                           .tls_authorization = server->tls_authz};
+                                           .tls_authorization = server->tls_authz,
+                                           .held = address.kind == ADDRESS_FD};
 
         code = nbd_server_start(control->exports, &config, err);
         address_clear(&address);

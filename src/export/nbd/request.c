@@ -16,8 +16,9 @@
 #include <glib.h>
 #include <string.h>
 
-/* Extents in one block status reply, of all contexts. */
-#define STATUS_EXTENTS_MAX 2048
+/* Extents in one block status reply: of a context, and of all of them. */
+#define CONTEXT_EXTENTS_MAX 2048
+#define STATUS_EXTENTS_MAX 16384
 /* NBD_CMD_CACHE is a hint: what it reads ahead at most, and in which pieces. */
 #define CACHE_MAX (64 * MiB)
 #define CACHE_PIECE (1 * MiB)
@@ -260,7 +261,7 @@ static void coroutine_fn run_block_status(struct nbd_request *request)
         nbd_reply_error(request, checked, message);
         return;
     }
-    unsigned max = request->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : MAX(STATUS_EXTENTS_MAX / contexts, 16);
+    unsigned max = request->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : MIN(STATUS_EXTENTS_MAX / contexts, CONTEXT_EXTENTS_MAX);
     ssize_t r = request_take_memory(
         request, contexts * (nbd_reply_status_head(request) + max * sizeof(struct nbd_extended_status_extent)));
 

@@ -480,8 +480,12 @@ int coroutine_fn nbd_server_start(struct exports *exports, const struct nbd_serv
 
 void nbd_server_admit(struct exports *exports)
 {
-    exports->nbd_server->held = false;
-    loop_sleep_wake(&exports->nbd_server->pause);
+    struct nbd_server *server = exports->nbd_server;
+
+    if (server) {
+        server->held = false;
+        loop_sleep_wake(&server->pause);
+    }
 }
 
 int coroutine_fn nbd_server_stop(struct exports *exports, struct error **err)
