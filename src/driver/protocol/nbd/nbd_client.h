@@ -71,6 +71,7 @@ struct nbd_command {
     uint64_t offset, bytes;
     void *memory;                        /* of a read or write */
     const char *context;                 /* of a status */
+    uint64_t read_bytes;                 /* of a read: how much came */
     uint32_t extent_bytes, extent_flags; /* its answer: the first extent; 0 bytes: none came */
     /* nbd_link.c's */
     struct coroutine *waiter;

@@ -117,6 +117,14 @@ static int command_done(void *argument, int *error)
     return 1; /* libnbd may forget the command */
 }
 
+/* Part of what is read has come. libnbd does not see that all of it did. */
+static int command_chunk(void *argument, const void *data, size_t bytes, uint64_t offset, unsigned status, int *error)
+{
+    struct nbd_command *command = argument;
+    command->read_bytes += bytes;
+    return 0;
+}
+
 /* The extents of one context; the first of them is what we want. A hostile server's may be any numbers. */
 static int command_extents(void *argument, const char *context, uint64_t offset, uint32_t *entries, size_t count,
                            int *error)
@@ -132,10 +140,12 @@ static int command_extents(void *argument, const char *context, uint64_t offset,
 static int64_t command_issue(struct nbd_handle *handle, struct nbd_command *command)
 {
     nbd_completion_callback done = {.callback = command_done, .user_data = command};
+    nbd_chunk_callback chunks = {.callback = command_chunk, .user_data = command};
     nbd_extent_callback extents = {.callback = command_extents, .user_data = command};
     switch (command->kind) {
     case NBD_READ:
-        return nbd_aio_pread(handle, command->memory, command->bytes, command->offset, done, command->flags);
+        return nbd_aio_pread_structured(handle, command->memory, command->bytes, command->offset, chunks, done,
+                                        command->flags);
     case NBD_WRITE:
         return nbd_aio_pwrite(handle, command->memory, command->bytes, command->offset, done, command->flags);
     case NBD_ZERO:
@@ -236,6 +246,7 @@ static int coroutine_fn link_run(struct nbd_link *link, struct nbd_command *comm
     command->waiter = coroutine_self();
     command->done = command->queued = false;
     command->extent_bytes = 0;
+    command->read_bytes = 0;
     if (command_issue(link->handle, command) < 0) {
         int code = nbd_get_errno();
         link_check(link);
@@ -246,6 +257,9 @@ static int coroutine_fn link_run(struct nbd_link *link, struct nbd_command *comm
         link_wake_watcher(link);
     }
     link_await(link, command);
+    if (command->result == 0 && command->kind == NBD_READ && command->read_bytes != command->bytes) {
+        return -EIO; /* the server says that this was all: it is no use to ask again */
+    }
     return command->result < 0 && generation != link->generation ? -ENOTCONN : command->result;
 }
 
