@@ -138,7 +138,7 @@ class Liar:
 
 @unittest.skipUnless(nbd, "needs libnbd's Python module")
 class Lies(harness.TestCase):
-    builds = ("release", "asan")
+    builds = ("asan",)
 
     def setUp(self):
         super().setUp()
@@ -195,10 +195,10 @@ class Lies(harness.TestCase):
             handle = self.handle()
             seen = []
             end = 0
-            while end < SIZE - 8192 and len(seen) < 6:
+            while end < SIZE - 1024 and len(seen) < 6:
                 before = end
                 try:
-                    handle.block_status(8192, end, lambda name, offset, entries, error: seen.append(entries))
+                    handle.block_status(1024, end, lambda name, offset, entries, error: seen.append(entries))
                 except nbd.Error:
                     break
                 end += sum(seen[-1][::2])

@@ -25,7 +25,6 @@ OURS = [harness.PROGRAM, "nbd"]
 
 @unittest.skipUnless(nbd and shutil.which("qemu-nbd"), "needs qemu-nbd, and libnbd's Python module")
 class Tool(harness.TestCase):
-    builds = ("release", "asan")
     certify = tls_test.Tls.certify
     certificates = tls_test.Tls.certificates
     keys = tls_test.Tls.keys
