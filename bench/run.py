@@ -200,6 +200,7 @@ class StorageDaemon(Server):
 
 class Interlock(StorageDaemon):
     name = "interlock"
+    iothreads = 0  # of the export; 0: the main thread
 
     @classmethod
     def is_there(cls):
@@ -207,6 +208,12 @@ class Interlock(StorageDaemon):
 
     def program(self):
         return [os.path.join(BUILD, "interlock"), "daemon"]
+
+    def command(self):
+        command = super().command()
+        command[command.index("--export") + 1] += "".join(f",iothread.{i}=t{i}" for i in range(self.iothreads))
+        threads = [word for i in range(self.iothreads) for word in ("--object", f"iothread,id=t{i}")]
+        return [*command[:2], *threads, *command[2:]]
 
 
 class Peer(StorageDaemon):
@@ -431,9 +438,11 @@ def parse_options():
     parser.add_argument("--job-size", type=int, help="MiB that a job moves (default 1024)")
     parser.add_argument("--format", nargs="+", choices=("raw", "qcow2"), default=("raw", "qcow2"))
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows with one of these in their title")
+    parser.add_argument("--iothreads", type=int, default=0, help="I/O threads of Interlock's export (default: none)")
     parser.add_argument("--without", nargs="+", default=(), metavar="SERVER")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     options = parser.parse_args()
+    Interlock.iothreads = options.iothreads
     short = options.quick
     options.rounds = options.rounds or (2 if short else 3)
     options.seconds = options.seconds or (0.3 if short else 1)

@@ -327,7 +327,7 @@ class NbdExtended(NbdTestCase):
         """Every kind of nonsense is answered or ends its own connection; who behaves notices nothing."""
         daemon = self.served()
         good = Extended(daemon.nbd_path).go("n0", "base:allocation")
-        for _ in range(scale(150, 3000)):
+        for _ in range(scale(60, 3000)):
             bad = Extended(daemon.nbd_path).go("n0", "base:allocation")
             stream = bytearray()
             for _ in range(self.random.randrange(1, 6)):
@@ -601,7 +601,7 @@ class NbdHostile(NbdTestCase):
         daemon.export("n0")
         good = Extended(daemon.nbd_path).go("n0")
         beginnings = (b"", b"\0\0", b"\0\0\0\3IHAVE", b"\0\0\0\3IHAVEOPT\0\0\0\7\0\0\1\0")
-        count = scale(400, 900)
+        count = scale(200, 900)
         crowd = []
         for number in range(count):
             crowd.append(Raw(daemon.nbd_path))
@@ -757,7 +757,7 @@ class NbdThreads(NbdTestCase):
                          sorted(threads))
         blocks = list(range(SIZE // 16384))
         self.random.shuffle(blocks)
-        blocks = blocks[:scale(800, 4000)]
+        blocks = blocks[:scale(400, 4000)]
 
         def write(number):
             for block in blocks[number::4]:

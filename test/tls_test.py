@@ -279,7 +279,7 @@ class Tls(TestCase):
             with contextlib.suppress(OSError):
                 between(limit, bend)
 
-        for _ in range(scale(16, 800)):
+        for _ in range(scale(10, 800)):
             limit, bend = self.random.randrange(20, 700), self.random.choice((0, 0, 1, 4, 8))
             thread = threading.Thread(target=quietly, args=(limit, bend))
             thread.start()
