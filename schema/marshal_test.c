@@ -87,8 +87,8 @@ static void test_refusals(void)
     } cases[] = {
         {"12", "arguments: expected an object"},
         {"{}", "driver: is required"},
-        {"{\"driver\":\"qed\"}", "driver: 'qed' is not one of file, raw, ..."},
-        {"{\"driver\":7}", "driver: expected one of file, raw, ..."},
+        {"{\"driver\":\"qed\"}", "driver: 'qed' is not one of file, ..."},
+        {"{\"driver\":7}", "driver: expected one of file, ..."},
         {"{\"driver\":\"file\"}", "filename: is required"},
         {"{\"driver\":\"file\",\"filename\":1}", "filename: expected a string"},
         {"{\"driver\":\"file\",\"filename\":\"x\",\"backing\":\"y\"}", "backing: there is no such parameter here"},
@@ -145,6 +145,39 @@ static void test_text_mode(void)
     g_assert_cmpint(blockdev_options_from_text(json, "--blockdev", &options, &error), <, 0);
     g_assert_cmpstr(error->message, ==, "--blockdev.file.latency-ns: '5x' is not an integer");
     json_decref(json);
+}
+
+/* An alternate with a list among its choices. */
+static void test_list_or_one(void)
+{
+    static const char *const texts[] = {"\"a\"", "[\"a\",\"b\"]", "[]"};
+    static const char *const wrong[][2] = {{"1", "iothread: expected a string or a list"},
+                                           {"[\"a\",2]", "iothread[1]: expected a string"}};
+    const char *frame = "{\"type\":\"nbd\",\"id\":\"e\",\"node-name\":\"n\",\"iothread\":%s}";
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(texts); i++) {
+        g_autofree char *text = g_strdup_printf(frame, texts[i]);
+        json_t *in = parse(text), *wanted = json_loads(texts[i], JSON_DECODE_ANY, NULL);
+        struct block_export_options *options;
+        g_assert_cmpint(block_export_options_from_json(in, NULL, &options, NULL), ==, 0);
+        struct block_export_options *copy = block_export_options_copy(options);
+        block_export_options_free(options);
+        json_t *out = block_export_options_to_json(copy);
+        g_assert_true(json_equal(json_object_get(out, "iothread"), wanted));
+        block_export_options_free(copy);
+        json_decref(in);
+        json_decref(out);
+        json_decref(wanted);
+    }
+    for (unsigned i = 0; i < G_N_ELEMENTS(wrong); i++) {
+        g_autofree char *text = g_strdup_printf(frame, wrong[i][0]);
+        json_t *in = parse(text);
+        auto_error error = NULL;
+        struct block_export_options *options;
+        g_assert_cmpint(block_export_options_from_json(in, NULL, &options, &error), <, 0);
+        g_assert_cmpstr(error->message, ==, wrong[i][1]);
+        json_decref(in);
+    }
 }
 
 static void test_lists(void)
@@ -269,6 +302,7 @@ int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/marshal/union", test_union);
+    g_test_add_func("/marshal/list-or-one", test_list_or_one);
     g_test_add_func("/marshal/round-trip", test_round_trip);
     g_test_add_func("/marshal/refusals", test_refusals);
     g_test_add_func("/marshal/text-mode", test_text_mode);
