@@ -203,19 +203,20 @@ static void make_memory(struct front *front)
 
 static void share_memory(struct front *front)
 {
-    size_t half = front->memory_bytes / 2;
-    struct vhost_memory_table table = {.count = 2};
+    size_t half = front->memory_bytes / (front->options.one_region ? 1 : 2);
+    unsigned count = front->options.one_region ? 1 : 2;
+    struct vhost_memory_table table = {.count = count};
     int fds[2] = {front->memory_fd, front->memory_fd};
 
-    for (unsigned i = 0; i < 2; i++) {
+    for (unsigned i = 0; i < count; i++) {
         table.regions[i] =
             (struct vhost_region){FRONT_GUEST + i * half, half, (uintptr_t)front->memory + i * half, i * half};
     }
     if (!front->options.add_regions) {
-        tell(front, VHOST_SET_MEM_TABLE, &table, 8 + 2 * sizeof(struct vhost_region), fds, 2);
+        tell(front, VHOST_SET_MEM_TABLE, &table, 8 + count * (uint32_t)sizeof(struct vhost_region), fds, count);
         return;
     }
-    for (unsigned i = 0; i < 2; i++) {
+    for (unsigned i = 0; i < count; i++) {
         struct vhost_single_region single = {0, table.regions[i]};
         tell(front, VHOST_ADD_MEM_REG, &single, sizeof(single), fds, 1);
     }

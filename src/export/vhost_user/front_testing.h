@@ -20,6 +20,7 @@ struct front_options {
     unsigned slots;        /* requests at the same time; 0: as many as the ring takes */
     size_t buffer;         /* bytes of a slot's */
     bool packed, event_index, indirect, inflight;
+    bool one_region;  /* else two, and buffers lie across them */
     bool add_regions; /* memory by ADD_MEM_REG, else in one table */
 };
 

@@ -359,6 +359,7 @@ static int vring_event(struct vhost_session *session, struct message *message, s
 {
     uint64_t number = message->payload.number;
 
+    *ret = NULL;
     *ret_event = NULL;
     if ((number & VHOST_VRING_INDEX_MASK) >= session->config.queues ||
         number & ~(VHOST_VRING_INDEX_MASK | VHOST_VRING_NO_FD)) {
