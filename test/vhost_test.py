@@ -1,14 +1,105 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """vhost-user-blk exports as a real guest sees them (machine.py): Linux' driver, the peer's front end, our daemon."""
 import hashlib
+import json
+import os
+import subprocess
 import time
 import unittest
 
 import machine
-from harness import FULL, MIB, TestCase, run
+from harness import BUILD, FULL, MIB, SLOWNESS, TestCase, die_with_parent, run
 
 SIZE = 64 * MIB
 LOUDLY = f"NO GUEST: {machine.why_not()}; vhost-user-blk was not tried with one"
+
+
+LOAD = os.path.join(BUILD, "bench", "vhost_load")
+
+
+class Exports(TestCase):
+    """The life of an export under load (bench/vhost_load.c), and what it refuses."""
+
+    builds = ("release", "asan")
+
+    def serve(self, **more):
+        path = self.create_image("disk.qcow2", SIZE)
+        daemon = self.daemon("--object", "iothread,id=t0", "--object", "iothread,id=t1",
+                             "--blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={path}")
+        export = {"type": "vhost-user-blk", "id": "e0", "node-name": "disk", "writable": True, "num-queues": 2,
+                  "iothread": ["t0", "t1"], "addr": {"type": "unix", "path": self.path("sock")}, **more}
+        daemon.qmp.execute("block-export-add", export)
+        return daemon, export
+
+    def load(self, *words):
+        line = [LOAD, "--unix", self.path("sock"), *words]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=die_with_parent)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def wait_connected(self, daemon):
+        deadline = time.monotonic() + 10 * SLOWNESS
+        while True:
+            try:
+                daemon.qmp.execute("block-export-del", id="e0")
+            except Exception as refused:  # pylint: disable=broad-exception-caught
+                self.assertRegex(str(refused), "still in use: 1 client is connected")
+                return
+            daemon.qmp.wait_event("BLOCK_EXPORT_DELETED")
+            self.assertLess(time.monotonic(), deadline)
+            daemon.qmp.execute("block-export-add", self.export)
+
+    def test_data_beside_a_mirror(self):
+        """Every block says where it belongs, in the disk, and in its copy."""
+        daemon, _ = self.serve()
+        run(LOAD, "--unix", self.path("sock"), "--mode", "fill", "--block", "65536", "--queues", "2", "--depth", "8")
+        load = self.load("--mode", "write", "--random", "--packed", "--queues", "2", "--depth", "16", "--seconds", "1",
+                         "--verify")
+        copy = self.create_image("copy.qcow2", SIZE)
+        daemon.add_qcow2("copy", copy)
+        daemon.qmp.execute("blockdev-mirror", {"job-id": "j", "device": "disk", "target": "copy", "sync": "full"})
+        daemon.qmp.wait_event("BLOCK_JOB_READY")
+        out, err = load.communicate(timeout=60 * SLOWNESS)
+        self.assertEqual(load.returncode, 0, err)
+        self.assertGreater(json.loads(out)["requests"], 100)
+        daemon.qmp.execute("block-job-cancel", device="j")
+        daemon.qmp.wait_event("BLOCK_JOB_COMPLETED")
+        daemon.qmp.execute("blockdev-del", node_name="copy")
+        daemon.qmp.execute("block-export-add", {
+            "type": "vhost-user-blk", "id": "e1", "node-name": "disk", "addr": {"type": "unix", "path": self.path("ro")}})
+        run(LOAD, "--unix", self.path("ro"), "--mode", "read", "--seconds", "0.1")
+        daemon.stop()
+        run("qemu-img", "compare", self.path("disk.qcow2"), copy)
+
+    def test_deleting_and_quitting_under_load(self):
+        daemon, self.export = self.serve()
+        run(LOAD, "--unix", self.path("sock"), "--mode", "fill", "--block", "65536", "--depth", "8")
+        load = self.load("--mode", "read", "--random", "--queues", "2", "--depth", "16", "--seconds", "60")
+        self.wait_connected(daemon)
+        daemon.qmp.execute("block-export-del", id="e0", mode="hard")
+        daemon.qmp.wait_event("BLOCK_EXPORT_DELETED")
+        self.assertFalse(os.path.exists(self.path("sock")))
+        load.kill()
+        daemon.qmp.execute("block-export-add", self.export)
+        self.load("--mode", "read", "--random", "--queues", "2", "--depth", "16", "--seconds", "60")
+        self.wait_connected(daemon)
+        daemon.stop()
+
+    def test_refused(self):
+        daemon, export = self.serve()
+        more = {**export, "id": "e1", "addr": {"type": "unix", "path": self.path("other")}}
+        for change, reason in (
+            ({"num-queues": 0}, "num-queues of export 'e1' must be between 1 and 256"),
+            ({"num-queues": 257}, "num-queues"),
+            ({"logical-block-size": 256}, "must be a power of 2 between 512 and 2097152"),
+            ({"logical-block-size": 1000}, "must be a power of 2"),
+            ({"addr": {"type": "inet", "host": "localhost", "port": "0"}}, "type 'unix' or 'fd'"),
+            ({"addr": {"type": "unix", "path": self.path("sock")}}, "in use"),
+            ({"addr": {"type": "unix", "path": self.path("no/such/folder")}}, "No such file"),
+        ):
+            self.assert_refused(reason, daemon.qmp.execute, "block-export-add", {**more, **change})
+        self.assertEqual([export["id"] for export in daemon.qmp.execute("query-block-exports")], ["e0"])
 
 
 @unittest.skipIf(machine.why_not(), LOUDLY)
