@@ -173,6 +173,9 @@ static void coroutine_fn link_watch(struct nbd_link *link, struct nbd_command *c
         struct descriptor_wait *wait = link->wait;
         co_mutex_unlock(&link->guard);
         int ready = descriptor_wait_ready(wait, link->watched);
+        if (ready < 0) { /* the system has no room for a wait: now and then, then */
+            loop_sleep_ns(NULL, FIRST_PAUSE_NS);
+        }
         co_mutex_lock(&link->guard);
         if (atomic_load(&link->up)) {
             nbd_handle_notify(link->handle, ready < 0 ? DESCRIPTOR_READABLE | DESCRIPTOR_WRITABLE : (unsigned)ready);
