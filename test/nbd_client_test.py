@@ -167,9 +167,14 @@ class Servers(Client):
         self.exercise(self.client(path=server.nbd_path, export="disk"), image)
 
     def test_several_loops(self):
-        """An export on I/O threads of its own, and another one, use the node at once."""
-        image = self.image()
-        self.nbdkit(image)
+        self.use_from_several_loops()
+
+    def test_several_loops_on_one_connection(self):
+        self.use_from_several_loops("--filter=multi-conn", "multi-conn-mode=disable")
+
+    def use_from_several_loops(self, *more):
+        """Exports on I/O threads of their own, and another one, use the node at once."""
+        self.nbdkit(self.image(), *more)
         daemon = self.client("--object", "iothread,id=t0", "--object", "iothread,id=t1")
         for number in range(2):
             daemon.export("n", name=f"t{number}", export_id=f"t{number}", iothread=f"t{number}")

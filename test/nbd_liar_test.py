@@ -282,6 +282,54 @@ class Lies(harness.TestCase):
         self.assertGreater(liar.clients, 3)
         handle.shutdown()
 
+    def test_bent_answers(self):
+        """Honest answers with bytes changed, left out or said twice, in the handshake too: no crash, and no request that
+        never ends."""
+        def bend(data):
+            data = bytearray(data)
+            at = self.random.randrange(len(data))
+            how = self.random.randrange(4)
+            if how == 0:
+                data[at] = self.random.choice([0, 1, 0x7F, 0x80, 0xFF, data[at] ^ 1 << self.random.randrange(8)])
+            elif how == 1:
+                del data[at : at + self.random.randrange(1, 9)]
+            elif how == 2:
+                data[at:at] = data[at : at + self.random.randrange(1, 9)]
+            else:
+                data[at : at + 4] = self.random.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0", b"\0\0\1\0"])
+            return bytes(data)
+
+        class Bent(Liar):
+            """Says something wrong now and then, and hangs up when it could have confused both sides."""
+
+            def send(bent, client, data):  # pylint: disable=no-self-argument
+                if self.random.random() < bent.crookedness:
+                    client.settimeout(0.1)
+                    data = bend(data)
+                super().send(client, data)
+
+        for number in range(scale(12, 2000)):
+            path = self.path(f"bent{number}.sock")
+            liar = Bent(path, crookedness=self.random.choice([0.02, 0.1, 0.4]))
+            try:
+                self.add(path, **{"reconnect-delay": self.random.choice([0, 1])})
+            except QmpError:
+                liar.close()
+                continue
+            handle = self.handle()
+            for _ in range(6):
+                offset = self.random.randrange(SIZE // 512 - 128) * 512
+                try:
+                    self.random.choice([lambda: handle.pread(4096, offset), lambda: handle.pwrite(bytes(512), offset),
+                                        lambda: handle.zero(65536, offset), handle.flush,
+                                        lambda: handle.block_status(65536, offset, lambda *answer: 0)])()
+                except nbd.Error:
+                    pass
+            handle.shutdown()
+            liar.close()
+            self.remove()
+            os.unlink(path)
+
     def test_silence(self):
         """A server that greets and then says nothing does not stop other commands, nor the end of the daemon."""
         path = self.path("silent.sock")

@@ -89,6 +89,7 @@ struct nbd_link {
     struct nbd_handle *handle;   /* NULL: none, or not yet */
     atomic_bool up;              /* takes commands; written under guard */
     bool failing, dialing;
+    char *reason;        /* why the last one was lost, until somebody is told; or NULL */
     unsigned generation; /* of handles */
     int64_t lost_ns, used_ns, retry_ns;
     struct list waiting;          /* commands that neither have an answer nor watch */

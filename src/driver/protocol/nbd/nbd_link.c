@@ -89,8 +89,8 @@ static void link_check(struct nbd_link *link)
     if (!atomic_load(&link->up) || !nbd_handle_is_lost(link->handle)) {
         return;
     }
-    g_message("Node '%s': the connection to the NBD server is lost: %s", link->client->name,
-              nbd_get_error() ? nbd_get_error() : "it ended");
+    g_free(link->reason);
+    link->reason = g_strdup(nbd_get_error() ? nbd_get_error() : "it ended");
     atomic_store(&link->up, false);
     link->generation++;
     link->lost_ns = loop_now_ns();
@@ -391,10 +391,21 @@ static bool coroutine_fn link_attempted(struct nbd_link *link, struct nbd_handle
     return over;
 }
 
+static void coroutine_fn tell_of_loss(struct nbd_link *link)
+{
+    co_mutex_lock(&link->guard);
+    g_autofree char *reason = g_steal_pointer(&link->reason);
+    co_mutex_unlock(&link->guard);
+    if (reason) {
+        g_message("Node '%s': the connection to the NBD server is lost: %s", link->client->name, reason);
+    }
+}
+
 static void coroutine_fn dial_entry(void *argument)
 {
     struct nbd_link *link = argument;
     struct nbd_client *client = link->client;
+    tell_of_loss(link);
     int64_t deadline_ns = link->lost_ns + client->reconnect_delay_ns, pause_ns = FIRST_PAUSE_NS;
     for (;;) {
         auto_error error = NULL;
@@ -466,6 +477,7 @@ void coroutine_fn nbd_links_close(struct nbd_client *client)
             nbd_aio_disconnect(link->handle, 0);
             nbd_close(link->handle);
         }
+        g_free(link->reason);
         co_mutex_destroy(&link->guard);
     }
     co_group_destroy(&client->dials);
