@@ -106,6 +106,10 @@ static int coroutine_fn commit_begin(struct actor *actor, struct error **err)
         .base_node = (char *)world->pictures[actor->move->lower].name,
         .has_speed = true,
         .speed = world_speed(world),
+        .has_switch_after = true,
+        .switch_after = 1,
+        .has_switch_ratio = true,
+        .switch_ratio = 1 + (int64_t)world_below(world, 60), /* clients are faster than many a commit */
         .has_auto_finalize = true,
     };
     world->pictures[actor->move->lower].may_grow = true;

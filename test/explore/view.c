@@ -133,7 +133,7 @@ struct view *view_freeze(const struct view *view, uint64_t since, bool settled)
 {
     struct view *frozen = view_create(g_malloc(view->size + 1), view->size);
     memcpy(frozen->initial, view->initial, view->size);
-    frozen->since = since;
+    frozen->since = view->until ? MIN(since, view->since) : since; /* what shows one moment is at that moment still */
     frozen->until = now;
     frozen->unknown = view->unknown;
     for (guint i = 0; i < view->writes->len; i++) {
