@@ -200,6 +200,9 @@ void mirror_done(struct actor *actor)
     if (actor->sync != MIRROR_SYNC_MODE_FULL) {
         below = actor->sync == MIRROR_SYNC_MODE_NONE ? image : world->pictures[image].below;
     }
+    while (below != NO_IMAGE && world->pictures[below].stale) { /* the image closed before the model saw it relinked */
+        below = world->pictures[below].moved_to;
+    }
     world_link(world, actor->target, below);
     target->named = below;
     if (actor->move->kind->replaces) {
