@@ -149,3 +149,28 @@ int coroutine_fn new_image_open(struct graph *graph, const struct new_image *ima
     }
     return code < 0 ? code : new_image_open_made(graph, driver, image, path, ret, err);
 }
+
+int coroutine_fn new_image_open_copy(struct graph *graph, const struct node *image, enum mirror_sync_mode sync,
+                                     const struct new_image *wanted, struct node **ret, struct error **err)
+{
+    const struct node *below = sync == MIRROR_SYNC_MODE_TOP    ? node_backing(image)
+                               : sync == MIRROR_SYNC_MODE_NONE ? image
+                                                               : NULL;
+    if (below && !below->filename) {
+        return error_set(err, -EINVAL, "Node '%s' has no file name that the header of '%s' could hold", below->name,
+                         wanted->filename);
+    }
+    g_autofree char *backing = !below                                 ? NULL
+                               : image_name_protocol(below->filename) ? g_strdup(below->filename)
+                                                                      : g_canonicalize_filename(below->filename, NULL);
+    bool is_protocol = below && below->driver->kind == DRIVER_PROTOCOL;
+    struct new_image made = *wanted;
+    made.format = wanted->format ? wanted->format : image->driver->name;
+    made.size = atomic_load(&image->size);
+    made.backing = backing;
+    made.backing_format = is_protocol ? "raw" : below ? below->driver->name : NULL;
+    made.no_flush = image->no_flush;
+    made.direct = image->direct;
+    made.discard = true;
+    return new_image_open(graph, &made, ret, err);
+}

@@ -32,4 +32,10 @@ struct new_image {
 int coroutine_fn new_image_open(struct graph *graph, const struct new_image *image, struct node **ret,
                                 struct error **err);
 
+/* The same for a copy of `image`'s disk, and next to it: as long, opened as it is, of its format unless the caller has
+ * set one; size, backing and what follows are set here. sync top: the copy is to lean on what `image` leans on; none:
+ * on `image` itself. */
+int coroutine_fn new_image_open_copy(struct graph *graph, const struct node *image, enum mirror_sync_mode sync,
+                                     const struct new_image *wanted, struct node **ret, struct error **err);
+
 #endif

@@ -675,8 +675,8 @@ static struct copy_piece *copy_cut(struct copy *copy)
     bool limited = speed->rate && !copy->urgent;
     uint64_t longest =
         limited ? speed_piece(speed, max_u64(config->alignment, 64 * KiB), config->piece) : config->piece;
-    if (!copy->offloads && copy_has_company(copy)) {
-        longest = min_u64(longest, max_u64(COMPANY_PIECE, config->alignment)); /* a disk does one thing at a time */
+    if (copy_has_company(copy)) { /* a disk does one thing at a time, and a processor */
+        longest = min_u64(longest, max_u64(COMPANY_PIECE, config->alignment));
     }
     if (!limited && copy->ahead.kind == COPY_ZERO) {
         longest *= ZERO_PIECES;

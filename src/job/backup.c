@@ -654,30 +654,12 @@ static int coroutine_fn drive_prepare(struct action *action, struct error **err)
         return result;
     }
     const struct node *image = node_beneath_filters(graph_find(backup->graph, drive->device));
-    const struct node *below = drive->sync == MIRROR_SYNC_MODE_TOP    ? node_backing(image)
-                               : drive->sync == MIRROR_SYNC_MODE_NONE ? image
-                                                                      : NULL;
-    if (below && !below->filename) {
-        return error_set(err, -EINVAL, "Node '%s' has no file name that the header of '%s' could hold", below->name,
-                         drive->target);
-    }
-    g_autofree char *backing = !below                                 ? NULL
-                               : image_name_protocol(below->filename) ? g_strdup(below->filename)
-                                                                      : g_canonicalize_filename(below->filename, NULL);
-    struct new_image config = {
+    struct new_image wanted = {
         .filename = drive->target,
-        .format = drive->format ? drive->format : image->driver->name,
+        .format = drive->format,
         .mode = drive->has_mode ? drive->mode : NEW_IMAGE_MODE_ABSOLUTE_PATHS,
-        .size = atomic_load(&image->size),
-        .backing = backing,
-        .backing_format = !below                                   ? NULL
-                          : below->driver->kind == DRIVER_PROTOCOL ? "raw"
-                                                                   : below->driver->name,
-        .no_flush = image->no_flush,
-        .direct = image->direct,
-        .discard = true,
     };
-    return new_image_open(backup->graph, &config, &backup->made, err);
+    return new_image_open_copy(backup->graph, image, drive->sync, &wanted, &backup->made, err);
 }
 
 static const struct action_kind drive_backup_kind = {

@@ -34,7 +34,6 @@
 #include <glib.h>
 
 #define TAIL_PIECE (64 * MiB)
-#define SCAN_PER_TURN 64
 
 /* --- what lies where --- */
 
@@ -108,42 +107,23 @@ static int coroutine_fn commit_run_middle(struct commit *commit)
     return result < 0 ? result : commit_zero_tail(commit);
 }
 
-/* Marks what the images above B decide. New writes mark for themselves. */
-static int coroutine_fn commit_scan(struct commit *commit)
+/* What the images above B decide has to be copied. */
+static int coroutine_fn commit_look(void *argument, uint64_t offset, uint64_t bytes, uint64_t *ret_bytes,
+                                    bool *ret_needed)
 {
-    struct job *job = commit->job;
-    struct copy_control *control = &job->control;
-    for (unsigned looks = 0; commit->scanned < commit->size; looks++) {
-        if (control->cancelled) {
-            return -ECANCELED;
-        }
-        if (control->pauses) {
-            control->rest(control);
-            continue;
-        }
-        if (looks % SCAN_PER_TURN == SCAN_PER_TURN - 1) {
-            coroutine_pause();
-        }
-        struct extent extent;
-        int result = backend_block_status(commit->source, commit->base, commit->scanned, commit->size - commit->scanned,
-                                          &extent);
-        if (result < 0) {
-            if (!job_retries(job, true, result, NULL)) {
-                return job->control.cancelled ? -ECANCELED : result;
-            }
-            continue;
-        }
-        if (extent.flags & EXTENT_ALLOCATED) {
-            dirty_mark(commit->dirty, commit->scanned, extent.bytes);
-        }
-        commit->scanned += extent.bytes;
+    const struct commit *commit = ((struct job *)argument)->state;
+    struct extent extent;
+    int result = backend_block_status(commit->source, commit->base, offset, bytes, &extent);
+    if (result == 0) {
+        *ret_bytes = extent.bytes;
+        *ret_needed = extent.flags & EXTENT_ALLOCATED;
     }
-    return 0;
+    return result;
 }
 
 static int coroutine_fn commit_run_active(struct commit *commit)
 {
-    int result = commit_scan(commit);
+    int result = converge_scan(&commit->converge, commit->size, commit_look);
     if (result == 0) {
         result = commit_zero_tail(commit);
     }

@@ -29,7 +29,6 @@ struct commit {
     struct copy *copy;
     struct converge converge; /* active */
     uint64_t size;            /* T's */
-    uint64_t scanned;
 };
 
 /* An image that leans on T and is not among commit->overlays yet, or NULL. graph->lock is held. */

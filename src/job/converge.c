@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Convergence: the passes of a job that copies what users are writing. Owns the decision when little enough is left to
+ * Convergence: the passes of a job that copies what users are writing, and the look before them at what there is to
+ * copy. Owns the decision when little enough is left to
  * be ready, and when users have to be held to the speed of the copy.
  *
  *   passes, users' writes are marked --> (outrun) both sides are written --> READY --> end asked --> last pass -->
@@ -32,6 +33,7 @@
 #define SECOND_NS ((int64_t)1000 * 1000 * 1000)
 #define MEASURED_LEAST MiB /* a pass of less says nothing about speed */
 #define FINISH_ROUNDS 16
+#define LOOKS_PER_TURN 64
 
 /* What is wanted, unless the job rests. */
 static void converge_apply(struct converge *converge)
@@ -120,6 +122,37 @@ static void converge_judge(struct converge *converge, uint64_t before, uint64_t 
     if (!converge->both && (late || converge->slow >= CONVERGE_PASSES)) {
         converge_set_both(converge, true);
     }
+}
+
+int coroutine_fn converge_scan(struct converge *converge, uint64_t size, converge_look look)
+{
+    struct job *job = converge->job;
+    struct copy_control *control = &job->control;
+    unsigned looks = 0;
+    for (uint64_t at = 0; at < size; looks++) {
+        if (control->cancelled) {
+            return -ECANCELED;
+        }
+        if (control->pauses) {
+            control->rest(control);
+            continue;
+        }
+        if (looks % LOOKS_PER_TURN == LOOKS_PER_TURN - 1) {
+            coroutine_pause();
+        }
+        uint64_t bytes;
+        bool needed;
+        int result = look(job, at, size - at, &bytes, &needed);
+        if (result == 0) {
+            if (needed) {
+                dirty_mark(converge->dirty, at, bytes);
+            }
+            at += bytes;
+        } else if (!job_retries(job, true, result, NULL)) {
+            return control->cancelled ? -ECANCELED : result;
+        }
+    }
+    return 0;
 }
 
 int coroutine_fn converge_run(struct converge *converge)

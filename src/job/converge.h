@@ -43,6 +43,12 @@ struct converge {
 
 /* The members above `both` are set by the caller; the copy writes by the filter's target edge. */
 void converge_begin(struct converge *converge);
+/* What lies at `offset`: *ret_bytes (1 to `bytes`) of which all or nothing has to be copied. `argument` is the job. */
+typedef int coroutine_fn (*converge_look)(void *argument, uint64_t offset, uint64_t bytes, uint64_t *ret_bytes,
+                                          bool *ret_needed);
+/* Before the long part: looks through [0, size) and marks what has to be copied; users' writes mark for themselves.
+ * Errors are the source's, under the job's policy. */
+int coroutine_fn converge_scan(struct converge *converge, uint64_t size, converge_look look);
 /* The long part: returns when the user has asked for the end of a job that is ready, or with an error. */
 int coroutine_fn converge_run(struct converge *converge);
 /* The last step, while users go on: hardly anything stays dirty, and nothing gets dirty any more. */

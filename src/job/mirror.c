@@ -36,8 +36,6 @@
 #include <errno.h>
 #include <glib.h>
 
-#define SCAN_PER_TURN 64
-
 struct node *mirror_node(const struct mirror *mirror)
 {
     return mirror->operation->bound[CLAIM_NODE];
@@ -73,9 +71,10 @@ static void mirror_progress(struct job *job, uint64_t *ret_done, uint64_t *ret_t
 /* --- what has to be copied --- */
 
 /* What lies at `offset`, and whether the target needs it. */
-static int coroutine_fn mirror_look(struct mirror *mirror, uint64_t offset, uint64_t bytes, uint64_t *ret_bytes,
+static int coroutine_fn mirror_look(void *argument, uint64_t offset, uint64_t bytes, uint64_t *ret_bytes,
                                     bool *ret_needed)
 {
+    struct mirror *mirror = ((struct job *)argument)->state;
     struct extent extent, there;
     struct node *below = mirror->sync == MIRROR_SYNC_MODE_TOP ? node_backing(mirror_node(mirror)) : NULL;
     int result = backend_block_status(mirror->source, below, offset, bytes, &extent);
@@ -94,44 +93,11 @@ static int coroutine_fn mirror_look(struct mirror *mirror, uint64_t offset, uint
     return result;
 }
 
-/* Marks what the target has not got. Users' writes mark for themselves. */
-static int coroutine_fn mirror_scan(struct mirror *mirror)
-{
-    struct job *job = mirror->job;
-    struct copy_control *control = &job->control;
-    for (unsigned looks = 0; mirror->scanned < mirror->size; looks++) {
-        if (control->cancelled) {
-            return -ECANCELED;
-        }
-        if (control->pauses) {
-            control->rest(control);
-            continue;
-        }
-        if (looks % SCAN_PER_TURN == SCAN_PER_TURN - 1) {
-            coroutine_pause();
-        }
-        uint64_t bytes;
-        bool needed;
-        int result = mirror_look(mirror, mirror->scanned, mirror->size - mirror->scanned, &bytes, &needed);
-        if (result < 0) {
-            if (!job_retries(job, true, result, NULL)) {
-                return control->cancelled ? -ECANCELED : result;
-            }
-            continue;
-        }
-        if (needed) {
-            dirty_mark(mirror->dirty, mirror->scanned, bytes);
-        }
-        mirror->scanned += bytes;
-    }
-    return 0;
-}
-
 static int coroutine_fn mirror_run(struct job *job, struct error **err)
 {
     struct mirror *mirror = job->state;
     bool scans = mirror->sync == MIRROR_SYNC_MODE_FULL || mirror->sync == MIRROR_SYNC_MODE_TOP;
-    int result = scans ? mirror_scan(mirror) : 0;
+    int result = scans ? converge_scan(&mirror->converge, mirror->size, mirror_look) : 0;
     if (result == 0) {
         result = converge_run(&mirror->converge);
     }

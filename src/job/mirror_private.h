@@ -38,7 +38,7 @@ struct mirror {
     enum mirror_lean lean;
     bool replace, keep_backing;
     char *backing_file;
-    uint64_t size, scanned;
+    uint64_t size;
     bool exact;   /* the target has been what the node was, at the end */
     bool pivoted; /* the target is the node's successor */
     bool wrote;

@@ -522,32 +522,13 @@ static int coroutine_fn drive_prepare(struct action *action, struct error **err)
         return result;
     }
     const struct node *node = node_beneath_filters(graph_find(action->graph, drive->device));
-    const struct node *below = drive->sync == MIRROR_SYNC_MODE_TOP    ? node_backing(node)
-                               : drive->sync == MIRROR_SYNC_MODE_NONE ? node
-                                                                      : NULL;
-    if (below && !below->filename) {
-        return error_set(err, -EINVAL, "Node '%s' has no file name that the header of '%s' could hold", below->name,
-                         drive->target);
-    }
-    g_autofree char *backing = !below                                 ? NULL
-                               : image_name_protocol(below->filename) ? g_strdup(below->filename)
-                                                                      : g_canonicalize_filename(below->filename, NULL);
-    bool is_protocol = below && below->driver->kind == DRIVER_PROTOCOL;
-    struct new_image config = {
+    struct new_image wanted = {
         .filename = drive->target,
-        .format = drive->format ? drive->format : node->driver->name,
+        .format = drive->format,
         .node_name = drive->node_name,
         .mode = drive->has_mode ? drive->mode : NEW_IMAGE_MODE_ABSOLUTE_PATHS,
-        .size = atomic_load(&node->size),
-        .backing = backing,
-        .backing_format = is_protocol ? "raw"
-                          : below     ? below->driver->name
-                                      : NULL,
-        .no_flush = node->no_flush,
-        .direct = node->direct,
-        .discard = true,
     };
-    return new_image_open(action->graph, &config, &start->made, err);
+    return new_image_open_copy(action->graph, node, drive->sync, &wanted, &start->made, err);
 }
 
 static const struct action_kind drive_mirror_kind = {
