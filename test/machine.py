@@ -141,7 +141,7 @@ class Machine:
             "host" if self.kvm else "qemu64", "-smp", str(processors), "-m", f"{memory}M", "-nodefaults", "-display", "none",
             "-object", f"memory-backend-memfd,id=ram,size={memory}M,share=on", "-numa", "node,memdev=ram",
             "-kernel", kernel()[0], "-initrd", ram_disk(os.path.join(self.directory, "ram-disk"), *programs),
-            "-append", "console=ttyS0 quiet panic=-1 oops=panic nokaslr mitigations=off tsc=reliable random.trust_cpu=on",
+            "-append", "console=ttyS0 quiet panic=-1 oops=panic no_timer_check nokaslr mitigations=off tsc=reliable random.trust_cpu=on",
             "-no-reboot", "-serial", "stdio", "-qmp", f"unix:{monitor},server=on,wait=off",
         ]
         for number, (path, options) in enumerate(disks):
