@@ -14,6 +14,7 @@
 #include "loop/loop.h"
 #include "schema/claims.h"
 #include <glib.h>
+#include <pthread.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -56,8 +57,8 @@ int bed_connect(const char *name)
 
 struct bed_resizing {
     uint64_t size;
-    GMutex guard;
-    GCond done;
+    pthread_mutex_t guard; /* not GLib's, which TSan does not know */
+    pthread_cond_t done;
     bool is_done;
 };
 
@@ -78,24 +79,24 @@ static void bed_resize_run(void *argument)
     backend_destroy_locked(backend);
     operation_end_locked(operation);
     graph_unlock(bed.graph);
-    g_mutex_lock(&resizing->guard);
+    pthread_mutex_lock(&resizing->guard);
     resizing->is_done = true;
-    g_cond_signal(&resizing->done);
-    g_mutex_unlock(&resizing->guard);
+    pthread_cond_signal(&resizing->done);
+    pthread_mutex_unlock(&resizing->guard);
 }
 
 void bed_resize(uint64_t size)
 {
     struct bed_resizing resizing = {.size = size};
 
-    g_mutex_init(&resizing.guard);
-    g_cond_init(&resizing.done);
+    pthread_mutex_init(&resizing.guard, NULL);
+    pthread_cond_init(&resizing.done, NULL);
     loop_spawn(bed.loop, bed_resize_run, &resizing);
-    g_mutex_lock(&resizing.guard);
+    pthread_mutex_lock(&resizing.guard);
     while (!resizing.is_done) {
-        g_cond_wait(&resizing.done, &resizing.guard);
+        pthread_cond_wait(&resizing.done, &resizing.guard);
     }
-    g_mutex_unlock(&resizing.guard);
+    pthread_mutex_unlock(&resizing.guard);
 }
 
 static void bed_add_export(char *id, bool writable, int queues, int block)
