@@ -293,9 +293,19 @@ class WithTls(Client):
 class Deaths(Client):
     """A server that is killed and comes back has everything that was acknowledged; one that does not, is an error."""
 
+    def qemu_nbd_qcow2(self, image):
+        """What it keeps of the image's metadata in its memory is gone when it is killed."""
+        path = self.path("s.sock")
+        return self.spawn("qemu-nbd", "-t", "-k", path, "-f", "qcow2", "-e", "8", image, socket_path=path)
+
+    def interlock_qcow2(self, image):
+        path = self.path("s.sock")
+        return self.spawn(harness.PROGRAM, "nbd", "-t", "-k", path, "-f", "qcow2", "-e", "8", image, socket_path=path)
+
     def test_killed_and_restarted(self):
-        for serve in (self.nbdkit, self.qemu_nbd):
-            image = self.image(size=64 * MIB)
+        for serve in (self.nbdkit, self.qemu_nbd_qcow2, self.interlock_qcow2):
+            image = self.path(f"{serve.__name__}.img")
+            qemu_img("create", "-q", "-f", "qcow2" if "qcow2" in serve.__name__ else "raw", image, str(64 * MIB))
             server = serve(image)
             daemon = self.client("--object", "iothread,id=t0", **{"reconnect-delay": 30})
             daemon.export("n", name="t", export_id="t", iothread="t0")
@@ -326,7 +336,7 @@ class Deaths(Client):
                         while not handle.aio_command_completed(cookie):
                             handle.poll(-1)
                     blocks[which].update(batch)
-                    if random_source.random() < 0.2:
+                    if random_source.random() < 0.01:
                         handle.flush()
                     number = random_source.choice(list(blocks[which]))
                     if bytes(handle.pread(16384, (which * 512 + number) * 16384)) != blocks[which][number]:
@@ -352,13 +362,36 @@ class Deaths(Client):
             self.assertFalse(thread.is_alive())
         self.assertEqual(problems, [])
         self.assertGreater(min(len(which) for which in blocks), 8)
+        if "qcow2" in serve.__name__:
+            handle = connect(daemon.uri("n"))
+            handle.flush()
+            handle.shutdown()
+        server.kill()
+        server.wait()
+        if "qcow2" in serve.__name__:
+            qemu_img("convert", "-f", "qcow2", "-O", "raw", image, image + ".raw")
+            image += ".raw"
         with open(image, "rb") as file:
             for which in range(2):
                 for number, content in blocks[which].items():
                     file.seek((which * 512 + number) * 16384)
                     self.assertEqual(file.read(16384), content, f"{which}: {number}")
-        server.kill()
-        server.wait()
+
+    def test_what_is_remembered_is_bounded(self):
+        """Nobody flushes: so the driver does, before what it has to remember grows too long."""
+        log = self.path("log")
+        self.nbdkit(self.image(size=64 * MIB), "--filter=log", f"logfile={log}")
+        daemon = self.client(**{"reconnect-delay": 10})
+        handle = connect(daemon.uri("n"))
+        flushes = []
+        for number in range(22):
+            handle.pwrite(bytes([number + 1]) * (2 * MIB), number * 2 * MIB)
+            with open(log) as file:
+                flushes.append(file.read().count(" Flush id="))
+        self.assertEqual(flushes[6], 0)
+        self.assertGreater(flushes[8], 0)
+        self.assertGreater(flushes[21], 1)
+        handle.shutdown()
 
     def test_delay_runs_out(self):
         image = self.image()

@@ -13,10 +13,13 @@
 #include <stdint.h>
 
 /*
- * The inside of the `nbd` driver: nbd.c (the node), nbd_link.c (commands on a connection, and its revival), nbd_dial.c
- * (making a connection), nbd_tls.c (TLS beneath libnbd). Home is the loop that opened the node: the control thread's.
+ * The inside of the `nbd` driver: nbd.c (the node), nbd_link.c (commands on a connection, and its revival),
+ * nbd_journal.c (what may be lost with it), nbd_dial.c (making a connection), nbd_tls.c (TLS beneath libnbd). Home is
+ * the loop that opened the node: the control thread's.
  */
 struct descriptor_wait;
+struct nbd_entry;
+struct nbd_journal;
 struct tls_credentials;
 
 /* Which server; does not change once the node is open. */
@@ -74,6 +77,9 @@ struct nbd_command {
     uint64_t read_bytes;                 /* of a read: how much came */
     uint32_t extent_bytes, extent_flags; /* its answer: the first extent; 0 bytes: none came */
     /* nbd_link.c's */
+    struct nbd_journal *journal; /* that its answer changes, or NULL */
+    struct nbd_entry *entry;     /* to be added there */
+    uint64_t sequence;           /* of a flush: the journal's when it was issued */
     struct coroutine *waiter;
     struct list link; /* nbd_link.waiting, while `queued` */
     bool queued, done;
@@ -102,6 +108,29 @@ struct nbd_link {
     struct loop_sleep pause;
 };
 
+/* nbd_journal.c: what was acknowledged and is not flushed. */
+struct nbd_journal {
+    bool active; /* does not change */
+    struct list entries;
+    uint64_t sequence;         /* of the last one */
+    atomic_uint_fast64_t cost; /* bytes of memory */
+    struct co_mutex flushing;  /* who makes room */
+};
+void nbd_journal_init(struct nbd_journal *journal, bool active);
+void nbd_journal_finish(struct nbd_journal *journal);
+/* An entry for a command that is about to be issued; g_free() it unless it is added. NULL: no memory. */
+struct nbd_entry *nbd_journal_prepare(const struct nbd_command *command);
+/* Its answer has come. */
+void nbd_journal_add(struct nbd_journal *journal, struct nbd_entry *entry);
+/* A flush was answered, before whose issue `last` was journal->sequence. */
+void nbd_journal_forget(struct nbd_journal *journal, uint64_t last);
+bool nbd_journal_is_full(const struct nbd_journal *journal);
+/* Home: issues everything again on a handle that is not in use yet. */
+int coroutine_fn nbd_journal_replay(struct nbd_journal *journal, struct nbd_handle *handle, struct nbd_attempt *attempt,
+                                    struct error **err);
+/* nbd_link.c: gives a command to libnbd; command->done and ->result when it has its answer. Negative: not given. */
+int64_t nbd_command_issue(struct nbd_handle *handle, struct nbd_command *command);
+
 enum { NBD_LINKS_MAX = 8 };
 struct nbd_client {
     struct nbd_server server;
@@ -111,7 +140,8 @@ struct nbd_client {
     struct loop *home;
     atomic_bool closing;
     struct co_group dials, wakes, tunnels; /* coroutines that outlive requests */
-    unsigned link_count;                   /* 1 unless the server offers multi-conn */
+    struct nbd_journal journal;
+    unsigned link_count; /* 1 unless the server offers multi-conn */
     struct nbd_link links[NBD_LINKS_MAX];
 };
 

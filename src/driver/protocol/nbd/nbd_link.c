@@ -13,12 +13,12 @@
  *    `revival`, or he is the watcher. So each yield has one wake.
  * 3. When a handle is lost, libnbd has ended all its commands; it is closed when no coroutine watches its socket.
  * 4. A command that had no answer from a lost connection is issued anew on the next, whatever it is: all of them may be
- *    done twice. Writes that the old server still holds in its hands (it was not killed, the network was) may be done
- *    after later ones; the protocol has no way to forbid that. A flush is acknowledged only by an answer to a flush
- *    that was issued after all the writes that it is for were answered, be it by another process than answered those:
- *    what a killed server had acknowledged lies in its host's page cache, where its successor's flush finds it. What a
- *    server keeps in its own memory until a flush (metadata of a format), and the power of its host, are not covered.
- * 5. Only the main link is waited for. Others (one per further loop, if the server offers multi-conn) are made in the
+ *    done twice. Before that, what had been acknowledged and not flushed is issued again (nbd_journal.c): so a server
+ *    that was killed may have kept as much of it in its memory as it likes. Writes that the old server still holds in
+ *    its hands (it was not killed, the network was) may be done after later ones; the protocol has no way to forbid
+ *    that. A power cut of the server's host is the server's to promise about, by flushes.
+ * 5. Only the main link is waited for. Others (one per further loop, if the server offers multi-conn and there is no
+ *    reconnect delay) are made in the
  *    background, and requests go over the main one while they are not up.
  *
  * Coroutines that dial run at home. Called by nbd.c.
@@ -109,6 +109,11 @@ static int command_done(void *argument, int *error)
     struct nbd_command *command = argument;
     command->result = -*error;
     command->done = true;
+    if (command->result == 0 && command->entry) {
+        nbd_journal_add(command->journal, g_steal_pointer(&command->entry));
+    } else if (command->result == 0 && command->journal && command->kind == NBD_FLUSH) {
+        nbd_journal_forget(command->journal, command->sequence);
+    }
     if (command->queued) {
         command->queued = false;
         list_remove(&command->link);
@@ -137,7 +142,7 @@ static int command_extents(void *argument, const char *context, uint64_t offset,
     return 0;
 }
 
-static int64_t command_issue(struct nbd_handle *handle, struct nbd_command *command)
+int64_t nbd_command_issue(struct nbd_handle *handle, struct nbd_command *command)
 {
     nbd_completion_callback done = {.callback = command_done, .user_data = command};
     nbd_chunk_callback chunks = {.callback = command_chunk, .user_data = command};
@@ -250,7 +255,8 @@ static int coroutine_fn link_run(struct nbd_link *link, struct nbd_command *comm
     command->done = command->queued = false;
     command->extent_bytes = 0;
     command->read_bytes = 0;
-    if (command_issue(link->handle, command) < 0) {
+    command->sequence = link->client->journal.sequence;
+    if (nbd_command_issue(link->handle, command) < 0) {
         int code = nbd_get_errno();
         link_check(link);
         return generation != link->generation ? -ENOTCONN : code > 0 ? -code : -EIO;
@@ -295,7 +301,7 @@ static struct nbd_link *coroutine_fn client_link(struct nbd_client *client)
     return main_link;
 }
 
-int coroutine_fn nbd_client_run(struct nbd_client *client, struct nbd_command *command)
+static int coroutine_fn client_run(struct nbd_client *client, struct nbd_command *command)
 {
     int64_t patience_ns = 0;
     for (;;) {
@@ -313,6 +319,26 @@ int coroutine_fn nbd_client_run(struct nbd_client *client, struct nbd_command *c
             return r == -ESHUTDOWN ? -EIO : r;
         }
     }
+}
+
+int coroutine_fn nbd_client_run(struct nbd_client *client, struct nbd_command *command)
+{
+    struct nbd_journal *journal = &client->journal;
+    bool changes = command->kind == NBD_WRITE || command->kind == NBD_ZERO || command->kind == NBD_TRIM;
+    command->journal = journal->active ? journal : NULL;
+    command->entry = command->journal && changes ? nbd_journal_prepare(command) : NULL;
+    if (command->journal && changes && !command->entry) {
+        return -ENOMEM;
+    }
+    int r = client_run(client, command);
+    g_free(command->entry);
+    if (r == 0 && changes && nbd_journal_is_full(journal)) {
+        struct nbd_command flush = {.kind = NBD_FLUSH, .journal = journal};
+        co_mutex_lock(&journal->flushing);
+        r = nbd_journal_is_full(journal) ? client_run(client, &flush) : 0;
+        co_mutex_unlock(&journal->flushing);
+    }
+    return r;
 }
 
 /* --- dialling; home --- */
@@ -354,14 +380,15 @@ static int coroutine_fn link_attempt(struct nbd_link *link, int64_t limit_ns, st
     loop_timer_arm(&late.timer, limit_ns);
     link->attempt = &attempt;
     int r = nbd_dial(&client->server, &attempt, ret, &facts, err);
-    link->attempt = NULL;
-    loop_timer_cancel(&late.timer);
     if (r == 0) {
         r = facts_agree(&client->facts, &facts, err);
+        r = r < 0 ? r : nbd_journal_replay(&client->journal, *ret, &attempt, err);
         if (r < 0) {
             nbd_close(*ret);
         }
     }
+    link->attempt = NULL;
+    loop_timer_cancel(&late.timer);
     return r;
 }
 
@@ -446,7 +473,9 @@ void nbd_links_init(struct nbd_client *client, struct nbd_handle *handle)
 {
     struct nbd_link *main_link = &client->links[0];
     client->home = loop_self();
-    client->link_count = client->facts.multi ? NBD_LINKS_MAX : 1;
+    bool remembers = client->reconnect_delay_ns && client->facts.flush && !client->facts.read_only;
+    client->link_count = client->facts.multi && !remembers ? NBD_LINKS_MAX : 1;
+    nbd_journal_init(&client->journal, remembers);
     co_group_init(&client->dials);
     co_group_init(&client->wakes);
     for (unsigned i = 0; i < client->link_count; i++) {
@@ -480,6 +509,7 @@ void coroutine_fn nbd_links_close(struct nbd_client *client)
         g_free(link->reason);
         co_mutex_destroy(&link->guard);
     }
+    nbd_journal_finish(&client->journal);
     co_group_destroy(&client->dials);
     co_group_destroy(&client->wakes);
 }
