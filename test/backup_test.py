@@ -69,6 +69,8 @@ class BackupCase(TestCase):
 class Exact(BackupCase):
     """Each copy is what the disk held at one moment."""
 
+    time_limit = 150  # in full: 300 random mixes
+
     def check(self, path, moments):
         """Called while guests write: judged in the end."""
         self.copies.append((path, moments))
