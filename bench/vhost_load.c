@@ -221,6 +221,7 @@ int main(int argc, char **argv)
                                    .event_index = true,
                                    .indirect = true};
     front_init(&front, connect_patiently(), &wanted);
+    fprintf(stderr, "connected\n");
     for (int i = 0; i < options.queues; i++) {
         loads[i].queue = &front.queue[i];
         loads[i].seed = (uint64_t)options.seed * 100 + (uint64_t)i;
@@ -233,5 +234,10 @@ int main(int argc, char **argv)
         run_all(&front, loads, false, false);
     }
     front_finish(&front);
+    for (int i = 0; i < options.queues; i++) {
+        g_free(loads[i].waits_us);
+        g_free(loads[i].begun_us);
+        g_free(loads[i].place);
+    }
     return 0;
 }
