@@ -93,6 +93,7 @@ static void coroutine_fn client_flush(struct client *client)
 {
     uint64_t mark = view_flush_mark();
     int code = backend_flush(client->backend);
+    world_catch_up(client->actor->world); /* it may have flushed what took the image's place, and that alone */
     if (code < 0) {
         client_failed(client, "flush", code);
     } else {
