@@ -227,6 +227,9 @@ static void stream_done(struct actor *actor)
     }
     actor->settled = true;
     int below = world->pictures[actor->bottom].below;
+    while (below != NO_IMAGE && world->pictures[below].stale) { /* the bottom closed before the model saw it relinked */
+        below = world->pictures[below].moved_to;
+    }
     actor->bottom = NO_IMAGE;
     world_link(world, actor->move->upper, below);
     world->pictures[actor->move->upper].named = below;
