@@ -29,7 +29,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 FOLDERS = {"release": "build", "debug": "build-debug", "asan": "build-asan", "tsan": "build-tsan"}
 FUZZ_BUILD = os.path.join(ROOT, "build-fuzz", "fuzz")
-FUZZ_SLICE_SECONDS = 11
+FUZZ_SLICE_SECONDS = 6
 sys.path.insert(0, HERE)
 sys.dont_write_bytecode = True
 
