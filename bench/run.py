@@ -27,18 +27,20 @@ LOAD = os.path.join(BUILD, "bench", "nbd_load")
 LIMIT = os.path.join(BUILD, "bench", "nbd_limit")
 MIB = 1024 * 1024
 
-# Rows of the table: title and what nbd_load is told.
+# What a load generator does: title and what it is told.
+PATTERNS = (
+    ("4 KiB random read, depth 1", ["--mode", "read", "--random", "--depth", "1"]),
+    ("4 KiB random read, depth 32", ["--mode", "read", "--random", "--depth", "32"]),
+    ("4 KiB random write, depth 1", ["--mode", "write", "--random", "--depth", "1"]),
+    ("4 KiB random write, depth 32", ["--mode", "write", "--random", "--depth", "32"]),
+    ("256 KiB sequential read, depth 8", ["--mode", "read", "--block", "262144", "--depth", "8"]),
+    ("256 KiB sequential write, depth 8", ["--mode", "write", "--block", "262144", "--depth", "8"]),
+)
+# Rows of the table.
 WORKLOADS = [
     (f"{title}, {connections} connection{'s' if connections > 1 else ''}", [*words, "--connections", str(connections)])
     for connections in (1, 4)
-    for title, words in (
-        ("4 KiB random read, depth 1", ["--mode", "read", "--random", "--depth", "1"]),
-        ("4 KiB random read, depth 32", ["--mode", "read", "--random", "--depth", "32"]),
-        ("4 KiB random write, depth 1", ["--mode", "write", "--random", "--depth", "1"]),
-        ("4 KiB random write, depth 32", ["--mode", "write", "--random", "--depth", "32"]),
-        ("256 KiB sequential read, depth 8", ["--mode", "read", "--block", "262144", "--depth", "8"]),
-        ("256 KiB sequential write, depth 8", ["--mode", "write", "--block", "262144", "--depth", "8"]),
-    )
+    for title, words in PATTERNS
 ]
 
 

@@ -12,21 +12,14 @@ import tempfile
 import time
 
 import run as bench
-from run import BUILD, MIB, Results
+from run import BUILD, MIB, PATTERNS, Results
 
 LOAD = os.path.join(BUILD, "bench", "vhost_load")
 WORKLOADS = [
     (f"{title}, {queues} queue{'s' if queues > 1 else ''}{', packed' if packed else ''}",
      [*words, "--queues", str(queues), *(["--packed"] if packed else [])])
     for queues, packed in ((1, False), (1, True), (2, False))
-    for title, words in (
-        ("4 KiB random read, depth 1", ["--mode", "read", "--random", "--depth", "1"]),
-        ("4 KiB random read, depth 32", ["--mode", "read", "--random", "--depth", "32"]),
-        ("4 KiB random write, depth 1", ["--mode", "write", "--random", "--depth", "1"]),
-        ("4 KiB random write, depth 32", ["--mode", "write", "--random", "--depth", "32"]),
-        ("256 KiB sequential read, depth 8", ["--mode", "read", "--block", "262144", "--depth", "8"]),
-        ("256 KiB sequential write, depth 8", ["--mode", "write", "--block", "262144", "--depth", "8"]),
-    )
+    for title, words in PATTERNS
 ]
 
 
