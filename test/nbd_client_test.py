@@ -349,7 +349,7 @@ class Deaths(Client):
         for thread in threads:
             thread.start()
         for _ in range(scale(2, 40)):
-            time.sleep(0.15 + self.random.random() * 0.2)
+            time.sleep(self.random.choice([0.02, 0.15]) + self.random.random() * 0.2)  # in the replay, now and then
             server.send_signal(signal.SIGKILL)
             server.wait()
             if self.random.random() < 0.5:

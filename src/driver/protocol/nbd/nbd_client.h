@@ -46,7 +46,9 @@ struct nbd_attempt {
     bool cancelled;
     struct connecting connecting;
     struct connection *connection; /* while TLS begins */
-    struct descriptor_wait *wait;  /* while libnbd shakes hands */
+    struct descriptor_wait *wait;  /* while libnbd shakes hands, or what is journaled is written again */
+    struct loop_timer *limit;      /* that cancels it; or NULL */
+    int64_t patience_ns;           /* it does so when for this long nothing was written again */
 };
 /* Connects and shakes hands. On success *ret takes commands: nbd_close() it. -ECANCELED after nbd_attempt_cancel(). */
 int coroutine_fn nbd_dial(const struct nbd_server *server, struct nbd_attempt *attempt, struct nbd_handle **ret,
@@ -54,6 +56,7 @@ int coroutine_fn nbd_dial(const struct nbd_server *server, struct nbd_attempt *a
 /* The first half of it: a connected socket on which the server is about to greet, TLS done. */
 int coroutine_fn nbd_dial_socket(const struct nbd_server *server, struct nbd_attempt *attempt, struct error **err);
 void nbd_attempt_cancel(struct nbd_attempt *attempt);
+void nbd_attempt_goes_on(struct nbd_attempt *attempt); /* the limit begins anew */
 /* What libnbd last complained of, as an error. */
 int nbd_library_error(struct error **err);
 /* Tells a handle which of its directions are ready (DESCRIPTOR_ bits); under whatever lock guards it. -1: it broke. */
@@ -112,22 +115,28 @@ struct nbd_link {
 struct nbd_journal {
     bool active; /* does not change */
     struct list entries;
-    uint64_t sequence;         /* of the last one */
-    atomic_uint_fast64_t cost; /* bytes of memory */
-    struct co_mutex flushing;  /* who makes room */
+    uint64_t sequence;          /* of the last one */
+    atomic_uint_fast64_t cost;  /* bytes of memory */
+    struct co_mutex flushing;   /* who makes room */
+    struct range_lock changing; /* by commands of an active one that are under way */
 };
 void nbd_journal_init(struct nbd_journal *journal, bool active);
 void nbd_journal_finish(struct nbd_journal *journal);
-/* An entry for a command that is about to be issued; g_free() it unless it is added. NULL: no memory. */
-struct nbd_entry *nbd_journal_prepare(const struct nbd_command *command);
+/* An entry for a command that is about to be issued, which takes its data from there; g_free() it unless it is added.
+ * NULL: no memory. */
+struct nbd_entry *nbd_journal_prepare(struct nbd_command *command);
 /* Its answer has come. */
 void nbd_journal_add(struct nbd_journal *journal, struct nbd_entry *entry);
 /* A flush was answered, before whose issue `last` was journal->sequence. */
 void nbd_journal_forget(struct nbd_journal *journal, uint64_t last);
 bool nbd_journal_is_full(const struct nbd_journal *journal);
-/* Home: issues everything again on a handle that is not in use yet. */
+bool nbd_journal_is_empty(const struct nbd_journal *journal); /* under guard */
+/* Home: issues everything again on a handle that is not in use yet. The attempt goes on with every answer. */
 int coroutine_fn nbd_journal_replay(struct nbd_journal *journal, struct nbd_handle *handle, struct nbd_attempt *attempt,
                                     struct error **err);
+/* Home: flushes, on a handle that is not in use any more, and forgets. */
+int coroutine_fn nbd_journal_settle(struct nbd_journal *journal, struct nbd_handle *handle,
+                                    struct nbd_attempt *attempt);
 /* nbd_link.c: gives a command to libnbd; command->done and ->result when it has its answer. Negative: not given. */
 int64_t nbd_command_issue(struct nbd_handle *handle, struct nbd_command *command);
 

@@ -321,24 +321,49 @@ static int coroutine_fn client_run(struct nbd_client *client, struct nbd_command
     }
 }
 
-int coroutine_fn nbd_client_run(struct nbd_client *client, struct nbd_command *command)
+/* The journal is not full any more, or the error of the flush. */
+static int coroutine_fn client_make_room(struct nbd_client *client)
 {
     struct nbd_journal *journal = &client->journal;
-    bool changes = command->kind == NBD_WRITE || command->kind == NBD_ZERO || command->kind == NBD_TRIM;
-    command->journal = journal->active ? journal : NULL;
-    command->entry = command->journal && changes ? nbd_journal_prepare(command) : NULL;
-    if (command->journal && changes && !command->entry) {
+    struct nbd_command flush = {.kind = NBD_FLUSH, .journal = journal};
+    co_mutex_lock(&journal->flushing);
+    int r = nbd_journal_is_full(journal) ? client_run(client, &flush) : 0;
+    co_mutex_unlock(&journal->flushing);
+    return r;
+}
+
+/* A command that changes something, and is kept. */
+static int coroutine_fn client_change(struct nbd_client *client, struct nbd_command *command)
+{
+    struct nbd_journal *journal = &client->journal;
+    struct range_hold hold;
+    int r = nbd_journal_is_full(journal) ? client_make_room(client) : 0;
+    if (r < 0) {
+        return r;
+    }
+    command->journal = journal;
+    command->entry = nbd_journal_prepare(command);
+    if (!command->entry) {
         return -ENOMEM;
     }
-    int r = client_run(client, command);
+    range_lock_acquire(&journal->changing, &hold, command->offset, command->bytes, false);
+    r = client_run(client, command);
+    range_lock_release(&journal->changing, &hold);
     g_free(command->entry);
-    if (r == 0 && changes && nbd_journal_is_full(journal)) {
-        struct nbd_command flush = {.kind = NBD_FLUSH, .journal = journal};
-        co_mutex_lock(&journal->flushing);
-        r = nbd_journal_is_full(journal) ? client_run(client, &flush) : 0;
-        co_mutex_unlock(&journal->flushing);
-    }
     return r;
+}
+
+int coroutine_fn nbd_client_run(struct nbd_client *client, struct nbd_command *command)
+{
+    bool changes = command->kind == NBD_WRITE || command->kind == NBD_ZERO || command->kind == NBD_TRIM;
+    if (!client->journal.active) {
+        return client_run(client, command);
+    }
+    if (changes) {
+        return client_change(client, command);
+    }
+    command->journal = &client->journal;
+    return client_run(client, command);
 }
 
 /* --- dialling; home --- */
@@ -353,6 +378,13 @@ static void dial_is_late(struct loop_timer *timer)
     nbd_attempt_cancel(container_of(timer, struct dial_timer, timer)->attempt);
 }
 
+void nbd_attempt_goes_on(struct nbd_attempt *attempt)
+{
+    if (attempt->limit) {
+        loop_timer_arm(attempt->limit, MAX(attempt->limit->deadline_ns, loop_clock_ns() + attempt->patience_ns));
+    }
+}
+
 static int facts_agree(const struct nbd_facts *old, const struct nbd_facts *new, struct error **err)
 {
     if (new->size != old->size) {
@@ -362,19 +394,22 @@ static int facts_agree(const struct nbd_facts *old, const struct nbd_facts *new,
         return error_set(err, -EROFS, "The export is read-only now");
     }
     if (new->minimum > old->minimum || new->maximum < old->maximum || new->context != old->context ||
-        (old->flush && !new->flush) || (old->multi && !new->multi)) {
+        (old->flush && !new->flush) || (old->multi && !new->multi) || (old->fua && !new->fua) ||
+        (old->trim && !new->trim) || (old->zero && !new->zero) || (old->fast_zero && !new->fast_zero)) {
         return error_set(err, -EINVAL, "The server cannot do any more what it could");
     }
     return 0;
 }
 
-/* One attempt, which ends at `limit_ns`. */
+/* One attempt, which ends at `limit_ns`, or later if it gets on. */
 static int coroutine_fn link_attempt(struct nbd_link *link, int64_t limit_ns, struct nbd_handle **ret,
                                      struct error **err)
 {
     struct nbd_client *client = link->client;
     struct nbd_attempt attempt = {0};
     struct dial_timer late = {.attempt = &attempt};
+    attempt.limit = &late.timer;
+    attempt.patience_ns = link->failing ? ATTEMPT_NS : MIN(ATTEMPT_NS, client->reconnect_delay_ns);
     struct nbd_facts facts;
     loop_timer_init(&late.timer, dial_is_late);
     loop_timer_arm(&late.timer, limit_ns);
@@ -486,10 +521,32 @@ void nbd_links_init(struct nbd_client *client, struct nbd_handle *handle)
     atomic_store(&main_link->up, true);
 }
 
+/* Nothing is under way: what is only in the server's cache, and would be forgotten here. */
+static void coroutine_fn client_settle(struct nbd_client *client)
+{
+    struct nbd_link *link = &client->links[0];
+    struct nbd_attempt attempt = {0};
+    struct dial_timer late = {.attempt = &attempt};
+    if (nbd_journal_is_empty(&client->journal)) {
+        return;
+    }
+    loop_timer_init(&late.timer, dial_is_late);
+    loop_timer_arm(&late.timer, loop_clock_ns() + ATTEMPT_NS);
+    int r = atomic_load(&link->up) ? nbd_journal_settle(&client->journal, link->handle, &attempt) : -ENOTCONN;
+    loop_timer_cancel(&late.timer);
+    if (r < 0) {
+        g_message(
+            "Node '%s' is closed, and the NBD server has not flushed what it was given: %s. If it was killed, some "
+            "of that is lost",
+            client->name, g_strerror(-r));
+    }
+}
+
 void coroutine_fn nbd_links_close(struct nbd_client *client)
 {
     g_assert(client->home == loop_self());
     atomic_store(&client->closing, true);
+    client_settle(client);
     for (unsigned i = 0; i < client->link_count; i++) {
         struct nbd_link *link = &client->links[i];
         if (link->attempt) {
