@@ -37,7 +37,7 @@
 #define INLINE_ALLOCATE_MAX (1 * MiB)
 /* Longer transfers of a memory file are made by the worker pool: several at once use more than one processor, and the
  * loop serves others meanwhile. */
-#define INLINE_TRANSFER_MAX (256 * KiB)
+#define INLINE_TRANSFER_MAX (128 * KiB)
 /* Long writes go on in steps of so many bytes: about what a short one waits that comes in between. */
 #define LANE_STEP (128 * KiB)
 /* A copy reads so much at a time, which stays in a processor's cache until it is written. */
