@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 
+from run import write_floor
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, os.environ.get("INTERLOCK_BUILD", "build"), "interlock")
 MIB = 1024 * 1024
@@ -58,18 +60,6 @@ def make_sources(directory, size):
             file.write(noise[:65536])
     for name in ("random", "sparse"):
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", f"{directory}/{name}.raw", f"{directory}/{name}.qcow2")
-
-
-def write_floor(directory, size):
-    block, path = os.urandom(MIB), os.path.join(directory, "out")
-    begin = time.perf_counter()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for _ in range(size // MIB):
-        os.write(file, block)
-    os.close(file)
-    took = time.perf_counter() - begin
-    os.unlink(path)
-    return took
 
 
 def measure(directory, arguments, rounds, prefix=()):
@@ -135,7 +125,7 @@ def main():
     directory = tempfile.mkdtemp(prefix="interlock-convert-", dir=options.directory)
     try:
         make_sources(directory, options.size * MIB)
-        floor = [write_floor(directory, options.size * MIB) for _ in range(options.rounds)]
+        floor = [write_floor(directory, options.size) for _ in range(options.rounds)]
         print(f"floor of writing {options.size} MiB: {statistics.median(floor):.3f} s ({min(floor):.3f}–{max(floor):.3f})")
         print(f"{'seconds':<34} {'qemu-img':>24} {'interlock':>24} {'ratio':>6}")
         for title, arguments, scales in rows(directory):

@@ -44,6 +44,19 @@ WORKLOADS = [
 ]
 
 
+def write_floor(directory, mebibytes):
+    """Seconds of one pwrite() after the other into a new file, from memory that is there already and in the cache."""
+    block, path = os.urandom(MIB), os.path.join(directory, "floor")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    begin = time.perf_counter()
+    for at in range(mebibytes):
+        os.pwrite(file, block, at * MIB)
+    took = time.perf_counter() - begin
+    os.close(file)
+    os.unlink(path)
+    return took
+
+
 def run(*command):
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
