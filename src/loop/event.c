@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Eventfds that other processes made. Invariants:
- * 1. the descriptor is non-blocking from its adoption on; whoever shares it could change that, but a signal would wait
- *    only once 2^64-2 of them had not been read;
+ * 1. nothing here waits in the kernel, though whoever shares the descriptor may make it blocking again: a read says
+ *    itself that it does not wait, and a signal is left out while the counter is full. (Only who fills it between that
+ *    look and the write, 2^64-2 at a time, makes us wait until he reads.)
  * 2. a wait reads first and waits then, so no signal is missed, and none is seen twice;
  * 3. the engine knows the descriptor from the first wait on a loop until event_leave() there.
  */
@@ -11,7 +12,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glib.h>
+#include <poll.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 struct event {
@@ -52,7 +55,8 @@ int coroutine_fn event_wait(struct event *event)
     event->interrupted = false;
     while (!event->interrupted) {
         uint64_t count;
-        ssize_t r = read(event->stream.fd, &count, sizeof(count));
+        struct iovec iov = {&count, sizeof(count)};
+        ssize_t r = preadv2(event->stream.fd, &iov, 1, -1, RWF_NOWAIT);
 
         if (r > 0) {
             return 0;
@@ -91,7 +95,11 @@ void event_leave(struct event *event)
 void event_signal(struct event *event)
 {
     uint64_t one = 1;
+    struct pollfd room = {.fd = event->stream.fd, .events = POLLOUT};
 
+    if (poll(&room, 1, 0) < 1) {
+        return; /* whoever reads it will know */
+    }
     while (write(event->stream.fd, &one, sizeof(one)) < 0 && errno == EINTR) {
     }
 }

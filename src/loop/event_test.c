@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Eventfds as events: signals before and while somebody waits, interruption, moving to another loop, and descriptors
- * that are something else; on both engines.
+ * Eventfds as events: signals before and while somebody waits, interruption, moving to another loop, descriptors that
+ * the other side makes blocking, and some that are something else; on both engines.
  */
 #include "loop/event.h"
 #include "loop/sync.h"
 #include "loop/test_support.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -59,6 +60,30 @@ static void signals(void *argument)
     close(other);
 }
 
+/* The other side makes the descriptor blocking again, and fills it. */
+static void made_blocking(void *argument)
+{
+    int fd = eventfd(0, EFD_CLOEXEC), other = dup(fd);
+    struct waiter waiter = {.result = 1};
+    uint64_t most = UINT64_MAX - 1, seen;
+
+    g_assert_cmpint(event_adopt(fd, &waiter.event, NULL), ==, 0);
+    g_assert_cmpint(fcntl(other, F_SETFL, 0), ==, 0);
+    co_group_init(&waiter.group);
+    co_group_enter(&waiter.group);
+    coroutine_enter(coroutine_create(wait_run, &waiter));
+    event_signal(waiter.event);
+    co_group_wait(&waiter.group);
+    g_assert_cmpint(waiter.result, ==, 0);
+    g_assert_cmpint(write(other, &most, sizeof(most)), ==, sizeof(most));
+    event_signal(waiter.event);
+    g_assert_cmpint(read(other, &seen, sizeof(seen)), ==, sizeof(seen));
+    g_assert_cmpuint(seen, ==, most);
+    co_group_destroy(&waiter.group);
+    event_close(waiter.event);
+    close(other);
+}
+
 static void moves(void *argument)
 {
     struct event *event;
@@ -99,7 +124,8 @@ static void others(void *argument)
 
 int main(int argc, char **argv)
 {
-    static const struct loop_case cases[] = {{"signals", signals}, {"moves", moves}, {"others", others}};
+    static const struct loop_case cases[] = {
+        {"signals", signals}, {"made-blocking", made_blocking}, {"moves", moves}, {"others", others}};
 
     g_test_init(&argc, &argv, NULL);
     test_add_loop_cases("event", cases, G_N_ELEMENTS(cases));
