@@ -15,7 +15,8 @@
  *    waits for its turn, and hands it on just before its last write. Every piece hands it on, also one that fails or
  * has nothing to write; locks of `busy` are asked for in the same order, so nobody waits in a circle.
  * 5. Where others write to the target as well (config.target_edge), what a piece does was decided or found out under
- * its lock: data are read there, zeroes looked at again.
+ * its lock: data are read there, zeroes looked at again. Zeroes that are none any more become pieces of data of the
+ * same pass, which copy whatever is there then: nothing that others write leaves anything for another pass.
  * 6. A piece of data goes from file to file without memory of ours where the drivers between can do that (edge_copy()),
  * after a look whether a unit of it may be zero. Whatever comes of it but success is forgotten: the piece is read and
  * written, which tells who failed.
@@ -90,6 +91,7 @@ struct copy_piece {
     uint64_t offset, bytes;
     uint64_t credit; /* how far it moves `done` */
     enum copy_kind kind;
+    bool paid;       /* the speed limit has had its bytes */
     uint64_t number; /* ordered */
     struct list in_line;
     struct coroutine *waiter;
@@ -212,6 +214,33 @@ void copy_failed_at(const struct copy *copy, uint64_t *ret_offset, bool *ret_rea
 {
     *ret_offset = copy->error_offset;
     *ret_reading = copy->error_reading;
+}
+
+/* --- how long pieces are --- */
+
+/* Do clients wait for their requests, behind ours? */
+static bool copy_has_company(const struct copy *copy)
+{
+    const struct copy_config *config = &copy->config;
+    return config->source && !copy->urgent && loop_now_ns() - backend_client_ns(config->source) < COMPANY_NS;
+}
+
+static bool copy_is_limited(const struct copy *copy)
+{
+    return copy->config.control->speed.rate && !copy->urgent;
+}
+
+/* A piece of data is not longer. */
+static uint64_t copy_longest(const struct copy *copy)
+{
+    const struct copy_config *config = &copy->config;
+    const struct speed_limit *speed = &config->control->speed;
+    uint64_t longest =
+        copy_is_limited(copy) ? speed_piece(speed, max_u64(config->alignment, 64 * KiB), config->piece) : config->piece;
+    if (copy_has_company(copy)) { /* a disk does one thing at a time, and a processor */
+        longest = min_u64(longest, max_u64(COMPANY_PIECE, config->alignment));
+    }
+    return longest;
 }
 
 /* --- turns --- */
@@ -407,23 +436,73 @@ static int coroutine_fn zero_run(const struct copy_config *config, uint64_t offs
     return result;
 }
 
-/* They were found before the piece had its place: what is none any more is dirty again. */
+static struct copy_piece *piece_create(struct copy *copy, uint64_t offset, uint64_t bytes, enum copy_kind kind)
+{
+    struct copy_piece *piece = g_new0(struct copy_piece, 1);
+    g_assert(is_aligned(offset, copy->config.alignment));
+    list_init(&piece->link);
+    list_init(&piece->in_line);
+    piece->copy = copy;
+    piece->offset = offset;
+    piece->bytes = bytes;
+    piece->credit = bytes;
+    piece->kind = kind;
+    return piece;
+}
+
+/* What the zeroes that lie at `offset` of a piece of zeroes have become, in whole units. */
+static int coroutine_fn piece_look_again(const struct copy_piece *piece, uint64_t offset, struct copy_extent *ret)
+{
+    const struct copy_config *config = &piece->copy->config;
+    uint64_t end = piece->offset + piece->bytes;
+    struct extent extent;
+    int result = chain_block_status(backend_edge(config->source)->child, NULL, offset, end - offset, &extent);
+    if (result < 0) {
+        return result;
+    }
+    uint64_t to = offset + extent.bytes;
+    uint64_t zero_to = to == end ? end : align_down(to, config->alignment);
+    if (extent.flags & EXTENT_ZERO && zero_to > offset) {
+        *ret = (struct copy_extent){zero_to - offset, COPY_ZERO};
+    } else {
+        to = min_u64(align_up(to, config->alignment), offset + copy_longest(piece->copy));
+        *ret = (struct copy_extent){min_u64(to, end) - offset, COPY_DATA};
+    }
+    return 0;
+}
+
+/* They were found before the piece had its place. What is none any more becomes pieces of data. */
 static int coroutine_fn piece_zero_again(struct copy_piece *piece, bool *ret_reading)
 {
     struct copy *copy = piece->copy;
-    struct node *source = backend_edge(copy->config.source)->child;
-    struct extent extent;
+    struct list data;
+    uint64_t data_bytes = 0;
+    struct copy_extent extent;
     int result = 0;
+    list_init(&data);
     for (uint64_t at = 0; at < piece->bytes && result == 0; at += extent.bytes) {
         uint64_t offset = piece->offset + at;
-        result = chain_block_status(source, NULL, offset, piece->bytes - at, &extent);
+        result = piece_look_again(piece, offset, &extent);
         *ret_reading = result < 0;
-        if (result == 0 && extent.flags & EXTENT_ZERO) {
+        if (result == 0 && extent.kind == COPY_ZERO) {
             result = zero_run(&copy->config, offset, extent.bytes);
         } else if (result == 0) {
-            dirty_mark(copy->dirty, offset, extent.bytes);
+            struct copy_piece *other = piece_create(copy, offset, extent.bytes, COPY_DATA);
+            other->paid = true;
+            list_append(&data, &other->link);
+            data_bytes += extent.bytes;
         }
     }
+    list_for_each_safe (link, &data) { /* a piece that failed is looked at again as a whole */
+        struct copy_piece *other = container_of(link, struct copy_piece, link);
+        list_remove(&other->link);
+        if (result < 0) {
+            g_free(other);
+        } else {
+            list_append(&copy->resting, &other->link);
+        }
+    }
+    piece->credit -= result < 0 ? 0 : data_bytes;
     return result;
 }
 
@@ -660,25 +739,12 @@ static void copy_advance(struct copy *copy, uint64_t bytes)
     copy->ahead.bytes -= min_u64(bytes, copy->ahead.bytes);
 }
 
-/* Do clients wait for their requests, behind ours? */
-static bool copy_has_company(const struct copy *copy)
-{
-    const struct copy_config *config = &copy->config;
-    return config->source && !copy->urgent && loop_now_ns() - backend_client_ns(config->source) < COMPANY_NS;
-}
-
 /* Cuts the next piece off what lies ahead (which is not to be skipped), and moves on behind it. */
 static struct copy_piece *copy_cut(struct copy *copy)
 {
     const struct copy_config *config = &copy->config;
-    const struct speed_limit *speed = &config->control->speed;
-    bool limited = speed->rate && !copy->urgent;
-    uint64_t longest =
-        limited ? speed_piece(speed, max_u64(config->alignment, 64 * KiB), config->piece) : config->piece;
-    if (copy_has_company(copy)) { /* a disk does one thing at a time, and a processor */
-        longest = min_u64(longest, max_u64(COMPANY_PIECE, config->alignment));
-    }
-    if (!limited && copy->ahead.kind == COPY_ZERO) {
+    uint64_t longest = copy_longest(copy);
+    if (!copy_is_limited(copy) && copy->ahead.kind == COPY_ZERO) {
         longest *= ZERO_PIECES;
     }
     uint64_t from = align_down(copy->position, config->alignment);
@@ -691,14 +757,8 @@ static struct copy_piece *copy_cut(struct copy *copy)
         longest = min_u64(longest, config->piece);
     }
     to = min_u64(to, from + max_u64(align_down(longest, config->alignment), config->alignment));
-    struct copy_piece *piece = g_new0(struct copy_piece, 1);
-    list_init(&piece->link);
-    list_init(&piece->in_line);
-    piece->copy = copy;
-    piece->offset = from;
-    piece->bytes = to - from;
+    struct copy_piece *piece = piece_create(copy, from, to - from, kind);
     piece->credit = to - copy->position;
-    piece->kind = kind;
     copy_advance(copy, piece->credit);
     return piece;
 }
@@ -812,7 +872,7 @@ static int coroutine_fn copy_admit(struct copy *copy, struct copy_piece *piece)
             return -EAGAIN;
         }
     }
-    if (!copy->urgent) {
+    if (!copy->urgent && !piece->paid) {
         int64_t wait = speed_ask(&control->speed, piece->bytes, loop_now_ns());
         if (wait > 0) {
             copy_sleep(copy, wait);
@@ -825,6 +885,7 @@ static int coroutine_fn copy_admit(struct copy *copy, struct copy_piece *piece)
 static void copy_launch(struct copy *copy, struct copy_piece *piece)
 {
     copy->in_flight++;
+    piece->paid = false; /* for once */
     piece->number = copy->launched++;
     coroutine_enter(coroutine_create(piece_entry, piece));
 }

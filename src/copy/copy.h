@@ -56,7 +56,8 @@ struct copy_config {
     /* If not NULL, data go by this edge, of a node that `source` reaches, and each piece is one request of `source`: it
      * is inside from before it takes its place in copy_busy() until it has written. So who waits for it inside a
      * request of his own (a filter that writes both sides) is never waited for by a drain that holds the piece up.
-     * Zeroes of copy_dirty() are looked at once more in there: others who lock may have written since. */
+     * Zeroes of copy_dirty() are looked at once more in there: others who lock may have written since. What is none any
+     * more is copied as data, in the same pass. */
     struct edge *target_edge;
     uint64_t alignment; /* of pieces, rounded outward: the target's unit where it matters, else 1 */
     /* Aligned runs of zeroes inside data are written as zeroes: in units of zero_alignment (at least 512; 0: zeroes are

@@ -11,8 +11,8 @@
  *    written. So a job that is ready ends at once: the last pass is short, and under the drain there is next to
  * nothing.
  * 2. The way to READY is bounded: one pass over everything, then at most rule.after_ns, then, both sides being written
- *    (so that no region gets dirty again), one more pass. What is not bounded is a target that fails, and one that the
- *    user has told to be slow.
+ *    (so that no region gets dirty again, and the copy takes each that is as it finds it), one more pass. What is not
+ *    bounded is a target that fails, and one that the user has told to be slow.
  * 3. A job that is ready and falls behind is late like one that is not ready yet: the same rule holds for it.
  * 4. While the job rests nothing is written to the target, so the filter marks only; so does it after the end.
  *
