@@ -14,19 +14,10 @@
  */
 #include "loop/sync.h"
 #include "loop/loop_private.h"
+#include "loop/sync_private.h"
 #include <glib.h>
 
 enum { MUTEX_FREE = 0, MUTEX_HELD = 1, MUTEX_WAITED = 2 };
-
-/* One sleeper, on its own stack. */
-struct co_waiter {
-    struct list link;
-    struct coroutine *sleeper;
-    bool exclusive; /* rwlock: wants to write */
-    bool woken;     /* mutex: is on its way to compete */
-    bool lost;      /* mutex: somebody overtook it */
-    bool handed;    /* mutex: owns it */
-};
 
 static struct co_waiter *waiter_first(struct list *waiters)
 {
