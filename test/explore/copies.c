@@ -6,9 +6,9 @@
  *   backup N    the target shows what N showed at one moment while the command ran
  *   mirror N    the target shows what N showed at one moment between the request to end and the end; or, when it was
  *               asked to complete, the users of N use the target, which shows what N showed, and N stays as it was
- *   replace N   the same, and what leant on N leans on the target; which leans on nothing, or, where it was given a
- * part of what N shows, on what N leans on, or on N snapshot N  the target leans on N; who used N, or leant on it, uses
- * the target, and N stays as it was
+ *   replace N   the same, and what leant on N leans on the target; which leans on nothing, or, where it was given
+ *               a part of what N shows, on what N leans on, or on N
+ *   snapshot N  the target leans on N; who used N, or leant on it, uses the target, and N stays as it was
  *
  * 1. What a target shows before a good end is nobody's business; that it is a whole image is.
  * 2. All that a target shows at a good end is on stable storage by then.
@@ -268,6 +268,8 @@ void snapshot_on_begin(struct actor *actor)
     int image = actor->move->upper;
     world->pictures[actor->target].idle = false;
     move_users(actor, image);
+    /* N may have got another size since the overlay was made as long. */
+    view_resize(world->pictures[actor->target].view, atomic_load(&world_node(world, actor->target)->size));
     world_link(world, actor->target, image); /* first: the chain above is not cut, not even for a moment */
     relink_overlays(world, image, actor->target);
     world->pictures[actor->target].named = image;
