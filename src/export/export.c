@@ -165,6 +165,7 @@ static void export_shut_down(struct export *export)
         return;
     }
     export->shutting_down = true;
+    atomic_store(&export->ending, true);
     export->type->disconnect(export);
     export_unref(export);
 }

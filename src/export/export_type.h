@@ -42,6 +42,7 @@ struct export
     bool writable, writethrough;
     bool opening;       /* its id is taken, nothing else yet */
     bool shutting_down; /* no new clients */
+    atomic_bool ending; /* the same, for any thread: what takes long need not come to its end */
     bool condemned;     /* to be deleted, at once or when it is open */
     bool never_was;     /* its adding was taken back: nobody is told that it is gone */
     unsigned references;

@@ -13,6 +13,7 @@
 #include "base/size.h"
 #include "block/user.h"
 #include "export/fuse/fuse_export.h"
+#include "export/range.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
@@ -21,7 +22,6 @@
 #include <string.h>
 
 #define ATTRIBUTES_VALID_SECONDS 1.0
-#define ZERO_PIECE (256 * MiB) /* a longer request is cut: each piece is soon done */
 #define SEEK_QUESTIONS_MAX 65536
 #define SECTOR 512 /* sizes of images are multiples of it */
 
@@ -211,15 +211,23 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
     }
 }
 
+static bool export_goes_on(const void *argument)
+{
+    const struct export *export = argument;
+
+    return !atomic_load(&export->ending);
+}
+
 static int coroutine_fn write_zeroes(struct fuse_export *fuse, uint64_t offset, uint64_t bytes, unsigned flags)
 {
-    int result = 0;
+    struct range_work work = {.backend = fuse->export->backend,
+                              .offset = offset,
+                              .bytes = bytes,
+                              .flags = flags | write_flags(fuse),
+                              .goes_on = export_goes_on,
+                              .argument = fuse->export};
 
-    for (uint64_t done = 0; done < bytes && result == 0; done += ZERO_PIECE) {
-        result = backend_write_zeroes(fuse->export->backend, offset + done, min_u64(bytes - done, ZERO_PIECE),
-                                      flags | write_flags(fuse));
-    }
-    return result;
+    return range_write_zeroes(&work);
 }
 
 static int coroutine_fn allocate(struct fuse_export *fuse, int mode, uint64_t offset, uint64_t bytes)

@@ -12,6 +12,7 @@
 #include "block/user.h"
 #include "export/nbd/nbd_format.h"
 #include "export/nbd/session.h"
+#include "export/range.h"
 #include <errno.h>
 #include <glib.h>
 #include <string.h>
@@ -133,15 +134,28 @@ static void coroutine_fn run_flush(struct nbd_request *request)
     request_finish(request, backend_flush(request->session->config.backend));
 }
 
+static bool session_goes_on(const void *argument)
+{
+    const struct nbd_session *session = argument;
+
+    return !session->abandoned && !atomic_load(session->config.ending);
+}
+
+static struct range_work range_of(const struct nbd_request *request, unsigned flags)
+{
+    return (struct range_work){.backend = request->session->config.backend,
+                               .offset = request->offset,
+                               .bytes = request->bytes,
+                               .flags = flags,
+                               .goes_on = session_goes_on,
+                               .argument = request->session};
+}
+
 static void coroutine_fn run_trim(struct nbd_request *request)
 {
-    struct backend *backend = request->session->config.backend;
-    int r = backend_discard(backend, request->offset, request->bytes);
+    struct range_work work = range_of(request, request_write_flags(request));
 
-    if (r == 0 && request_write_flags(request)) {
-        r = backend_flush(backend);
-    }
-    request_finish(request, r);
+    request_finish(request, range_discard(&work));
 }
 
 static void coroutine_fn run_cache(struct nbd_request *request)
@@ -169,8 +183,9 @@ static void coroutine_fn run_write_zeroes(struct nbd_request *request)
     if (request->flags & NBD_CMD_FLAG_FAST_ZERO) {
         flags |= REQUEST_NO_FALLBACK;
     }
-    request_finish(request,
-                   backend_write_zeroes(request->session->config.backend, request->offset, request->bytes, flags));
+    struct range_work work = range_of(request, flags);
+
+    request_finish(request, range_write_zeroes(&work));
 }
 
 /* Which contexts the request asks for: all that were negotiated or, with a payload, those that it names, and its range.

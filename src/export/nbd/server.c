@@ -108,6 +108,7 @@ static void client_transmit_run(void *argument)
     struct nbd_session_config config = {
         .size = &export->size,
         .counters = &client->counters,
+        .ending = &export->ending,
         .connection = client->connection,
         .backend = export->backend,
         .pool = client->pool->pool,

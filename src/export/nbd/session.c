@@ -307,8 +307,12 @@ void coroutine_fn nbd_session_run(const struct nbd_session_config *config)
     session->arena = nbd_arena_create(config->pool);
     nbd_sender_init(session);
     if (session->arena) {
-        while (!session->sender.broken && session_step(session) == 0) {
+        int r = 0;
+
+        while (!session->sender.broken && r == 0) {
+            r = session_step(session);
         }
+        session->abandoned = r != -ESHUTDOWN;
     }
     while (session->in_flight) {
         session_wait(session);

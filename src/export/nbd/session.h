@@ -41,6 +41,7 @@ struct nbd_session_config {
     enum nbd_style style;                /* negotiated */
     const struct nbd_contexts *contexts; /* the export's */
     struct nbd_choice choice;            /* those of them that were negotiated */
+    const atomic_bool *ending; /* the export is, which is true for long before the connection is seen to end */
     bool read_only;
     bool writethrough; /* every write as if it had FUA */
 };
@@ -72,6 +73,7 @@ struct nbd_session {
 
     unsigned in_flight; /* requests whose reply was not sent yet */
     size_t in_flight_bytes;
+    bool abandoned; /* the client went without a word */
     struct nbd_request *free_requests;
 
     struct nbd_sender sender;
