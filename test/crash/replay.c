@@ -90,7 +90,7 @@ static bool coroutine_fn check_images(struct look *look)
 {
     struct graph *graph = graph_create();
     bool good = true;
-    for (unsigned i = 0; good && i < look->scene->layers; i++) {
+    for (unsigned i = 0; good && i < scene_images(look->scene); i++) {
         good = check_image(look, graph, image_path(look->scene, i));
     }
     graph_destroy(graph);
@@ -267,7 +267,7 @@ static bool coroutine_fn write_and_check(struct look *look)
 
 static bool peer_checks(struct look *look)
 {
-    for (unsigned i = 0; i < look->scene->layers && !look->scene->traits.data_file; i++) {
+    for (unsigned i = 0; i < scene_images(look->scene) && !look->scene->traits.data_file; i++) {
         uint64_t size;
         g_autofree uint8_t *data = sim_disk_get(look->sim, image_path(look->scene, i), &size);
         g_autofree char *path = g_strdup_printf("%s/crash-%d.qcow2", g_get_tmp_dir(), (int)getpid());

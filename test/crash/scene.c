@@ -9,8 +9,10 @@
 #include "test/crash/scene.h"
 #include "base/seeded.h"
 #include "base/size.h"
+#include "block/action.h"
 #include "block/driver.h"
 #include "job/commit.h"
+#include "job/mirror.h"
 #include "job/resize.h"
 #include "job/stream.h"
 #include "loop/loop.h"
@@ -34,15 +36,20 @@ uint64_t scene_point(const struct scene *scene)
     return scene->recording ? recording_points(scene->recording) : 0;
 }
 
+unsigned scene_images(const struct scene *scene)
+{
+    return scene->layers + scene->target;
+}
+
 const char *layer_path(unsigned layer)
 {
-    static const char *const paths[LAYERS_MAX] = {"/l0.img", "/l1.img", "/l2.img"};
+    static const char *const paths[LAYERS_MAX] = {"/l0.img", "/l1.img", "/l2.img", "/l3.img"};
     return paths[layer];
 }
 
 const char *layer_data_path(unsigned layer)
 {
-    static const char *const paths[LAYERS_MAX] = {"/l0.data", "/l1.data", "/l2.data"};
+    static const char *const paths[LAYERS_MAX] = {"/l0.data", "/l1.data", "/l2.data", "/l3.data"};
     return paths[layer];
 }
 
@@ -92,7 +99,7 @@ static void coroutine_fn make_image(struct scene *scene, unsigned layer)
                   traits->version2 ? "v2" : "v3", "lazy-refcounts", traits->lazy, "extended-l2", traits->extended_l2,
                   "compression-type", traits->zstd ? "zstd" : "zlib");
     sim_disk_set(scene->sim, layer_path(layer), NULL, 0);
-    if (layer > 0) {
+    if (layer > 0 && layer < scene->layers) {
         json_object_set_new(json, "backing-file", json_string(layer_path(layer - 1)));
         json_object_set_new(json, "backing-fmt", json_string("qcow2"));
     }
@@ -266,23 +273,31 @@ static void add_size(struct scene *scene, uint64_t sectors, uint64_t done_point)
     g_array_append_val(scene->sizes, size);
 }
 
-static void discard_event(json_t *event, void *argument)
+static void watch_event(json_t *event, void *argument)
 {
+    struct scene *scene = argument;
+    scene->job_failed |= json_object_get(json_object_get(event, "data"), "error") != NULL;
     json_decref(event);
 }
 
-/* Some content in each layer, as the guest sees it through all of them. */
-static void coroutine_fn fill_layer(struct scene *scene, unsigned layer)
+static struct node *coroutine_fn open_layer(struct scene *scene, unsigned layer)
 {
     g_autofree char *name = g_strdup_printf("l%u", layer);
     struct error *error = NULL;
     json_t *options = scene_options(&scene->traits, layer_path(layer), name);
-    if (layer > 0) {
+    if (layer > 0 && layer < scene->layers) {
         g_autofree char *below = g_strdup_printf("l%u", layer - 1);
         json_object_set_new(options, "backing", json_string(below));
     }
     struct node *node = scene_open(scene->graph, options, false, &error);
     scene_must(node ? 0 : -EIO, error, "opening an image");
+    return node;
+}
+
+/* Some content in each layer, as the guest sees it through all of them. */
+static void coroutine_fn fill_layer(struct scene *scene, unsigned layer)
+{
+    struct node *node = open_layer(scene, layer);
     if (scene->guest) {
         guest_leave(scene);
     }
@@ -296,7 +311,7 @@ void coroutine_fn scene_begin(struct scene *scene, unsigned layers)
     const char *paths[2 * LAYERS_MAX];
     unsigned count = 0;
     scene->graph = graph_create();
-    scene->jobs = jobs_create(scene->graph, discard_event, NULL);
+    scene->jobs = jobs_create(scene->graph, watch_event, scene);
     scene->layers = layers;
     scene->promise = promise_create(scene->sectors_max);
     scene->sizes = g_array_new(FALSE, FALSE, sizeof(struct size_promise));
@@ -304,9 +319,13 @@ void coroutine_fn scene_begin(struct scene *scene, unsigned layers)
     co_group_init(&scene->workers);
     bool discards = scene->discards, compressed = scene->compressed;
     scene->discards = scene->compressed = false;
-    for (unsigned layer = 0; layer < layers; layer++) {
+    for (unsigned layer = 0; layer < scene_images(scene); layer++) {
         make_image(scene, layer);
-        fill_layer(scene, layer);
+        if (layer < layers) {
+            fill_layer(scene, layer);
+        } else {
+            open_layer(scene, layer);
+        }
         paths[count++] = layer_path(layer);
         if (scene->traits.data_file) {
             paths[count++] = layer_data_path(layer);
@@ -383,22 +402,24 @@ void coroutine_fn scene_resize(struct scene *scene, uint64_t sectors)
     range_lock_release(&scene->ranges, &hold);
 }
 
-static void coroutine_fn await_job(struct scene *scene, const char *id)
+/* Until it is as `status` says, or gone. */
+static void coroutine_fn await_job_status(struct scene *scene, enum job_status status)
 {
-    for (bool completed = false; jobs_find(scene->jobs, id);) {
-        struct loop_sleep sleep = {0};
-        struct job_info_list *list = jobs_query(scene->jobs);
-        for (size_t i = 0; i < list->count; i++) {
-            const struct job_info *info = list->items[i];
-            scene_must(info->error ? -EIO : 0, NULL, info->error ? info->error : "a job");
-            if (info->status == JOB_STATUS_READY && !completed) {
-                completed = true;
-                scene_must(job_complete(jobs_find(scene->jobs, id), NULL), NULL, "completing a job");
-            }
-        }
-        job_info_list_free(list);
+    struct loop_sleep sleep = {0};
+    for (const struct job *job; (job = jobs_find(scene->jobs, "job")) && job->status != status;) {
         loop_sleep_ns(&sleep, 10000);
     }
+}
+
+static void coroutine_fn await_job(struct scene *scene)
+{
+    await_job_status(scene, JOB_STATUS_READY);
+    struct job *job = jobs_find(scene->jobs, "job");
+    if (job) {
+        scene_must(job_complete(job, NULL), NULL, "completing a job");
+        await_job_status(scene, JOB_STATUS_NULL);
+    }
+    scene_must(scene->job_failed ? -EIO : 0, NULL, "a job");
 }
 
 void coroutine_fn scene_commit(struct scene *scene, const char *text)
@@ -410,7 +431,7 @@ void coroutine_fn scene_commit(struct scene *scene, const char *text)
     scene_must(commit_start(scene->jobs, args, &error), error, text);
     block_commit_args_free(args);
     json_decref(json);
-    await_job(scene, "job");
+    await_job(scene);
 }
 
 void coroutine_fn scene_stream(struct scene *scene, const char *text)
@@ -422,5 +443,53 @@ void coroutine_fn scene_stream(struct scene *scene, const char *text)
     scene_must(stream_start(scene->jobs, args, &error), error, text);
     block_stream_args_free(args);
     json_decref(json);
-    await_job(scene, "job");
+    await_job(scene);
+}
+
+static void coroutine_fn start_mirror(struct scene *scene, const char *text)
+{
+    struct blockdev_mirror *args;
+    struct action action;
+    struct error *error = NULL;
+    json_t *json = json_loads(text, 0, NULL);
+    scene_must(blockdev_mirror_from_json(json, "", &args, &error), error, text);
+    mirror_action(&action, scene->jobs, args, NULL);
+    scene_must(actions_run(scene->graph, &action, 1, &error), error, text);
+    blockdev_mirror_free(args);
+    json_decref(json);
+}
+
+void coroutine_fn scene_mirror(struct scene *scene, const char *text)
+{
+    start_mirror(scene, text);
+    await_job(scene);
+}
+
+/* What nobody may see any more. */
+static void coroutine_fn scribble(struct scene *scene, unsigned layer)
+{
+    g_autofree char *name = g_strdup_printf("l%u", layer);
+    struct backend *backend = attach(scene, graph_find(scene->graph, name));
+    g_autofree uint8_t *data = g_malloc(scene->sectors * SECTOR);
+    struct iovec iov = {data, scene->sectors * SECTOR};
+    memset(data, 0xff, iov.iov_len);
+    scene_must(backend_write(backend, 0, iov.iov_len, buffers_one(&iov), 0), NULL, "scribbling");
+    scene_must(backend_flush(backend), NULL, "scribbling");
+    backend_destroy(backend);
+}
+
+void coroutine_fn scene_mirror_failing(struct scene *scene, const char *text, const char *path, unsigned skip)
+{
+    struct sim_fault fault = {.path = path, .access = SIM_WRITE, .skip = skip, .count = 1, .error = -EIO};
+    start_mirror(scene, text);
+    scene_guest_wait(scene);
+    await_job_status(scene, JOB_STATUS_READY);
+    sim_fault_add(scene->sim, &fault);
+    scene_must(job_complete(jobs_find(scene->jobs, "job"), NULL), NULL, "completing a job");
+    await_job_status(scene, JOB_STATUS_NULL);
+    sim_faults_clear(scene->sim);
+    if (scene->job_failed) {
+        scribble(scene, scene->layers);
+    }
+    scene->job_failed = false;
 }

@@ -16,7 +16,7 @@
  * What a workload acts in: a chain of qcow2 images on simulated disks, a guest at its top that writes and remembers
  * what it was promised, and the views that are looked at after each crash.
  */
-#define LAYERS_MAX 3
+#define LAYERS_MAX 4
 #define VIEWS_MAX 8
 
 /* How the images are made; drawn by the seed, within what the workload allows. */
@@ -56,7 +56,8 @@ struct scene {
     struct recording *recording; /* NULL: not yet */
     uint64_t random;
     struct traits traits;
-    unsigned layers;
+    unsigned layers;               /* of the chain */
+    bool target;                   /* one image more, of nothing, over nothing: what a mirror is made into */
     uint64_t sectors, sectors_max; /* of the guest's disk, now and at most */
     GArray *sizes;                 /* struct size_promise */
     struct backend *guest;
@@ -69,6 +70,7 @@ struct scene {
     bool discards;   /* the guest discards too */
     bool damaged;    /* the image is damaged before recording begins; nobody has it open: scene->guest is NULL */
     bool compressed; /* and writes compressed */
+    bool job_failed;
     struct watched_bitmap bitmap;
     struct view views[VIEWS_MAX];
     unsigned view_count;
@@ -81,7 +83,7 @@ bool scene_chance(struct scene *scene, unsigned percent);
 uint64_t scene_point(const struct scene *scene);
 
 /* Makes the images (layer 0 is the base), each with some content, opens them as nodes "l0", "l1", ..., puts the guest
- * at the top, and begins to record. */
+ * at the top, and begins to record. The target, if there is one, is the next after them. */
 void coroutine_fn scene_begin(struct scene *scene, unsigned layers);
 /* Closes everything, still recording; then recording is over. */
 void coroutine_fn scene_end(struct scene *scene);
@@ -106,6 +108,12 @@ struct view *scene_add_view(struct scene *scene, const char *path, const char *s
 /* A QMP-like command's arguments as JSON text, for a job; waits until it is gone. Failing is an error of the test. */
 void coroutine_fn scene_commit(struct scene *scene, const char *json);
 void coroutine_fn scene_stream(struct scene *scene, const char *json);
+/* blockdev-mirror. */
+void coroutine_fn scene_mirror(struct scene *scene, const char *json);
+/* The same until it is ready; then, with the guest at rest, one write to the image fails in its last step, if that
+ * makes so many (`skip`) and one more. So it is done; or it ends badly, takes back what it had begun, and the target is
+ * scribbled over. (Writes only: a file whose sync has failed once cannot be flushed any more.) */
+void coroutine_fn scene_mirror_failing(struct scene *scene, const char *json, const char *path, unsigned skip);
 
 /* Opens an image of these disks by the options of the traits. `file`: its path. */
 json_t *scene_options(const struct traits *traits, const char *path, const char *node_name);
@@ -113,6 +121,7 @@ struct node *coroutine_fn scene_open(struct graph *graph, json_t *options, bool 
 /* Opens the image alone to be checked (and repaired). */
 int coroutine_fn scene_check(struct graph *graph, const struct scene *scene, const char *path, enum image_fix fix,
                              struct image_check *ret, struct error **err);
+unsigned scene_images(const struct scene *scene); /* layers and target */
 const char *layer_path(unsigned layer);
 const char *layer_data_path(unsigned layer);
 

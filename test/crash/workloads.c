@@ -67,6 +67,56 @@ static void coroutine_fn run_stream(struct scene *scene)
     scene_guest(scene, 2, 3);
 }
 
+static void draw_mirror(struct scene *scene)
+{
+    scene->target = true;
+}
+
+/* What the target has, and what it leans on afterwards, is drawn. g_free() */
+static char *mirror_text(struct scene *scene, bool leans, const char *more)
+{
+    static const char *const syncs[] = {"top", "none", "full"};
+    const char *sync = syncs[scene_below(scene, leans ? 2 : 3)];
+    const char *mode = scene_chance(scene, 50) ? "background" : "write-blocking";
+    return g_strdup_printf("{\"device\": \"l1\", \"job-id\": \"job\", \"target\": \"l%u\", \"sync\": \"%s\", "
+                           "\"copy-mode\": \"%s\"%s}",
+                           scene->layers, sync, mode, more);
+}
+
+/* Another image comes in the place of the middle one. */
+static void coroutine_fn run_mirror(struct scene *scene)
+{
+    g_autofree char *text = mirror_text(scene, false, ", \"replaces\": \"l1\"");
+    scene_guest_start(scene, 2, 8);
+    scene_mirror(scene, text);
+    scene_guest_wait(scene);
+    scene_guest(scene, 2, 3);
+}
+
+/* It does not come to that, or only just. */
+static void coroutine_fn run_mirror_failing(struct scene *scene)
+{
+    g_autofree char *text = mirror_text(scene, true, ", \"replaces\": \"l1\"");
+    unsigned layer = scene_chance(scene, 70) ? 2 : 3;
+    scene_guest_start(scene, 2, 6);
+    scene_mirror_failing(scene, text, layer_path(layer), (unsigned)scene_below(scene, 5));
+    scene_guest(scene, 2, 3);
+}
+
+/* The guest goes to the copy of its image. */
+static void coroutine_fn run_mirror_top(struct scene *scene)
+{
+    struct view *target = scene_add_view(scene, layer_path(2), NULL, scene->promise);
+    g_autofree char *text = mirror_text(scene, false, "");
+    target->group = scene->views[0].group;
+    scene_guest_follows(scene);
+    scene_guest_start(scene, 2, 8);
+    scene_mirror(scene, text);
+    scene->views[0].until = scene_point(scene);
+    scene_guest_wait(scene);
+    scene_guest(scene, 2, 3);
+}
+
 /* --- the image at rest --- */
 
 static void draw_snapshots(struct scene *scene)
@@ -232,6 +282,9 @@ const struct workload workloads[] = {
     {"commit", 3, NULL, run_commit},
     {"active-commit", 2, NULL, run_active_commit},
     {"stream", 3, NULL, run_stream},
+    {"mirror", 3, draw_mirror, run_mirror},
+    {"mirror-failing", 3, draw_mirror, run_mirror_failing},
+    {"mirror-top", 2, draw_mirror, run_mirror_top},
     {"snapshots", 1, draw_snapshots, run_snapshots},
     {"bitmaps", 1, draw_bitmaps, run_bitmaps},
     {"repair", 1, draw_repair, run_repair},
