@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """FUSE exports: a node as a regular file of the host, as programs see it that know nothing of it."""
 import concurrent.futures
+import contextlib
+import ctypes
 import errno
 import os
 import random
 import subprocess
+import time
 import unittest
 
 from harness import KIB, MIB, PEER, TestCase, run, scale
@@ -16,10 +19,8 @@ def can_mount():
     return os.access("/dev/fuse", os.R_OK | os.W_OK) and os.geteuid() == 0
 
 
-@unittest.skipUnless(can_mount(), "needs /dev/fuse and root")
-class Fuse(TestCase):
+class FuseTestCase(TestCase):
     time_limit = 40
-    builds = ("release", "asan")
 
     def mounted(self, *options, image=None, command=None, name="disk"):
         """A daemon that exports an image over a file; (daemon, path of the file)."""
@@ -36,6 +37,11 @@ class Fuse(TestCase):
         daemon.qmp.execute("block-export-add", **export)
         self.addCleanup(subprocess.run, ["umount", "-l", path], stderr=subprocess.DEVNULL, check=False)
         return daemon, path
+
+
+@unittest.skipUnless(can_mount(), "needs /dev/fuse and root")
+class Fuse(FuseTestCase):
+    builds = ("release", "asan")
 
     def test_what_is_written_is_read_and_is_in_the_image(self):
         daemon, path = self.mounted()
@@ -199,6 +205,106 @@ class Fuse(TestCase):
                 f"skip={offset // 512}", f"count={offset // 512 + 1}")
             with open(self.path("piece"), "rb") as piece:
                 self.assertEqual(piece.read(len(text)), text)
+
+
+@unittest.skipUnless(can_mount(), "needs /dev/fuse and root")
+class FuseFaults(FuseTestCase):
+    """What fails below, what fails around it, and a daemon that is no more."""
+
+    builds = ("asan",)
+
+    def faulty(self, *errors):
+        """An export over a disk whose requests fail as the rules say."""
+        path = self.path("disk.file")
+        for name, size in ((path, 0), (self.path("disk.raw"), SIZE)):
+            with open(name, "wb") as file:
+                file.truncate(size)
+        daemon = self.daemon()
+        daemon.qmp.execute("blockdev-add", {
+            "driver": "blkdebug", "node-name": "disk", "image": {"driver": "file", "filename": self.path("disk.raw")},
+            "inject-error": [{"event": "none", "once": False, **error} for error in errors]})
+        daemon.qmp.execute("block-export-add", {"type": "fuse", "id": "f0", "node-name": "disk", "mountpoint": path,
+                                                "writable": True})
+        self.addCleanup(subprocess.run, ["umount", "-l", path], stderr=subprocess.DEVNULL, check=False)
+        return daemon, path
+
+    def fails(self, number, function, *arguments):
+        with self.assertRaises(OSError) as failed:
+            function(*arguments)
+        self.assertEqual(failed.exception.errno, number)
+
+    def test_errors_below(self):
+        """Each is told to whoever asked, as it was, and to nobody else."""
+        daemon, path = self.faulty({"iotype": "read", "errno": errno.EIO, "sector": 8},
+                                   {"iotype": "write", "errno": errno.ENOSPC, "sector": 16},
+                                   {"iotype": "write-zeroes", "errno": errno.EIO, "sector": 24},
+                                   {"iotype": "flush", "errno": errno.EIO})
+        file = os.open(path, os.O_RDWR)
+        self.fails(errno.EIO, os.pread, file, 65536, 0)
+        self.assertEqual(os.pread(file, 4096, 0), bytes(4096))
+        self.fails(errno.ENOSPC, os.pwrite, file, bytes(65536), 0)
+        self.assertEqual(os.pwrite(file, b"x" * 4096, 0), 4096)
+        self.fails(errno.ENOSPC, os.pwrite, file, bytes(512), 16 * 512)
+        libc = ctypes.CDLL(None, use_errno=True)
+        punch = lambda offset, length: libc.fallocate(file, 3, ctypes.c_long(offset), ctypes.c_long(length))
+        self.assertEqual((punch(0, 65536), ctypes.get_errno()), (-1, errno.EIO))
+        self.assertEqual(punch(65536, 65536), 0)
+        self.fails(errno.EIO, os.fsync, file)
+        self.fails(errno.EIO, os.close, file)
+        self.assertEqual(os.stat(path).st_size, SIZE)
+        daemon.qmp.execute("block-export-del", id="f0", mode="hard")
+        daemon.qmp.wait_event("BLOCK_EXPORT_DELETED")
+
+    def test_reader_that_is_killed(self):
+        """With its requests inside, of which it wants no answers any more."""
+        daemon, path = self.mounted()
+        for _ in range(scale(4, 40)):
+            reader = subprocess.Popen(["dd", f"if={path}", "of=/dev/null", "bs=1M", "iflag=direct", "status=none"])
+            time.sleep(0.002 + self.random.random() * 0.01)
+            reader.kill()
+            reader.wait()
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(4096), bytes(4096))
+        daemon.stop()
+
+    def test_daemon_that_is_killed(self):
+        """Its mount can be taken away, and its successor, which says what is to be done, comes in its place."""
+        daemon, path = self.mounted()
+        with open(path, "r+b", buffering=0) as file:
+            file.write(b"stable")
+            os.fsync(file.fileno())
+            daemon.kill()
+            self.fails(errno.ENOTCONN, os.stat, path)
+            with self.assertRaises(OSError):
+                file.read(1)
+            successor = self.daemon("--blockdev", "qcow2,node-name=disk,file.driver=file,file.filename="
+                                    + self.path("disk.qcow2"))
+            add = {"type": "fuse", "id": "f0", "node-name": "disk", "mountpoint": path, "writable": True}
+            self.assert_refused("fusermount3 -uz", successor.qmp.execute, "block-export-add", add)
+            run("fusermount3", "-uz", path)  # although somebody has it open
+            successor.qmp.execute("block-export-add", add)
+            with open(path, "rb") as again:
+                self.assertEqual(again.read(6), b"stable")
+            with self.assertRaises(OSError):
+                file.read(1)
+            with contextlib.suppress(OSError):
+                file.close()
+        successor.stop()
+        self.assertEqual(os.stat(path).st_size, 0)
+
+    def test_it_does_not_open_itself(self):
+        """A daemon that did could not end, nor be killed."""
+        daemon, path = self.mounted()
+        os.symlink(path, self.path("link"))
+        for name in (path, self.path("link")):
+            self.assert_refused("[Dd]eadlock", daemon.qmp.execute, "blockdev-add",
+                                {"driver": "file", "node-name": "itself", "filename": name})
+        self.assert_refused("already", daemon.qmp.execute, "block-export-add",
+                            {"type": "fuse", "id": "f1", "node-name": "disk", "mountpoint": self.path("link")})
+        self.assertEqual(os.stat(path).st_size, SIZE)
+        other = self.daemon("--blockdev", f"file,node-name=it,filename={path}")
+        self.assertEqual(other.qmp.execute("query-named-block-nodes")[0]["image"]["virtual-size"], SIZE)
+        other.stop()
 
 
 if __name__ == "__main__":

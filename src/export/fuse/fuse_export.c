@@ -218,6 +218,12 @@ static int coroutine_fn check_mountpoint(const char *path, struct error **err)
     int result = file_open(path, 0, &file, err);
 
     if (result < 0) {
+        if (result == -ENOTCONN) {
+            error_hint(err, "A program that was killed has left its mount there: 'fusermount3 -uz %s' takes it away",
+                       path);
+        } else if (result == -EDEADLK) {
+            error_hint(err, "It is where this daemon has a FUSE export already");
+        }
         return result;
     }
     result = file_info(file, &info);

@@ -7,7 +7,8 @@
  * 2. The size is the export's. What makes the file longer goes to the control thread and is a block_resize like any
  *    other, with its claims; making it shorter is refused there as long as this export looks at it.
  * 3. Zeroes and holes are requests to write zeroes; a hole may be deallocated.
- * 4. Nothing of what the kernel hands over is trusted further than libfuse has checked it: ranges are looked at here.
+ * 4. The daemon does not open its own export, be it by another name.
+ * 5. Nothing of what the kernel hands over is trusted further than libfuse has checked it: ranges are looked at here.
  */
 #define FUSE_USE_VERSION 312
 #include "base/size.h"
@@ -20,6 +21,8 @@
 #include <glib.h>
 #include <linux/falloc.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define ATTRIBUTES_VALID_SECONDS 1.0
 #define SEEK_QUESTIONS_MAX 65536
@@ -152,10 +155,21 @@ static void on_setattr(fuse_req_t request, fuse_ino_t inode, struct stat *wanted
     reply_attributes(request);
 }
 
+/* One of our own threads, in whose hands the file would be when the process ends: its close would ask us, who are not
+ * there any more, and the process would stay for ever, with its locks. */
+static bool is_us(pid_t thread)
+{
+    return thread > 0 && syscall(SYS_tgkill, getpid(), thread, 0) == 0;
+}
+
 static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *file)
 {
     bool writes = (file->flags & O_ACCMODE) != O_RDONLY;
 
+    if (is_us(fuse_req_ctx(request)->pid)) {
+        fuse_reply_err(request, EDEADLK);
+        return;
+    }
     if (writes && !fuse_of(request)->export->writable) {
         fuse_reply_err(request, EROFS);
         return;
