@@ -12,6 +12,7 @@
  * It allocates nothing and owns nothing.
  */
 #include "base/buffers.h"
+#include "base/size.h"
 
 #include <glib.h>
 #include <stdbool.h>
@@ -180,4 +181,16 @@ _Bool memory_is_zero(const void *memory, size_t bytes)
         any |= vector_load(at);
     }
     return (any[0] | any[1]) == 0;
+}
+
+_Bool memory_has_zero_unit(const void *memory, size_t bytes, uint64_t offset, uint64_t unit)
+{
+    for (size_t at = 0; at < bytes;) {
+        size_t next = (size_t)min_u64(bytes, at + unit - (offset + at) % unit);
+        if (memory_is_zero((const char *)memory + at, next - at)) {
+            return true;
+        }
+        at = next;
+    }
+    return false;
 }

@@ -21,6 +21,15 @@ struct buffers {
 };
 
 /*
+ * For a copy from file to file: memory that it may use meanwhile, more than nothing; and what it leaves to others:
+ * data with an aligned unit of so many zero bytes (a power of two; 0: nothing). It fails with -ENOTSUP then.
+ */
+struct copy_aid {
+    struct iovec memory;
+    uint64_t zero_unit;
+};
+
+/*
  * What a view stands for whose bytes are in a file and which nobody here needs to see: a write takes them from `file`,
  * from `offset` on, while a read tells `found` where they are, piece by piece, instead of fetching them. Only drivers
  * that say so (struct driver, `offloads`) are given such a view. What is put into it from memory is not taken:
@@ -29,7 +38,7 @@ struct buffers {
 struct buffers_elsewhere {
     struct file *file;
     uint64_t offset;
-    struct iovec memory; /* may be used for it, while the request runs: more than nothing */
+    struct copy_aid aid; /* for a write */
     /* [offset, offset + bytes) of `file` are the view's bytes from `at` on, and stay so until this returns: in a
      * coroutine; 0 or a negative errno, which the read fails with. */
     int (*found)(struct buffers_elsewhere *elsewhere, struct file *file, uint64_t offset, size_t at, uint64_t bytes);
@@ -68,5 +77,7 @@ unsigned buffers_to_iov(struct buffers from, size_t bytes, struct iovec *out, un
 void *buffers_contiguous(struct buffers of, size_t bytes);
 /* True when `bytes` of memory are zero (fast). */
 _Bool memory_is_zero(const void *memory, size_t bytes);
+/* True when there is an aligned unit among them that is zero, or a part of one at an end; they are at `offset`. */
+_Bool memory_has_zero_unit(const void *memory, size_t bytes, uint64_t offset, uint64_t unit);
 
 #endif

@@ -207,7 +207,7 @@ int coroutine_fn backend_write(struct backend *backend, uint64_t offset, uint64_
 }
 
 int coroutine_fn backend_copy(struct backend *source, uint64_t offset, struct backend *target, uint64_t to,
-                              uint64_t bytes, unsigned flags, struct iovec memory)
+                              uint64_t bytes, unsigned flags, const struct copy_aid *aid)
 {
     gate_enter(&source->gate);
     int r = backend_check(source, offset, bytes);
@@ -216,7 +216,7 @@ int coroutine_fn backend_copy(struct backend *source, uint64_t offset, struct ba
         r = -ENOTSUP;
     } else if (r == 0) {
         r = backend_check(target, to, bytes);
-        r = r == 0 ? edge_copy(&source->root, offset, &target->root, to, bytes, flags, memory) : r;
+        r = r == 0 ? edge_copy(&source->root, offset, &target->root, to, bytes, flags, aid) : r;
         gate_leave(&target->gate);
     }
     gate_leave(&source->gate);

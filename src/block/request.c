@@ -255,7 +255,7 @@ int coroutine_fn edge_write(struct edge *edge, uint64_t offset, uint64_t bytes, 
 struct edge_copying {
     struct buffers_elsewhere view;
     struct edge *target;
-    uint64_t to;
+    uint64_t offset, to;
     unsigned flags;
 };
 
@@ -263,15 +263,19 @@ static int coroutine_fn copy_found(struct buffers_elsewhere *view, struct file *
                                    uint64_t bytes)
 {
     const struct edge_copying *copying = container_of(view, struct edge_copying, view);
-    struct buffers_elsewhere from = {.file = file, .offset = offset, .memory = view->memory};
+    struct buffers_elsewhere from = {.file = file, .offset = offset, .aid = view->aid};
+    uint64_t place = copying->offset + at, unit = view->aid.zero_unit;
+    if (unit && ((offset ^ place) & (unit - 1) || (at && place & (unit - 1)))) {
+        return -ENOTSUP; /* a unit is in pieces here, and nobody would see that it is zero */
+    }
     return edge_write(copying->target, copying->to + at, bytes, buffers_of_elsewhere(&from), copying->flags);
 }
 
 int coroutine_fn edge_copy(struct edge *source, uint64_t offset, struct edge *target, uint64_t to, uint64_t bytes,
-                           unsigned flags, struct iovec memory)
+                           unsigned flags, const struct copy_aid *aid)
 {
     struct edge_copying copying = {
-        .view = {.found = copy_found, .memory = memory}, .target = target, .to = to, .flags = flags};
+        .view = {.found = copy_found, .aid = *aid}, .target = target, .offset = offset, .to = to, .flags = flags};
     int r = edge_read(source, offset, bytes, buffers_of_elsewhere(&copying.view), 0);
     return r == 0 && copying.view.missed ? -ENOTSUP : r;
 }

@@ -55,10 +55,10 @@ int coroutine_fn edge_write_zeroes(struct edge *edge, uint64_t offset, uint64_t 
 int coroutine_fn edge_discard(struct edge *edge, uint64_t offset, uint64_t bytes);
 int coroutine_fn edge_flush(struct edge *edge);
 /* Moves bytes from one edge to another, if that gains something (file_write() of bytes elsewhere) and no driver between
- * needs to see them. `flags` are of the write; `memory` may be used meanwhile. When it fails, be it with -ENOTSUP, some
- * of it may have been written: whoever reads and writes then finds out what is wrong, and where. */
+ * needs to see them. `flags` are of the write. When it fails, be it with -ENOTSUP, some of it may have been written:
+ * whoever reads and writes then finds out what is wrong, and where. */
 int coroutine_fn edge_copy(struct edge *source, uint64_t offset, struct edge *target, uint64_t to, uint64_t bytes,
-                           unsigned flags, struct iovec memory);
+                           unsigned flags, const struct copy_aid *aid);
 int coroutine_fn edge_block_status(struct edge *edge, uint64_t offset, uint64_t bytes, struct extent *ret);
 /* Sets the size of a child: needs `attributes` and, to shrink it, `write-beneath`. Control thread, drained. */
 int coroutine_fn edge_truncate(struct edge *edge, uint64_t size);

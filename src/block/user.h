@@ -53,7 +53,7 @@ int coroutine_fn backend_write(struct backend *backend, uint64_t offset, uint64_
 /* edge_copy() between two backends, which may be one. -ENOTSUP also while the target is drained: somebody else may be
  * waiting for the source. */
 int coroutine_fn backend_copy(struct backend *source, uint64_t offset, struct backend *target, uint64_t to,
-                              uint64_t bytes, unsigned flags, struct iovec memory);
+                              uint64_t bytes, unsigned flags, const struct copy_aid *aid);
 int coroutine_fn backend_write_zeroes(struct backend *backend, uint64_t offset, uint64_t bytes, unsigned flags);
 int coroutine_fn backend_discard(struct backend *backend, uint64_t offset, uint64_t bytes);
 int coroutine_fn backend_flush(struct backend *backend);

@@ -17,9 +17,9 @@
  * 5. Where others write to the target as well (config.target_edge), what a piece does was decided or found out under
  * its lock: data are read there, zeroes looked at again. Zeroes that are none any more become pieces of data of the
  * same pass, which copy whatever is there then: nothing that others write leaves anything for another pass.
- * 6. A piece of data goes from file to file without memory of ours where the drivers between can do that (edge_copy()),
- * after a look whether a unit of it may be zero. Whatever comes of it but success is forgotten: the piece is read and
- * written, which tells who failed.
+ * 6. A piece of data goes from file to file where the drivers between can do that (edge_copy()), after a look at some
+ * places of it whether it may be zero; who copies it looks at the rest. Whatever comes of it but success is forgotten:
+ * the piece is read and written, which tells who failed.
  * 7. A cancel is seen at the next look at `control`, and nothing sleeps through one: each wait is woken by it.
  *
  * It knows no job and no graph; it opens, closes and flushes nothing.
@@ -40,14 +40,16 @@
 #define RETRY_DELAY_NS (100LL * 1000 * 1000)
 #define FOREVER_NS ((int64_t)3600 * 1000 * 1000 * 1000)
 #define ZERO_PIECES 64         /* a piece of zeroes needs no memory: it may be as long as this many others */
-#define OFFLOAD_UNITS 32       /* looking into more units of a piece than that costs more than is won */
+#define LOOK_STRIDE (32 * KiB) /* looking at more places of a piece than that costs more than is won */
 #define LOOK_BYTES (256 * KiB) /* what may be zero is read in steps of so much */
 #define OFFLOAD_PEEK 512       /* what is zero as a whole begins with so many zeroes */
 #define OFFLOAD_WIDTH 3        /* one reads while another one writes, and one is on its way */
 #define COMPANY_PIECE (256 * KiB)
 #define COMPANY_NS (20LL * 1000 * 1000) /* so long after a client's request we share the processors with it */
-#define OFFLOAD_REST 16                 /* pieces that are read and written after one that could not be offloaded */
-#define EXTENTS_PER_TURN 64             /* looks at extents before the loop's other work gets its turn */
+/* Pieces that are read and written after one that could not be offloaded; then twice as many, up to a limit. */
+#define OFFLOAD_REST 16
+#define OFFLOAD_REST_MAX 1024
+#define EXTENTS_PER_TURN 64 /* looks at extents before the loop's other work gets its turn */
 
 struct copy {
     struct copy_config config;
@@ -68,6 +70,7 @@ struct copy {
     bool offloads;           /* the last piece was; at first, it may be */
     bool offloaded;          /* one ever was */
     unsigned offload_rest;   /* pieces until the next try */
+    unsigned offload_pause;  /* what that was at first */
     uint64_t launched, turn; /* ordered: the next number to be given, and the one whose turn it is */
     struct list in_line;     /* ordered: struct copy_piece that wait for their turn, by in_line */
     uint64_t pass;           /* how far the running copy_dirty() has come in its dirty bitmap */
@@ -523,13 +526,14 @@ static bool coroutine_fn unit_may_be_zero(const struct copy_piece *piece, uint64
     return source_read(&piece->copy->config, piece->offset + at, bytes, memory) < 0 || memory_is_zero(memory, bytes);
 }
 
-/* How far the piece goes on with units that all may be zero, or all may not. */
+/* How far the piece goes on with units that all may be zero, or all may not, as far as a few of them tell. Nobody looks
+ * before it is known that something may come of it. */
 static uint64_t coroutine_fn piece_look(const struct copy_piece *piece, bool *ret_zero)
 {
     const struct copy_config *config = &piece->copy->config;
-    uint64_t unit = max_u64(config->zero_alignment, config->alignment), at = 0;
+    uint64_t unit = max_u64(max_u64(config->zero_alignment, config->alignment), LOOK_STRIDE), at = 0;
     *ret_zero = false;
-    if (!config->zero_alignment) {
+    if (!config->zero_alignment || !piece->copy->offloaded) {
         return piece->bytes;
     }
     while (at < piece->bytes) {
@@ -545,14 +549,19 @@ static uint64_t coroutine_fn piece_look(const struct copy_piece *piece, bool *re
     return at;
 }
 
-/* Is it worth trying? Where pieces are written in order, one goes by one way as a whole. */
+static void offload_tried(struct copy *copy, bool done)
+{
+    copy->offloads = done;
+    copy->offloaded |= done;
+    copy->offload_pause = done ? 0 : CLAMP(2 * copy->offload_pause, OFFLOAD_REST, OFFLOAD_REST_MAX);
+    copy->offload_rest = copy->offload_pause;
+}
+
+/* Is it worth trying? */
 static bool piece_may_offload(struct copy_piece *piece)
 {
     struct copy *copy = piece->copy;
-    const struct copy_config *config = &copy->config;
-    uint64_t unit = max_u64(config->zero_alignment, config->alignment);
-    if (!copy_may_offload(config) ||
-        (config->zero_alignment && (config->ordered || piece->bytes > OFFLOAD_UNITS * unit))) {
+    if (!copy_may_offload(&copy->config)) {
         return false;
     }
     if (copy->offload_rest) {
@@ -562,19 +571,21 @@ static bool piece_may_offload(struct copy_piece *piece)
     return true;
 }
 
-/* Is it done? */
-static bool coroutine_fn piece_offload(struct copy_piece *piece)
+/* Is it done? Whoever looks for zeroes meanwhile looks at all of it. */
+static bool coroutine_fn piece_offload(struct copy_piece *piece, bool is_last)
 {
     struct copy *copy = piece->copy;
     const struct copy_config *config = &copy->config;
-    struct iovec memory = {piece->buffer, piece->bytes};
+    struct copy_aid aid = {{piece->buffer, piece->bytes}, config->zero_alignment};
     turn_wait(piece);
+    if (is_last && copy->offloaded && piece_ends_unit(piece)) {
+        turn_pass(piece);
+    }
     int result = config->target_edge ? edge_copy(backend_edge(config->source), piece->offset, config->target_edge,
-                                                 piece->offset, piece->bytes, config->write_flags, memory)
+                                                 piece->offset, piece->bytes, config->write_flags, &aid)
                                      : backend_copy(config->source, piece->offset, config->target, piece->offset,
-                                                    piece->bytes, config->write_flags, memory);
-    copy->offloads = result == 0;
-    copy->offload_rest = result < 0 ? OFFLOAD_REST : 0;
+                                                    piece->bytes, config->write_flags, &aid);
+    offload_tried(copy, result == 0);
     return result == 0;
 }
 
@@ -604,15 +615,14 @@ static int coroutine_fn piece_move_data(struct copy_piece *piece, bool *ret_read
             break;
         }
         piece->bytes = piece_look(piece, &zero);
-        if (zero || !piece_offload(piece)) {
+        if (copy->config.ordered && piece->offset + piece->bytes < end) {
+            piece->bytes = end - piece->offset; /* in order, it goes by one way as a whole */
+            zero = true;
+        }
+        if (zero || !piece_offload(piece, piece->offset + piece->bytes == end)) {
             result = piece_read_and_write(piece, ret_reading);
-        } else {
-            copy->offloaded = true;
         }
         piece->offset += piece->bytes;
-    }
-    if (zero && !copy->offloaded) {
-        copy->offload_rest = OFFLOAD_REST; /* it was looked at, and nothing may come of that */
     }
     piece->offset = offset;
     piece->bytes = bytes;

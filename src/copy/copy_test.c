@@ -313,7 +313,7 @@ static int coroutine_fn place_write(struct node *node, uint64_t offset, uint64_t
     if (!elsewhere) {
         return log_write(node, offset, bytes, from, flags);
     }
-    g_assert(elsewhere->memory.iov_len > 0);
+    g_assert(elsewhere->aid.memory.iov_len > 0);
     inside++;
     most_inside = MAX(most_inside, inside);
     coroutine_pause();
@@ -323,8 +323,14 @@ static int coroutine_fn place_write(struct node *node, uint64_t offset, uint64_t
         files.refused++;
         return -ENOTSUP;
     }
+    uint64_t at = elsewhere->offset + from.skip;
+    const unsigned char *data = memory_of(files.source)->data + at;
+    if (elsewhere->aid.zero_unit && memory_has_zero_unit(data, bytes, at, elsewhere->aid.zero_unit)) {
+        files.refused++;
+        return -ENOTSUP;
+    }
     files.offloaded += bytes;
-    memcpy(memory_of(node)->data + offset, memory_of(files.source)->data + elsewhere->offset + from.skip, bytes);
+    memcpy(memory_of(node)->data + offset, data, bytes);
     return 0;
 }
 
@@ -424,17 +430,26 @@ static void coroutine_fn offloading_again(void *argument)
     offload_end(&bed);
 }
 
-/* Zeroes in units are found by their beginning, and nowhere else. */
+/* Whole units of zeroes are written as such: a piece that begins with them is not tried, in any other who copies sees
+ * them, and what comes after that rests. */
 static void coroutine_fn offloading_zeroes(void *argument)
 {
     struct offload_bed bed;
     offload_begin(&bed);
+    unsigned char *data = memory_of(bed.source)->data;
     bed.bed->config.zero_alignment = 1024;
-    memset(memory_of(bed.source)->data + 3 * PIECE + 1024, 0, 1024);
-    memset(memory_of(bed.source)->data + 5 * PIECE + 512, 0, 1024); /* in two units: the second looks like one */
-    memset(memory_of(bed.source)->data + 7 * PIECE + 8, 0, 1000);   /* does not */
-    offload_copy(&bed, MEMORY_SIZE - 2 * 1024);
+    bed.bed->config.workers = 1;
+    memset(data + 7 * PIECE + 8, 0, 1000);
+    memset(data + 9 * PIECE + 512, 0, 1023);
+    offload_copy(&bed, MEMORY_SIZE);
+    memset(data + 3 * PIECE, 0, 1024);
+    offload_copy(&bed, MEMORY_SIZE - PIECE);
+    g_assert_cmpuint(files.refused, ==, 0);
     g_assert_cmpuint(memory_of(bed.target)->zeroes, ==, 1);
+    memset(data + 5 * PIECE + 1024, 0, 1024);
+    offload_copy(&bed, 4 * PIECE);
+    g_assert_cmpuint(files.refused, ==, 1);
+    g_assert_cmpuint(memory_of(bed.target)->zeroes, ==, 3);
     offload_end(&bed);
 }
 

@@ -31,10 +31,10 @@ struct file_ops {
     /* Returns how many bytes were moved: 0 is the end of the file; negative errno. */
     ssize_t (*read)(struct file *file, uint64_t offset, const struct iovec *iov, unsigned count);
     ssize_t (*write)(struct file *file, uint64_t offset, const struct iovec *iov, unsigned count, bool fua);
-    /* Copies between files of these ops, away from the loop; `memory` may be used for it. -ENOTSUP, some of it done or
-     * nothing: not these two, or not all of it. NULL: the same. */
+    /* Copies between files of these ops, away from the loop. -ENOTSUP, some of it done or nothing: not these two, or
+     * not all of it. NULL: the same. */
     int (*copy)(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset, uint64_t bytes,
-                struct iovec memory);
+                const struct copy_aid *aid);
     int (*sync)(struct file *file);
     int (*allocate)(struct file *file, enum file_allocate_mode mode, uint64_t offset, uint64_t bytes);
     int (*truncate)(struct file *file, uint64_t size);

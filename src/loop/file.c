@@ -111,7 +111,7 @@ static int coroutine_fn file_take(struct file *file, uint64_t offset, uint64_t b
         bytes > INT64_MAX - place || offset > INT64_MAX || bytes > INT64_MAX - offset) {
         return -ENOTSUP;
     }
-    return file->ops->copy(elsewhere->file, place, file, offset, bytes, elsewhere->memory);
+    return file->ops->copy(elsewhere->file, place, file, offset, bytes, &elsewhere->aid);
 }
 
 int coroutine_fn file_read(struct file *file, uint64_t offset, uint64_t bytes, struct buffers to)

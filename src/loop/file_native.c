@@ -331,16 +331,22 @@ static int lane_write_work(void *argument)
 struct copy_job {
     struct native_file *from, *to;
     uint64_t from_offset, to_offset, bytes;
-    struct iovec memory;
+    const struct copy_aid *aid;
 };
 
 static int copy_in_steps(struct copy_job *job,
                          ssize_t (*write)(struct native_file *file, const char *memory, size_t bytes, uint64_t offset))
 {
+    const struct copy_aid *aid = job->aid;
+
     while (job->bytes) {
-        struct iovec step = {job->memory.iov_base, min_u64(job->bytes, MIN(job->memory.iov_len, COPY_STEP))};
+        struct iovec step = {aid->memory.iov_base, min_u64(job->bytes, MIN(aid->memory.iov_len, COPY_STEP))};
         ssize_t moved = transfer_now(job->from->fd, false, &step, 1, job->from_offset, 0);
 
+        if (moved > 0 && aid->zero_unit &&
+            memory_has_zero_unit(step.iov_base, (size_t)moved, job->from_offset, aid->zero_unit)) {
+            return -ENOTSUP;
+        }
         if (moved > 0) {
             moved = write(job->to, step.iov_base, (size_t)moved, job->to_offset);
         }
@@ -360,9 +366,9 @@ static int copy_work(void *argument)
 }
 
 static int coroutine_fn native_copy(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset,
-                                    uint64_t bytes, struct iovec memory)
+                                    uint64_t bytes, const struct copy_aid *aid)
 {
-    struct copy_job job = {native(from), native(to), offset, to_offset, bytes, memory};
+    struct copy_job job = {native(from), native(to), offset, to_offset, bytes, aid};
 
     if (!job.from->memory || !job.to->memory) {
         return -ENOTSUP;

@@ -244,16 +244,17 @@ struct file_copying {
 static int found_to_write(struct buffers_elsewhere *view, struct file *file, uint64_t offset, size_t at, uint64_t bytes)
 {
     struct file_copying *copying = container_of(view, struct file_copying, view);
-    struct buffers_elsewhere from = {.file = file, .offset = offset, .memory = view->memory};
+    struct buffers_elsewhere from = {.file = file, .offset = offset, .aid = view->aid};
 
     return file_write(copying->to, copying->to_offset + at, bytes, buffers_of_elsewhere(&from), false);
 }
 
-static int copy_file(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset, uint64_t bytes)
+static int copy_file(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset, uint64_t bytes,
+                     uint64_t zero_unit)
 {
     g_autofree char *memory = g_malloc(100000);
     struct file_copying copying = {
-        .view = {.found = found_to_write, .memory = {memory, 100000}}, .to = to, .to_offset = to_offset};
+        .view = {.found = found_to_write, .aid = {{memory, 100000}, zero_unit}}, .to = to, .to_offset = to_offset};
 
     return file_read(from, offset, bytes, buffers_of_elsewhere(&copying.view));
 }
@@ -268,7 +269,7 @@ static void copying_piece_entry(void *argument)
 {
     struct copying_piece *piece = argument;
 
-    g_assert_cmpint(copy_file(piece->from, piece->offset, piece->to, piece->offset + 4096, piece->bytes), ==, 0);
+    g_assert_cmpint(copy_file(piece->from, piece->offset, piece->to, piece->offset + 4096, piece->bytes, 4096), ==, 0);
     co_group_leave(piece->group);
 }
 
@@ -321,11 +322,23 @@ static void copies(const char *path, const char *other)
     if (system.f_type == 0x01021994 /* tmpfs */) {
         copies_at_once(from, to, data);
         /* What lies behind the end is no file's. */
-        g_assert_cmpint(copy_file(from, COPY_TOTAL - 4096, to, 0, 8192), ==, -ENOTSUP);
+        g_assert_cmpint(copy_file(from, COPY_TOTAL - 4096, to, 0, 8192, 0), ==, -ENOTSUP);
+        /* Nor is a unit of zeroes, however it lies to the steps, if nobody is to take it. */
+        for (uint64_t at = 0; at < 4 * MiB; at += 700 * KiB + 4096) {
+            struct iovec zeroes = {g_malloc0(8191), 8191};
+
+            g_assert_cmpint(file_write(from, at, 8191, buffers_one(&zeroes), false), ==, 0);
+            g_assert_cmpint(copy_file(from, 0, to, 0, COPY_TOTAL, 4096), ==, -ENOTSUP);
+            g_assert_cmpint(copy_file(from, 0, to, 0, COPY_TOTAL, 8192), ==, 0);
+            g_assert_cmpint(copy_file(from, 0, to, 0, COPY_TOTAL, 0), ==, 0);
+            memcpy(zeroes.iov_base, data + at, 8191);
+            g_assert_cmpint(file_write(from, at, 8191, buffers_one(&zeroes), false), ==, 0);
+            g_free(zeroes.iov_base);
+        }
     } else {
-        g_assert_cmpint(copy_file(from, 0, to, 0, 4096), ==, -ENOTSUP);
+        g_assert_cmpint(copy_file(from, 0, to, 0, 4096, 0), ==, -ENOTSUP);
     }
-    g_assert_cmpint(copy_file(from, 0, to, INT64_MAX - 10, 4096), ==, -ENOTSUP);
+    g_assert_cmpint(copy_file(from, 0, to, INT64_MAX - 10, 4096, 0), ==, -ENOTSUP);
     file_close(from);
     file_close(to);
     free(data);

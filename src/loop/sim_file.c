@@ -652,8 +652,9 @@ static int coroutine_fn sim_file_slurp(const char *path, size_t max, char **ret,
 
 /* As the worker pool would: in its own time, with what it has read in `memory`. */
 static int coroutine_fn sim_file_copy(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset,
-                                      uint64_t bytes, struct iovec memory)
+                                      uint64_t bytes, const struct copy_aid *aid)
 {
+    struct iovec memory = aid->memory;
     uint64_t have = 0, at = 0; /* what is in memory, and how much of it has been written */
 
     while (bytes) {
@@ -665,6 +666,9 @@ static int coroutine_fn sim_file_copy(struct file *from, uint64_t offset, struct
         }
         if (!have) {
             have = (uint64_t)moved;
+            if (aid->zero_unit && memory_has_zero_unit(memory.iov_base, have, offset, aid->zero_unit)) {
+                return -ENOTSUP;
+            }
             offset += have;
             continue;
         }
