@@ -56,6 +56,19 @@ static void set_view(struct picture *picture, struct view *view)
     picture->view = view;
 }
 
+/* The target is no more nobody's; and what a failed resize has left open of the image is as open of its copy. */
+static void begin_with_target(struct actor *actor)
+{
+    struct picture *image = &actor->world->pictures[actor->move->upper];
+    struct picture *target = &actor->world->pictures[actor->target];
+    target->idle = false;
+    target->may_grow |= image->may_grow;
+    if (image->may_shrink) {
+        target->shrinks_to = target->may_shrink ? MIN(target->shrinks_to, image->shrinks_to) : image->shrinks_to;
+        target->may_shrink = true;
+    }
+}
+
 /* Mirrors of `image` go over to what takes its place; also one that has itself come to its end since. */
 static void follow_successor(const struct actor *done, int image, int successor)
 {
@@ -165,7 +178,7 @@ static int coroutine_fn mirror_start_of(struct actor *actor, bool replaces, stru
 
 void mirror_on_begin(struct actor *actor)
 {
-    actor->world->pictures[actor->target].idle = false;
+    begin_with_target(actor);
     actor->subject = actor->move->upper;
 }
 
@@ -242,7 +255,7 @@ int coroutine_fn backup_begin(struct actor *actor, struct error **err)
 void backup_on_begin(struct actor *actor)
 {
     struct world *world = actor->world;
-    world->pictures[actor->target].idle = false;
+    begin_with_target(actor);
     actor->moment = view_freeze(world->pictures[actor->move->upper].view, actor->since, true);
 }
 
@@ -266,7 +279,7 @@ void snapshot_on_begin(struct actor *actor)
 {
     struct world *world = actor->world;
     int image = actor->move->upper;
-    world->pictures[actor->target].idle = false;
+    begin_with_target(actor);
     move_users(actor, image);
     /* N may have got another size since the overlay was made as long. */
     view_resize(world->pictures[actor->target].view, atomic_load(&world_node(world, actor->target)->size));
