@@ -382,6 +382,7 @@ class TestCase(unittest.TestCase):
         self.directory = tempfile.mkdtemp(prefix="il-", dir=base)
         self.daemons = []
         self.daemon_count = 0
+        self.processes = []
         self.seed = int(os.environ.get("INTERLOCK_SEED") or random.SystemRandom().randrange(1 << 32))
         self.random = random.Random(self.seed)
         limit = self.time_limit * SLOWNESS * (20 if FULL else 1)
@@ -397,6 +398,12 @@ class TestCase(unittest.TestCase):
         signal.alarm(30 * SLOWNESS)
         failed = self._outcome_failed()
         problems = []
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe:
+                    pipe.close()
         for daemon in self.daemons:
             try:
                 if failed and not daemon.ended:
@@ -430,6 +437,12 @@ class TestCase(unittest.TestCase):
         daemon = Daemon(self.directory, *options, **{"name": f"d{self.daemon_count}", **more})
         self.daemons.append(daemon)
         return daemon
+
+    def launch(self, *command, **more):
+        """Another process, which does not outlive the test; its stderr is a pipe."""
+        process = subprocess.Popen(command, **{"stderr": subprocess.PIPE, "preexec_fn": die_with_parent, **more})
+        self.processes.append(process)
+        return process
 
     def path(self, name):
         return os.path.join(self.directory, name)

@@ -14,7 +14,7 @@ import unittest
 
 import harness
 import tls_test
-from harness import MIB, die_with_parent, qemu_img, run, scale
+from harness import MIB, qemu_img, run, scale
 
 try:
     import nbd
@@ -38,19 +38,6 @@ class Client(harness.TestCase):
     certificates = tls_test.Tls.certificates
     keys = tls_test.Tls.keys
 
-    def setUp(self):
-        super().setUp()
-        self.servers = []
-
-    def clean_up(self):
-        for server in self.servers:
-            if server.poll() is None:
-                server.kill()
-            server.wait()
-            if server.stderr:
-                server.stderr.close()
-        super().clean_up()
-
     def image(self, name="disk.img", size=SIZE):
         """A quarter of random data, a quarter of zeroes, and again."""
         path = self.path(name)
@@ -65,8 +52,7 @@ class Client(harness.TestCase):
         """A server; waits until it listens."""
         if os.path.exists(socket_path):
             os.unlink(socket_path)
-        server = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
-        self.servers.append(server)
+        server = self.launch(*command, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 10 * harness.SLOWNESS
         while time.monotonic() < deadline and server.poll() is None:
             probe = socket.socket(socket.AF_UNIX)
@@ -467,8 +453,7 @@ class Deaths(Client):
         self.assert_refused("s.sock", daemon.qmp.execute, "blockdev-add", self.options())
         self.assert_refused("s.sock", daemon.qmp.execute, "blockdev-add", self.options(**{"open-timeout": 1}))
         self.assertGreater(time.monotonic() - start, 0.7)
-        self.servers.append(subprocess.Popen(
-            ["sh", "-c", f"sleep 0.3; exec nbdkit -f -U {self.path('s.sock')} file {image}"], preexec_fn=die_with_parent))
+        self.launch("sh", "-c", f"sleep 0.3; exec nbdkit -f -U {self.path('s.sock')} file {image}", stderr=None)
         daemon.qmp.execute("blockdev-add", self.options(**{"open-timeout": 20}))
 
     def test_closed_while_away(self):
@@ -483,10 +468,10 @@ class Deaths(Client):
         server.wait()
         handle.aio_pread(nbd.Buffer(4096), 0)
         time.sleep(0.2)
-        self.nbdkit(self.path("disk.img"))
+        server = self.nbdkit(self.path("disk.img"))
         while handle.aio_in_flight() and not handle.aio_peek_command_completed():
             handle.poll(-1)
-        self.servers[-1].kill()
+        server.kill()
         handle.shutdown()
         daemon.qmp.execute("block-export-del", id="export-n", mode="hard")
         daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id="export-n")

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 import unittest
 
@@ -31,21 +30,11 @@ class Tool(harness.TestCase):
 
     def setUp(self):
         super().setUp()
-        self.servers = []
         self.socket_path = self.path("s.sock")
-
-    def clean_up(self):
-        for server in self.servers:
-            if server.poll() is None:
-                server.kill()
-            server.communicate()
-        super().clean_up()
 
     def serve(self, *options, program=OURS, **more):
         """A server, when it listens."""
-        server = subprocess.Popen([*program, "-k", self.socket_path, *options], stderr=subprocess.PIPE, text=True,
-                                  preexec_fn=die_with_parent, **more)
-        self.servers.append(server)
+        server = self.launch(*program, "-k", self.socket_path, *options, text=True, **more)
         deadline = time.monotonic() + 15 * harness.SLOWNESS
         while not os.path.exists(self.socket_path):
             if server.poll() is not None or time.monotonic() > deadline:
@@ -179,10 +168,8 @@ class Tool(harness.TestCase):
             os.dup2(listener.fileno(), 3)
             os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 
-        server = subprocess.Popen([*OURS, "-f", "qcow2", self.image()], pass_fds=(3,), stderr=subprocess.PIPE, text=True,
-                                  preexec_fn=pass_it)
+        server = self.launch(*OURS, "-f", "qcow2", self.image(), pass_fds=(3,), text=True, preexec_fn=pass_it)
         listener.close()
-        self.servers.append(server)
         handle = self.connect()
         self.assertEqual(bytes(handle.pread(512, 0)), b"\x11" * 512)
         handle.shutdown()

@@ -290,10 +290,9 @@ static ssize_t coroutine_fn stream_send(struct native_connection *connection, st
     return r < 0 ? r : -EAGAIN;
 }
 
-static ssize_t coroutine_fn native_send(struct connection *base, const struct iovec *iov, unsigned count)
+/* Until some of it has gone. */
+static ssize_t coroutine_fn message_send(struct native_connection *connection, struct msghdr *message)
 {
-    struct native_connection *connection = native(base);
-    struct msghdr message = {.msg_iov = (struct iovec *)iov, .msg_iovlen = count};
     ssize_t r;
 
     g_assert(atomic_load_explicit(&connection->end.loop, memory_order_relaxed) == loop_self());
@@ -301,9 +300,16 @@ static ssize_t coroutine_fn native_send(struct connection *base, const struct io
         if (native_end_is_shut(&connection->end)) {
             return -ECANCELED;
         }
-        r = stream_send(connection, &message);
+        r = stream_send(connection, message);
     } while (r == -EAGAIN || r == -EINTR);
     return r < 0 && native_end_is_shut(&connection->end) ? -ECANCELED : r;
+}
+
+static ssize_t coroutine_fn native_send(struct connection *base, const struct iovec *iov, unsigned count)
+{
+    struct msghdr message = {.msg_iov = (struct iovec *)iov, .msg_iovlen = count};
+
+    return message_send(native(base), &message);
 }
 
 /* ---- descriptors ---- */
@@ -387,19 +393,12 @@ static ssize_t coroutine_fn native_send_fd(struct connection *base, const void *
     } control = {.align = {.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS}};
     struct msghdr message = {
         .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
-    ssize_t r;
 
     if (!connection->socket) {
         return -ENOTSUP;
     }
     memcpy(CMSG_DATA(&control.align), &fd, sizeof(fd));
-    do {
-        if (native_end_is_shut(&connection->end)) {
-            return -ECANCELED;
-        }
-        r = stream_send(connection, &message);
-    } while (r == -EAGAIN || r == -EINTR);
-    return r < 0 && native_end_is_shut(&connection->end) ? -ECANCELED : r;
+    return message_send(connection, &message);
 }
 
 /* ---- names ---- */

@@ -154,17 +154,23 @@ static void play(struct bench *bench, uint64_t *seed, unsigned steps)
     g_assert_cmpuint(submitted, >, steps / 16);
 }
 
+/* Each kind of ring by its bits. */
+static struct front_options kind_of_ring(uint64_t bits, size_t buffer)
+{
+    return (struct front_options){.queues = 1,
+                                  .size = SIZE,
+                                  .buffer = buffer,
+                                  .packed = bits & 1,
+                                  .indirect = bits & 2,
+                                  .inflight = bits & 4,
+                                  .event_index = bits & 8};
+}
+
 static void test_order_and_deaths(void)
 {
     for (unsigned kind = 0; kind < 8; kind++) {
         for (uint64_t seed = 1; seed <= 20; seed++) {
-            struct front_options options = {.queues = 1,
-                                            .size = SIZE,
-                                            .buffer = 1024,
-                                            .packed = kind & 1,
-                                            .indirect = kind & 2,
-                                            .inflight = kind & 4,
-                                            .event_index = seed & 1};
+            struct front_options options = kind_of_ring(kind | (seed & 1) << 3, 1024);
             uint64_t state = seed * 8 + kind;
             struct bench bench;
 
@@ -296,13 +302,7 @@ static void test_noise(void)
     unsigned broken = 0, taken = 0;
 
     for (uint64_t seed = 1; seed <= 4000; seed++) {
-        struct front_options options = {.queues = 1,
-                                        .size = SIZE,
-                                        .buffer = 512,
-                                        .packed = seed & 1,
-                                        .indirect = seed & 2,
-                                        .inflight = seed & 4,
-                                        .event_index = seed & 8};
+        struct front_options options = kind_of_ring(seed, 512);
         struct bench bench;
         struct front_queue *queue = &bench.front.queue[0];
         uint64_t state = seed;
