@@ -2,7 +2,9 @@
 """Front ends of vhost-user-blk that behave badly, message by message (src/export/vhost_user/session_test.c has what each
 wrong message is answered): a thousand of them cost nothing that stays, and the next one is served."""
 import array
+import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import select
@@ -260,6 +262,24 @@ class Hostile(harness.TestCase):
                 front.send(front.regions((1, 2, 4)[i % 3]), [front.memory_fd] * (1, 2, 4)[i % 3])
                 front.wait(used)
                 self.assertEqual(front.memory[65536 : 2 * 65536], b"\x5a" * 65536)
+        self.serves()
+
+    def test_eventfds_that_block(self):
+        """Who shares an eventfd can make it blocking again, and full: the loop does not wait for it."""
+        for blocked in ("kick", "call"):
+            with Front(self.socket_path) as front:
+                front.set_up()
+                front.wait(front.submit(4))
+                if blocked == "call":
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(front.call, 8)
+                    os.write(front.call, struct.pack("<Q", (1 << 64) - 2))
+                fcntl.fcntl(getattr(front, blocked), fcntl.F_SETFL, 0)
+                used = front.submit(4)
+                deadline = time.monotonic() + 5 * harness.SLOWNESS
+                while struct.unpack_from("<H", front.memory, 8194)[0] != used and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                self.assertEqual(len(self.under_test.qmp.execute("query-block-exports", timeout=5)), 1)
         self.serves()
 
 
