@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """NBD over TLS: certificates and shared keys, who is let in, and clients that try without."""
 import contextlib
+import ctypes
 import os
 import select
 import socket
@@ -17,8 +18,72 @@ try:
 except ImportError:
     nbd = None
 
+try:
+    gnutls = ctypes.CDLL("libgnutls.so.30")
+except OSError:
+    gnutls = None
+
 SIZE = 8 * MIB
 CAPABLE = nbd and nbd.NBD().supports_tls()
+
+
+class Peer:
+    """The client's side of TLS 1.3 with a shared key, whose bytes go to the server when a test says so."""
+
+    def __init__(self, server, user, key):
+        self.server = server
+        self.ends = socket.socketpair()
+        self.lock = threading.Lock()
+        self.held = None
+        for source, target in ((self.ends[1], server), (server, self.ends[1])):
+            threading.Thread(target=self.pass_on, args=(source, target), daemon=True).start()
+        credentials, self.session = ctypes.c_void_p(), ctypes.c_void_p()
+        datum = (ctypes.c_void_p * 2)(ctypes.cast(ctypes.c_char_p(key), ctypes.c_void_p), len(key))
+        gnutls.gnutls_psk_allocate_client_credentials(ctypes.byref(credentials))
+        gnutls.gnutls_psk_set_client_credentials(credentials, user, datum, 1)
+        gnutls.gnutls_init(ctypes.byref(self.session), 2)
+        gnutls.gnutls_priority_set_direct(self.session, b"NORMAL:-VERS-ALL:+VERS-TLS1.3:+ECDHE-PSK:+DHE-PSK:+PSK", None)
+        gnutls.gnutls_credentials_set(self.session, 4, credentials)
+        gnutls.gnutls_transport_set_int2(self.session, self.ends[0].fileno(), self.ends[0].fileno())
+        if gnutls.gnutls_handshake(self.session) != 0:
+            raise ConnectionError("no TLS")
+
+    def pass_on(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                with self.lock:
+                    if target is self.server and self.held is not None:
+                        self.held += data
+                        continue
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def hold(self):
+        self.held = b""
+
+    def release(self):
+        """All that was sent since hold(), at once."""
+        time.sleep(0.05)
+        with self.lock:
+            data, self.held = self.held, None
+        self.server.sendall(data)
+
+    def send(self, data):
+        assert gnutls.gnutls_record_send(self.session, data, len(data)) == len(data)
+
+    def change_keys(self, both):
+        assert gnutls.gnutls_session_key_update(self.session, 1 if both else 0) == 0
+
+    def recv(self, count, _flags=0):
+        data = b""
+        while len(data) < count:
+            room = ctypes.create_string_buffer(count - len(data))
+            result = gnutls.gnutls_record_recv(self.session, room, len(room))
+            if result <= 0 and result != -28:
+                raise EOFError(result)
+            data += room.raw[: max(result, 0)]
+        return data
 
 
 @unittest.skipUnless(CAPABLE, "needs libnbd with TLS, and its Python module")
@@ -242,6 +307,33 @@ class Tls(TestCase):
         self.assertNotIn(struct.pack(">Q", 0x3E889045565A9), rest)  # no answer to an option, in plain text or not
         stream.close()
         self.client(daemon, folder, "alice").shutdown()
+
+    @unittest.skipUnless(gnutls, "needs libgnutls")
+    def test_new_keys_among_data(self):
+        """A change of keys is followed by data, or by half of them, in one piece of the stream."""
+        folder = self.keys()
+        daemon = self.serve(f"tls-creds-psk,id=tls,endpoint=server,dir={folder}")
+        stream = self.plain(daemon)
+        stream.sendall(self.option(5))
+        self.assertEqual(self.answer(stream), 1)
+        peer = Peer(stream, b"alice", b"0" * 64)
+        unknown = self.option(99)
+        peer.hold()
+        for both in (True, False):
+            peer.change_keys(both)
+        peer.send(unknown)
+        peer.change_keys(True)
+        peer.send(unknown[:7])
+        peer.change_keys(False)
+        peer.send(unknown[7:])
+        peer.release()
+        self.assertEqual([self.answer(peer) for _ in range(2)], [0x80000001] * 2)
+        # Plain text in the middle of a stream that is not.
+        stream.sendall(unknown)
+        with self.assertRaises(EOFError):
+            self.answer(peer)
+        stream.close()
+        self.client(daemon, folder, "bob").shutdown()
 
     def test_handshakes_that_are_cut_off_or_bent(self):
         """Somebody in between cuts the stream after any byte, or changes one: the client fails or works, the server

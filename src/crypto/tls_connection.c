@@ -6,7 +6,8 @@
  * 1. No call of GnuTLS yields, so its session is never inside two calls, though one coroutine receives while another
  *    sends. (The handshake runs on the worker pool, alone.)
  * 2. What is in `out` is sent in its order: whoever sends holds `sending` from taking it to its end.
- * 3. Nothing is received from beneath before GnuTLS has used up `in`: so what a client sends in plain text before its
+ * 3. GnuTLS may want to be called again (it has read something about keys, not data) while there is more in `in`.
+ *    Nothing is received from beneath before it has used up `in`: so what a client sends in plain text before its
  *    handshake is never taken for something that came through TLS, and memory is bounded by one record.
  * 4. The end of the stream counts as an end with or without TLS's farewell: NBD has its own.
  *
@@ -107,6 +108,7 @@ static ssize_t coroutine_fn tls_receive(struct connection *connection, void *to,
 {
     struct tls_connection *tls = tls_of(connection);
     while (true) {
+        size_t left = tls->in_end - tls->in_at;
         ssize_t verdict = gnutls_record_recv(tls->session, to, maximum);
         int code = send_out(tls); /* it may have had something to answer */
         if (verdict > 0) {
@@ -118,7 +120,11 @@ static ssize_t coroutine_fn tls_receive(struct connection *connection, void *to,
         if (!must_wait(verdict)) {
             return -EPROTO;
         }
-        code = code < 0 ? code : receive_in(tls);
+        if (code == 0 && tls->in_at == tls->in_end) {
+            code = receive_in(tls);
+        } else if (code == 0 && left == tls->in_end - tls->in_at) {
+            code = -EPROTO; /* it neither needs more nor uses what there is */
+        }
         if (code < 0) {
             return code;
         }
