@@ -156,6 +156,13 @@ static int coroutine_fn memory_write_zeroes(struct node *node, uint64_t offset, 
     return memory_change(node, offset, bytes, NULL, flags);
 }
 
+/* Whole clusters come to be zero, parts of them stay. */
+static int coroutine_fn memory_discard(struct node *node, uint64_t offset, uint64_t bytes)
+{
+    uint64_t first = align_up(offset, TEST_CLUSTER), last = align_down(offset + bytes, TEST_CLUSTER);
+    return first < last ? memory_change(node, first, last - first, NULL, REQUEST_MAY_UNMAP) : 0;
+}
+
 static int coroutine_fn memory_block_status(struct node *node, uint64_t offset, uint64_t bytes, struct extent *ret)
 {
     static const unsigned flags[] = {0, EXTENT_DATA | EXTENT_ALLOCATED, EXTENT_ZERO | EXTENT_ALLOCATED};
@@ -294,6 +301,7 @@ static const struct driver driver_memory = {
     .read = memory_read,
     .write = memory_write,
     .write_zeroes = memory_write_zeroes,
+    .discard = memory_discard,
     .block_status = memory_block_status,
     .flush = memory_flush,
     .truncate = memory_truncate,

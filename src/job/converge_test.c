@@ -30,6 +30,7 @@ enum way {
     WAY_MIRROR,
     WAY_MIRROR_SWITCHED, /* it begins with marks alone */
     WAY_MIRROR_UNITS,    /* what is found may be a part of what may be written */
+    WAY_MIRROR_DISCARDS, /* and what zeroes would be is discarded, in parts of clusters too */
     WAY_MIRROR_FAILING,  /* the node fails to say what it has, every now and then */
     WAY_COMMIT,
     WAYS,
@@ -66,8 +67,10 @@ static void coroutine_fn writer_entry(void *argument)
         uint64_t offset = (writer->number * OWN + first) * TEST_CLUSTER;
         struct iovec iov = {data, count * TEST_CLUSTER};
         memset(zero + first, zeroes, count);
-        int result = zeroes ? backend_write_zeroes(scene->guest, offset, iov.iov_len, 0)
-                            : backend_write(scene->guest, offset, iov.iov_len, buffers_one(&iov), 0);
+        uint64_t cut = scene->way == WAY_MIRROR_DISCARDS ? TEST_CLUSTER / 2 : 0;
+        int result = zeroes && cut ? backend_discard(scene->guest, offset, iov.iov_len - cut)
+                     : zeroes      ? backend_write_zeroes(scene->guest, offset, iov.iov_len, 0)
+                                   : backend_write(scene->guest, offset, iov.iov_len, buffers_one(&iov), 0);
         g_assert_cmpint(result, ==, 0);
         loop_sleep_ns(&sleep, (int64_t)(loop_random() % 8000000));
     }
@@ -206,6 +209,7 @@ static void coroutine_fn scene_play(void *argument)
     bench_open(&scene->bench, 2, SIZE);
     scene->node = scene->bench.nodes[1];
     scene->target = scene->way == WAY_COMMIT ? scene->bench.nodes[0] : bench_add(&scene->bench, SIZE);
+    scene->node->discard = scene->way == WAY_MIRROR_DISCARDS;
     scene->target->limits.cluster_size *= scene->way == WAY_MIRROR_UNITS ? 2 : 1;
     bench_fill(scene->node, 0, SIZE, 0x11);
     guest_begin(scene);
@@ -253,7 +257,8 @@ static void every_region_is_copied_once(gconstpointer way)
 
 int main(int argc, char **argv)
 {
-    static const char *const names[WAYS] = {"/converge/mirror", "/converge/mirror-switched", "/converge/mirror-units",
+    static const char *const names[WAYS] = {"/converge/mirror",         "/converge/mirror-switched",
+                                            "/converge/mirror-units",   "/converge/mirror-discards",
                                             "/converge/mirror-failing", "/converge/active-commit"};
     g_test_init(&argc, &argv, NULL);
     for (unsigned way = 0; way < WAYS; way++) {

@@ -222,12 +222,14 @@ static int coroutine_fn track_change_both(struct node *node, uint64_t offset, ui
     return result;
 }
 
-/* What a discard leaves behind is anything: zeroes go on, the rest is for the job. */
+/* What a discard leaves behind is anything: zeroes go on, the rest as it is now. It may be what it was (parts of
+ * clusters): were that marked, a guest that goes on discarding would keep the job from being ready. */
 static int coroutine_fn track_discard_both(struct node *node, uint64_t offset, uint64_t bytes)
 {
     struct track *track = node->state;
     struct range_hold hold;
     struct extent extent;
+    uint64_t room = UNKNOWN_MOST;
     track_hold(track, &hold, offset, bytes);
     int result = edge_discard(node->filtered, offset, bytes);
     for (uint64_t at = offset, end = offset + bytes; at < end; at += extent.bytes) {
@@ -236,9 +238,10 @@ static int coroutine_fn track_discard_both(struct node *node, uint64_t offset, u
         if (known && extent.flags & EXTENT_ZERO) {
             struct change change = {at, extent.bytes, NULL, REQUEST_MAY_UNMAP};
             track_copy(node, &change);
-        } else if (result < 0 && extent.bytes <= UNKNOWN_MOST) {
+        } else if (extent.bytes <= room) {
             struct change change = {at, extent.bytes, .unknown = true};
             track_copy(node, &change);
+            room -= extent.bytes;
         } else {
             track_mark(node, at, extent.bytes);
         }
