@@ -3,6 +3,7 @@
 do not behave. (The protocol's details, byte by byte, are in src/export/nbd/server_test.c.)"""
 import contextlib
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -261,6 +262,14 @@ class NbdClients(NbdTestCase):
         daemon.add_file("n0", self.raw_image())
         daemon.export("n0")
         harness.qemu_io(f"nbd://127.0.0.1:{port}/n0", "write -P 5 1M 1M", "read -P 5 1M 1M", image_format="raw")
+        # Both sides of a connection of our own are asked, while it is idle, whether they are still there.
+        client = self.daemon("--blockdev", json.dumps({
+            "driver": "nbd", "node-name": "remote", "export": "n0",
+            "server": {"type": "inet", "host": "127.0.0.1", "port": str(port)}}))
+        self.assertEqual(len(client.qmp.execute("query-named-block-nodes")), 1)
+        with open("/proc/net/tcp") as table:
+            timers = [row.split()[5][:2] for row in table if f":{port:04X}" in row and row.split()[3] == "01"]
+        self.assertEqual(timers, ["02", "02"])  # the kernel's number for an idle connection's timer
 
     @unittest.skipUnless(nbd, "needs python3-libnbd")
     def test_libnbd_with_and_without_structured_replies(self):

@@ -28,6 +28,11 @@
 #define BYTES_PER_UNIT (32 * KiB)
 /* What a unix socket takes before its sender waits, if the kernel's limit allows. */
 #define UNIX_SEND_ROOM ((int)MiB)
+/* Seconds after which a silent TCP connection is asked whether its other side is still there (power and networks go
+ * without a farewell), seconds between the questions, and how many without an answer end it. */
+#define ALIVE_IDLE 20
+#define ALIVE_INTERVAL 5
+#define ALIVE_COUNT 4
 
 struct native_connection {
     struct native_end end; /* first */
@@ -139,12 +144,18 @@ static bool fd_is_stream_socket(int fd)
 
 static void socket_prepare(int fd)
 {
-    int on = 1, room = UNIX_SEND_ROOM;
+    int on = 1, room = UNIX_SEND_ROOM, idle = ALIVE_IDLE, interval = ALIVE_INTERVAL, count = ALIVE_COUNT;
 
     /* TCP finds its room by itself; a unix socket has no delay to switch off, and a fixed room. */
     if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) < 0) {
         setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
+        return;
     }
+    /* Where the defaults must do, they do. */
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count));
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
 }
 
 struct connection *native_connection_create(int fd)
