@@ -379,15 +379,49 @@ class Journal(harness.TestCase):
         self.assertEqual([entry[3] & FAST for entry in self.server.log if entry[0] == ZEROES], [0])
         handle.shutdown()
 
-    def test_closed(self):
-        """A node that is closed has flushed; if its server is away then, somebody is told what that means."""
-        handle = self.open()
-        handle.pwrite(b"x" * 65536, 0)
+    def close_node(self, handle):
         handle.shutdown()
         self.under_test.qmp.execute("block-export-del", id="export-n", mode="hard")
         self.under_test.qmp.wait_event("BLOCK_EXPORT_DELETED", id="export-n")
         self.under_test.qmp.execute("blockdev-del", {"node-name": "n"})
+
+    def test_closed(self):
+        """A node that is closed has flushed."""
+        handle = self.open()
+        handle.pwrite(b"x" * 65536, 0)
+        self.close_node(handle)
         self.assertEqual(self.server.durable[:65536], b"x" * 65536)
+        self.assertNotIn("lost", self.under_test.stderr())
+
+    def test_closed_while_away(self):
+        """If it cannot, somebody is told what that means."""
+        handle = self.open()
+        handle.pwrite(b"x" * 65536, 0)
+        self.server.die()
+        cookie = handle.aio_flush()
+        for _ in range(10):
+            handle.poll(10)
+        self.assertFalse(handle.aio_command_completed(cookie))
+        self.server.start()
+        while not handle.aio_command_completed(cookie):
+            handle.poll(100)
+        self.assertEqual(self.server.durable[:65536], b"x" * 65536)
+        handle.pwrite(b"y" * 65536, 0)
+        self.server.die()
+        self.close_node(handle)
+        self.assertIn("has not flushed what it was given", self.under_test.stderr())
+
+    @unittest.skipUnless(harness.FULL, "waits for seconds; in the long form")
+    def test_closed_while_stuck(self):
+        handle = self.open()
+        handle.pwrite(b"x" * 65536, 0)
+        stuck = threading.Event()
+        self.server.hook = lambda kind, *_: kind == FLUSH and stuck.wait(30)
+        start = time.monotonic()
+        self.close_node(handle)
+        self.assertLess(time.monotonic() - start, 8 * harness.SLOWNESS)
+        stuck.set()
+        self.assertIn("has not flushed what it was given", self.under_test.stderr())
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@
 #define SECOND_NS INT64_C(1000000000)
 #define ATTEMPT_NS (10 * SECOND_NS)     /* a server that says nothing for so long is not there */
 #define FIRST_PAUSE_NS (SECOND_NS / 20) /* between attempts; doubled after each */
+#define SETTLE_NS (5 * SECOND_NS)       /* for the last flush; the graph waits for it */
 #define LAST_PAUSE_NS (4 * SECOND_NS)
 #define RETRY_EXTRA_NS (10 * SECOND_NS)    /* until another link than the main one is tried again */
 #define IDLE_NS SECOND_NS                  /* after which it is worth a look whether the connection is there still */
@@ -531,7 +532,7 @@ static void coroutine_fn client_settle(struct nbd_client *client)
         return;
     }
     loop_timer_init(&late.timer, dial_is_late);
-    loop_timer_arm(&late.timer, loop_clock_ns() + ATTEMPT_NS);
+    loop_timer_arm(&late.timer, loop_clock_ns() + SETTLE_NS);
     int r = atomic_load(&link->up) ? nbd_journal_settle(&client->journal, link->handle, &attempt) : -ENOTCONN;
     loop_timer_cancel(&late.timer);
     if (r < 0) {
