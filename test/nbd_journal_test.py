@@ -367,6 +367,32 @@ class Journal(harness.TestCase):
             self.assertEqual(bytes(handle.pread(512 * KIB, 0)), bytes(content[: 512 * KIB]))
         handle.shutdown()
 
+    def test_without_delay(self):
+        """Nothing is written again then: but the flush after a loss does not say that all is well."""
+        handle = self.open(delay=0)
+        for lost in (True, False, True):
+            handle.pwrite(b"x" * 4096, 0)
+            if not lost:
+                handle.flush()
+                handle.pwrite(b"y" * 4096, 8192, FUA)
+            handle.pread(4096, 0)
+            self.server.die()
+            self.server.start()
+            deadline = time.monotonic() + 10 * harness.SLOWNESS
+            while True:
+                try:
+                    handle.pread(4096, 0)
+                    break
+                except nbd.Error:
+                    self.assertLess(time.monotonic(), deadline)
+            handle.pwrite(b"z" * 4096, 4096)
+            if lost:
+                with self.assertRaises(nbd.Error):
+                    handle.flush()
+            handle.flush()
+        self.assertIn("may be lost", self.under_test.stderr())
+        handle.shutdown()
+
     def test_fast_zero(self):
         """A zeroing that had to be fast is written again whether it is fast or not."""
         handle = self.open(flags=0x1 | 0x4 | 0x8 | 0x20 | 0x40 | 0x80 | FLAG_FAST_ZERO)

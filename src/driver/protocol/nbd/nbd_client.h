@@ -80,7 +80,7 @@ struct nbd_command {
     uint64_t read_bytes;                 /* of a read: how much came */
     uint32_t extent_bytes, extent_flags; /* its answer: the first extent; 0 bytes: none came */
     /* nbd_link.c's */
-    struct nbd_journal *journal; /* that its answer changes, or NULL */
+    struct nbd_journal *journal; /* that its answer changes, or NULL: none */
     struct nbd_entry *entry;     /* to be added there */
     uint64_t sequence;           /* of a flush: the journal's when it was issued */
     struct coroutine *waiter;
@@ -115,10 +115,12 @@ struct nbd_link {
 struct nbd_journal {
     bool active; /* does not change */
     struct list entries;
-    uint64_t sequence;          /* of the last one */
-    atomic_uint_fast64_t cost;  /* bytes of memory */
-    struct co_mutex flushing;   /* who makes room */
-    struct range_lock changing; /* by commands of an active one that are under way */
+    atomic_uint_fast64_t sequence; /* of the last change that was acknowledged; counted in any case */
+    atomic_uint_fast64_t flushed;  /* of one that is not active: up to here a flush has come */
+    atomic_bool forgotten;         /* the same: what came after that may be lost, and no flush has said so */
+    atomic_uint_fast64_t cost;     /* bytes of memory */
+    struct co_mutex flushing;      /* who makes room */
+    struct range_lock changing;    /* by commands of an active one that are under way */
 };
 void nbd_journal_init(struct nbd_journal *journal, bool active);
 void nbd_journal_finish(struct nbd_journal *journal);
@@ -127,6 +129,12 @@ void nbd_journal_finish(struct nbd_journal *journal);
 struct nbd_entry *nbd_journal_prepare(struct nbd_command *command);
 /* Its answer has come. */
 void nbd_journal_add(struct nbd_journal *journal, struct nbd_entry *entry);
+/* The same where it is not active. */
+void nbd_journal_count(struct nbd_journal *journal, const struct nbd_command *command);
+/* A connection was lost. */
+void nbd_journal_lose(struct nbd_journal *journal);
+/* Of one that is not active: did a flush that has succeeded come too late for something? Says so once. */
+bool nbd_journal_take_loss(struct nbd_journal *journal);
 /* A flush was answered, before whose issue `last` was journal->sequence. */
 void nbd_journal_forget(struct nbd_journal *journal, uint64_t last);
 bool nbd_journal_is_full(const struct nbd_journal *journal);

@@ -13,7 +13,10 @@
  * in which the next server may die. So changes with FUA are kept too, and the order of a replay is of no account.
  * 5. Memory is bounded: who finds LIMIT bytes here flushes them before his change is issued, or fails with the flush.
  *
- * There is one only with a reconnect delay, and then there is only one connection (another could be ahead of it). It
+ * 6. Where it is not active nothing is written again, and what a lost connection's server may have forgotten is only
+ *    counted: the next flush fails then, and does not promise what it cannot know.
+ *
+ * It is active only with a reconnect delay, and then there is only one connection (another could be ahead of it). It
  * assumes that nobody else writes to the export. The list is under the main link's guard, or the dialling coroutine's
  * while there is no connection.
  */
@@ -73,13 +76,35 @@ struct nbd_entry *nbd_journal_prepare(struct nbd_command *command)
 
 void nbd_journal_add(struct nbd_journal *journal, struct nbd_entry *entry)
 {
-    entry->sequence = ++journal->sequence;
+    entry->sequence = atomic_fetch_add(&journal->sequence, 1) + 1;
     list_append(&journal->entries, &entry->link);
     atomic_fetch_add(&journal->cost, entry_cost(&entry->command));
 }
 
+void nbd_journal_count(struct nbd_journal *journal, const struct nbd_command *command)
+{
+    if (!(command->flags & LIBNBD_CMD_FLAG_FUA)) {
+        atomic_fetch_add(&journal->sequence, 1);
+    }
+}
+
+void nbd_journal_lose(struct nbd_journal *journal)
+{
+    if (!journal->active && atomic_load(&journal->sequence) > atomic_load(&journal->flushed)) {
+        atomic_store(&journal->forgotten, true);
+    }
+}
+
+bool nbd_journal_take_loss(struct nbd_journal *journal)
+{
+    return atomic_load(&journal->forgotten) && atomic_exchange(&journal->forgotten, false);
+}
+
 void nbd_journal_forget(struct nbd_journal *journal, uint64_t last)
 {
+    uint64_t before = atomic_load(&journal->flushed);
+    while (before < last && !atomic_compare_exchange_weak(&journal->flushed, &before, last)) {
+    }
     list_for_each_safe (position, &journal->entries) {
         struct nbd_entry *entry = container_of(position, struct nbd_entry, link);
         if (entry->sequence > last) {

@@ -95,6 +95,7 @@ static void link_check(struct nbd_link *link)
     atomic_store(&link->up, false);
     link->generation++;
     link->lost_ns = loop_now_ns();
+    nbd_journal_lose(&link->client->journal);
     if (link->watcher) {
         link_wake_watcher(link);
     } else {
@@ -103,6 +104,11 @@ static void link_check(struct nbd_link *link)
 }
 
 /* --- issuing a command and waiting for its answer --- */
+
+static bool command_changes(const struct nbd_command *command)
+{
+    return command->kind == NBD_WRITE || command->kind == NBD_ZERO || command->kind == NBD_TRIM;
+}
 
 /* libnbd calls it, inside one of our calls: under guard. */
 static int command_done(void *argument, int *error)
@@ -114,6 +120,8 @@ static int command_done(void *argument, int *error)
         nbd_journal_add(command->journal, g_steal_pointer(&command->entry));
     } else if (command->result == 0 && command->journal && command->kind == NBD_FLUSH) {
         nbd_journal_forget(command->journal, command->sequence);
+    } else if (command->result == 0 && command->journal && command_changes(command)) {
+        nbd_journal_count(command->journal, command);
     }
     if (command->queued) {
         command->queued = false;
@@ -226,10 +234,10 @@ static void coroutine_fn link_await(struct nbd_link *link, struct nbd_command *c
 }
 
 /* A connection that was idle: a server that has gone meanwhile is found out before a command is entrusted to it. */
-static void link_look(struct nbd_link *link)
+static void link_look(struct nbd_link *link, int64_t idle_ns)
 {
     int64_t now_ns = loop_now_ns();
-    if (atomic_load(&link->up) && !link->watcher && now_ns - link->used_ns > IDLE_NS &&
+    if (atomic_load(&link->up) && !link->watcher && now_ns - link->used_ns >= idle_ns &&
         descriptor_is_ready(nbd_aio_get_fd(link->handle), DESCRIPTOR_READABLE)) {
         nbd_aio_notify_read(link->handle);
         link_check(link);
@@ -241,7 +249,7 @@ static void link_look(struct nbd_link *link)
  * none for too long. Under guard. */
 static int coroutine_fn link_run(struct nbd_link *link, struct nbd_command *command)
 {
-    link_look(link);
+    link_look(link, IDLE_NS);
     while (!atomic_load(&link->up)) {
         if (!link->main) {
             return -ENOTCONN;
@@ -256,7 +264,7 @@ static int coroutine_fn link_run(struct nbd_link *link, struct nbd_command *comm
     command->done = command->queued = false;
     command->extent_bytes = 0;
     command->read_bytes = 0;
-    command->sequence = link->client->journal.sequence;
+    command->sequence = atomic_load(&link->client->journal.sequence);
     if (nbd_command_issue(link->handle, command) < 0) {
         int code = nbd_get_errno();
         link_check(link);
@@ -354,17 +362,36 @@ static int coroutine_fn client_change(struct nbd_client *client, struct nbd_comm
     return r;
 }
 
+/* Has another connection than the one that takes the flush gone, and with it what was written there? */
+static void coroutine_fn client_look(struct nbd_client *client)
+{
+    for (unsigned i = 0; client->link_count > 1 && i < client->link_count; i++) {
+        struct nbd_link *link = &client->links[i];
+        if (atomic_load(&link->up)) {
+            co_mutex_lock(&link->guard);
+            link_look(link, 0);
+            co_mutex_unlock(&link->guard);
+        }
+    }
+}
+
 int coroutine_fn nbd_client_run(struct nbd_client *client, struct nbd_command *command)
 {
-    bool changes = command->kind == NBD_WRITE || command->kind == NBD_ZERO || command->kind == NBD_TRIM;
-    if (!client->journal.active) {
-        return client_run(client, command);
-    }
-    if (changes) {
-        return client_change(client, command);
-    }
     command->journal = &client->journal;
-    return client_run(client, command);
+    if (client->journal.active) {
+        return command_changes(command) ? client_change(client, command) : client_run(client, command);
+    }
+    if (command->kind == NBD_FLUSH) {
+        client_look(client);
+    }
+    int r = client_run(client, command);
+    if (r == 0 && command->kind == NBD_FLUSH && nbd_journal_take_loss(&client->journal)) {
+        g_message("Node '%s': what the NBD server had acknowledged and not flushed when its connection was lost may be "
+                  "lost too (a reconnect-delay would prevent that)",
+                  client->name);
+        return -EIO;
+    }
+    return r;
 }
 
 /* --- dialling; home --- */
