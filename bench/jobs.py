@@ -7,8 +7,8 @@ median of the rounds, with the least and the greatest. For each job: how many Mi
 second; the processor's seconds that it takes; how far the daemon's memory rises meanwhile; and, in runs of their own,
 how long a client waits that reads and writes 4 KiB at random places of the source through NBD, one request at a time,
 for as long as the job runs: that one percent of its requests take longer is what `p99` says. The last round of each
-row is compared with what it was to be. In tmpfs `floor` is how fast bytes go into a new file at all, one pwrite() after
-the other (convert.py says more): a job whose target is new is no faster.
+row is compared with what it was to be. In tmpfs `floor` is how fast a new file can be filled there at all (floor.c): a
+job whose target is new is no faster.
 
 Sources: `full` holds random bytes everywhere; `sparse` is eight times as long and holds as many 64 KiB pieces of them as
 make an eighth of its data; `zeroes` is as long as `full`, all of it written, seven eighths with zeroes; `large` is of
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 
-from run import LOAD, MIB, Interlock, Peer, Qmp, run, write_floor
+from run import LOAD, MIB, Interlock, Peer, Qmp, copying_floor, run
 
 TIB = MIB * MIB
 PIECE = 65536
@@ -265,8 +265,8 @@ def main():
         place = Place(name, base, "" if name == "tmpfs" else ",cache.direct=on")
         try:
             if name == "tmpfs":
-                speeds = [options.size / write_floor(place.directory, options.size) for _ in range(options.rounds)]
-                print(f"{'tmpfs: floor of writing':30s} {span(speeds)}")
+                way, seconds = copying_floor(place.directory, options.size, options.rounds)
+                print(f"{'tmpfs: floor':30s} {options.size / seconds:7.0f} ({way})")
             measure_place(options, kinds, place, rows)
         finally:
             shutil.rmtree(place.directory, ignore_errors=True)
