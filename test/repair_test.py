@@ -10,7 +10,8 @@ import struct
 import subprocess
 
 import damage
-from harness import BUILD, MIB, SLOWNESS, TestCase, qemu_img, run, scale
+import hostile
+from harness import BUILD, MIB, PROGRAM, SLOWNESS, TestCase, qemu_img, run, scale
 
 REPAIR = os.path.join(BUILD, "test", "repair")
 PIECE = 4096
@@ -122,6 +123,34 @@ class Repair(TestCase):
             self.ours("all", path + ".bad")
             self.assertTrue(self.is_clean(self.ours("none", path + ".bad")))
             self.assertTrue(self.is_clean(self.peers(path + ".bad")))
+
+    def tiny_clusters(self, name, length, more=None, **fields):
+        """An image with clusters of 512 bytes and one full refcount block, in a file with nothing in it from there on."""
+        image = bytearray(hostile.qcow2_bytes(**{"cluster_bits": 9, "size": 1 << 15, "table_offset": 512,
+                                                 "l1_offset": 3 * 512, **fields})[:2048])
+        image[512:2048] = struct.pack(">Q", 1024) + bytes(504) + b"\xff" * 512 + bytes(512)
+        path = self.path(name)
+        with open(path, "wb") as file:
+            file.write(image)
+            for offset, data in (more or {}).items():
+                file.seek(offset)
+                file.write(data)
+            file.truncate(length)
+        return path
+
+    def test_a_long_file_with_little_in_it_takes_little_time(self):
+        for command in (["check", "-r", "all"], ["check", "-r", "leaks"], ["amend", "-o", "refcount_bits=1"]):
+            path = self.tiny_clusters("long.qcow2", 1 << 40)
+            result = run(PROGRAM, "img", *command, "-f", "qcow2", path, check=False, timeout=10 * SLOWNESS)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertTrue(self.is_clean(self.ours("none", path)), command)
+
+    def test_tables_that_many_snapshots_share_take_little_time(self):
+        entry = struct.pack(">QIHHIIQII", 1 << 23, 4 << 20, 1, 1, 0, 0, 0, 0, 16) + bytes(16) + b"1x" + bytes(6)
+        path = self.tiny_clusters("shared.qcow2", 48 * MIB, {2048: entry * 65536}, snapshot_count=65536,
+                                  snapshot_offset=2048)
+        result = run(PROGRAM, "img", "check", "-f", "qcow2", path, check=False, timeout=10 * SLOWNESS)
+        self.assertEqual(result.returncode, 1, result.stderr)
 
     def test_a_repair_leaves_no_less_than_the_peers(self):
         per_base = 10

@@ -295,6 +295,9 @@ static int coroutine_fn check_width(struct amend *amend)
     }
     code = count(amend, &census);
     for (uint64_t i = 0; code == 0 && i < census.clusters; i++) {
+        if (i % (1u << QCOW2_TALLY_CHUNK_BITS) == 0) {
+            i = qcow2_tally_skip(&census.uses, NULL, i, census.clusters);
+        }
         uint64_t uses = qcow2_tally_get(&census.uses, i);
         if (uses > most) {
             code = error_set(amend->err, -ERANGE,

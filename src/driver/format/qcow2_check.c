@@ -37,7 +37,7 @@ static void compare_refcounts(struct qcow2_census *census, struct tally *tally)
     const uint64_t in_chunk = (UINT64_C(1) << QCOW2_TALLY_CHUNK_BITS) - 1;
     for (uint64_t i = 0; i < census->clusters; i++) {
         if ((i & in_chunk) == 0) {
-            i = min_u64(qcow2_tally_skip(&census->uses, i), qcow2_tally_skip(&census->refcounts, i));
+            i = qcow2_tally_skip(&census->uses, &census->refcounts, i, census->clusters);
             if (i >= census->clusters) {
                 break;
             }

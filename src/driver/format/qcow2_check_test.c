@@ -297,8 +297,11 @@ static void test_tally(void)
     }
     g_assert_cmpuint(qcow2_tally_get(&tally, 3999), ==, 0);
     g_assert_cmpuint(qcow2_tally_get(&tally, 1 << 30), ==, 0);
-    g_assert_cmpuint(qcow2_tally_skip(&tally, 5000), ==, 5000);
-    g_assert_cmpuint(qcow2_tally_skip(&tally, 8192), ==, UINT64_MAX);
+    g_assert_cmpuint(qcow2_tally_skip(&tally, NULL, 5000, 20000), ==, 5000);
+    g_assert_cmpuint(qcow2_tally_skip(&tally, NULL, 8192, 20000), ==, 20000);
+    g_assert_cmpuint(qcow2_tally_skip(&tally, NULL, 8192, 9000), ==, 9000);
+    g_assert_cmpuint(qcow2_tally_skip(&tally, NULL, 30000, 40000), ==, 40000);
+    g_assert_cmpuint(qcow2_tally_skip(&tally, &tally, 0, 20000), ==, 0);
     qcow2_tally_set(&tally, 5, UINT64_MAX);
     qcow2_tally_add(&tally, 5, 1);
     g_assert_cmpuint(qcow2_tally_get(&tally, 5), ==, UINT32_MAX);

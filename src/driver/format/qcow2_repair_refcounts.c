@@ -74,19 +74,33 @@ static int coroutine_fn correct_block(struct qcow2_repair *repair, uint64_t regi
     return code < 0 ? error_set_errno(repair->err, code, "Could not correct a refcount block") : 0;
 }
 
+/* `cluster`, or behind it, before `end`: where uses or refcounts are that may differ. */
+static uint64_t skip_nothing(const struct qcow2_repair *repair, uint64_t cluster, uint64_t end, bool raise_only)
+{
+    const struct qcow2_census *census = repair->census;
+    return qcow2_tally_skip(&census->uses, raise_only ? NULL : &census->refcounts, cluster, end);
+}
+
 /* The first cluster of the region whose refcount is to change; the region's end if there is none. */
 static uint64_t find_change(const struct qcow2_repair *repair, uint64_t region, bool raise_only)
 {
     uint64_t end = region_end(repair, region);
-    uint64_t cluster = region << repair->image->refcount_block_bits;
+    uint64_t cluster = skip_nothing(repair, region << repair->image->refcount_block_bits, end, raise_only);
     while (cluster < end && !needs_change(repair, cluster, raise_only)) {
         cluster++;
         if ((cluster & ((1u << QCOW2_TALLY_CHUNK_BITS) - 1)) == 0) {
-            cluster = min_u64(qcow2_tally_skip(&repair->census->uses, cluster),
-                              raise_only ? UINT64_MAX : qcow2_tally_skip(&repair->census->refcounts, cluster));
+            cluster = skip_nothing(repair, cluster, end, raise_only);
         }
     }
     return min_u64(cluster, end);
+}
+
+/* The first region from this one on that has uses or refcounts; their number if there is none. */
+static uint64_t next_region(const struct qcow2_repair *repair, uint64_t region)
+{
+    unsigned bits = repair->image->refcount_block_bits;
+    uint64_t cluster = skip_nothing(repair, region << bits, repair->end, false);
+    return cluster < repair->end ? cluster >> bits : div_up(repair->end, block_count(repair->image));
 }
 
 static bool has_block(const struct qcow2_repair *repair, uint64_t region)
@@ -101,7 +115,7 @@ static bool in_place(const struct qcow2_repair *repair)
         return false;
     }
     uint64_t regions = div_up(repair->end, block_count(repair->image));
-    for (uint64_t region = 0; region < regions; region++) {
+    for (uint64_t region = next_region(repair, 0); region < regions; region = next_region(repair, region + 1)) {
         if (!has_block(repair, region) && find_change(repair, region, true) < region_end(repair, region)) {
             return false;
         }
@@ -124,7 +138,8 @@ static bool region_in_use(const struct qcow2_repair *repair, uint64_t region, co
     if (begin < layout->first + layout->total && end > layout->first) {
         return true;
     }
-    for (uint64_t i = qcow2_tally_skip(&repair->census->uses, begin); i < min_u64(end, repair->end); i++) {
+    end = min_u64(end, repair->end);
+    for (uint64_t i = qcow2_tally_skip(&repair->census->uses, NULL, begin, end); i < end; i++) {
         if (qcow2_tally_get(&repair->census->uses, i)) {
             return true;
         }
@@ -132,6 +147,12 @@ static bool region_in_use(const struct qcow2_repair *repair, uint64_t region, co
     return false;
 }
 
+static bool table_fits(const struct qcow2 *image, const struct layout *layout)
+{
+    return layout->table_clusters <= QCOW2_REFCOUNT_TABLE_BYTES_MAX >> image->cluster_bits;
+}
+
+/* A table that does not fit is left half planned. */
 static void plan(const struct qcow2_repair *repair, struct layout *layout)
 {
     const struct qcow2 *image = repair->image;
@@ -139,11 +160,15 @@ static void plan(const struct qcow2_repair *repair, struct layout *layout)
     for (;;) {
         struct layout next = *layout;
         uint64_t regions = div_up(layout->first + max_u64(layout->total, 1), block_count(image));
+        next.table_clusters = div_up(regions * 8, image->cluster_size);
+        if (!table_fits(image, &next)) {
+            *layout = next;
+            return;
+        }
         next.blocks = 0;
         for (uint64_t region = 0; region < regions; region++) {
             next.blocks += region_in_use(repair, region, layout);
         }
-        next.table_clusters = div_up(regions * 8, image->cluster_size);
         next.entries = next.table_clusters << (image->cluster_bits - 3);
         next.total = next.blocks + next.table_clusters;
         if (next.total == layout->total) {
@@ -246,7 +271,7 @@ static int coroutine_fn rebuild(struct qcow2_repair *repair, bool raise_only)
     struct layout layout;
     drop_old(repair);
     plan(repair, &layout);
-    if (layout.table_clusters << repair->image->cluster_bits > QCOW2_REFCOUNT_TABLE_BYTES_MAX) {
+    if (!table_fits(repair->image, &layout)) {
         return error_set(repair->err, -EFBIG, "the image needs a refcount table of more than 8 MiB");
     }
     g_autofree uint64_t *table = g_try_new0(uint64_t, layout.entries);
@@ -280,7 +305,7 @@ int coroutine_fn qcow2_repair_refcounts(struct qcow2_repair *repair, bool raise_
         return rebuild(repair, raise_only);
     }
     uint64_t regions = div_up(repair->end, block_count(repair->image));
-    for (uint64_t region = 0; region < regions; region++) {
+    for (uint64_t region = next_region(repair, 0); region < regions; region = next_region(repair, region + 1)) {
         if (!has_block(repair, region) || find_change(repair, region, raise_only) == region_end(repair, region)) {
             continue;
         }

@@ -97,10 +97,16 @@ void qcow2_tally_set_slowly(struct qcow2_tally *tally, uint64_t cluster, uint32_
     }
 }
 
-uint64_t qcow2_tally_skip(const struct qcow2_tally *tally, uint64_t cluster)
+static bool chunk_is_empty(const struct qcow2_tally *tally, uint64_t cluster)
 {
-    while (cluster < tally->clusters && !tally->chunks[cluster >> QCOW2_TALLY_CHUNK_BITS]) {
-        cluster = (cluster | (CHUNK_CLUSTERS - 1)) + 1;
+    return cluster >= tally->clusters || !tally->chunks[cluster >> QCOW2_TALLY_CHUNK_BITS];
+}
+
+uint64_t qcow2_tally_skip(const struct qcow2_tally *tally, const struct qcow2_tally *other, uint64_t cluster,
+                          uint64_t end)
+{
+    while (cluster < end && chunk_is_empty(tally, cluster) && (!other || chunk_is_empty(other, cluster))) {
+        cluster = cluster < tally->clusters ? (cluster | (CHUNK_CLUSTERS - 1)) + 1 : end;
     }
-    return cluster < tally->clusters ? cluster : UINT64_MAX;
+    return cluster < end ? cluster : end;
 }

@@ -53,7 +53,12 @@ static inline void qcow2_tally_add(struct qcow2_tally *tally, uint64_t cluster, 
     qcow2_tally_set(tally, cluster, (uint64_t)qcow2_tally_get(tally, cluster) + count);
 }
 
-/* The first cluster at or behind `cluster` whose chunk has numbers, or UINT64_MAX: for skipping what is all 0. */
-uint64_t qcow2_tally_skip(const struct qcow2_tally *tally, uint64_t cluster);
+/*
+ * The first cluster from `cluster` on, before `end`, whose chunk has numbers in `tally` or in `other` (of no more
+ * clusters; or NULL), else `end`: for skipping what is all 0. It looks no further than `end`, so who goes through a
+ * file piece by piece looks at each chunk once.
+ */
+uint64_t qcow2_tally_skip(const struct qcow2_tally *tally, const struct qcow2_tally *other, uint64_t cluster,
+                          uint64_t end);
 
 #endif
