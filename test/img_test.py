@@ -153,6 +153,15 @@ class Matrix(ImgTestCase):
                     if image_format == "qcow2":
                         self.assert_same_json("check", *SECRET, "--image-opts", image)
 
+    def test_a_header_without_payload_is_not_its_own_payload(self):
+        image_format, options, key = ENCRYPTED["luks"]
+        self.make("alone", options, "peer", *SECRET, image_format=image_format)
+        with open(self.path("alone"), "r+b") as file:
+            file.seek(104)
+            file.write(bytes(4))  # payload offset
+        image = f"driver=luks,file.filename=alone,{key}"
+        self.img("convert", *SECRET, "--image-opts", image, "-O", "raw", "out", status=1)
+
     def test_snapshots_and_bitmaps(self):
         self.make("disk", "", "peer")
         for number in range(3):

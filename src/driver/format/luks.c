@@ -35,6 +35,12 @@ static int open_size(struct node *node, struct luks_state *state, struct error *
 {
     uint64_t size = edge_size(node->file);
     state->payload = state->header.payload_offset;
+    if (state->payload == 0 && !node->data && !node->no_data) { /* a write would go over the key slots */
+        return error_set(err, -EINVAL,
+                         "LUKS header says that its payload lies elsewhere, and '%s' has no node for the "
+                         "header alone (option 'header')",
+                         node->name);
+    }
     if (size < state->payload) {
         return error_set(err, -EINVAL,
                          "LUKS volume of node '%s' is cut off: its payload begins at %" G_GUINT64_FORMAT
