@@ -602,6 +602,23 @@ static uint64_t built_extensions_end(const struct qcow2_header *header, const ui
     }
 }
 
+/* Names that could not be written, or not be flushed, may be on disk all the same: what they were goes there again, as
+ * far as the disk takes it. `data` is the cluster that was tried; its fields that we do not know stay. */
+static void coroutine_fn put_back(struct edge *file, const struct qcow2_header *header, uint8_t *data)
+{
+    uint64_t known = MIN(header->length, sizeof(struct qcow2_disk_header)), name_offset = 0;
+    g_autofree uint8_t *unknown = g_memdup2(data + known, header->length - known);
+    memset(data, 0, (size_t)1 << header->cluster_bits);
+    if (qcow2_header_build(header, header->backing_file, header->backing_format, data, &name_offset) == 0) {
+        uint64_t name_end = name_offset + (header->backing_file ? strlen(header->backing_file) : 0);
+        if (unknown) {
+            memcpy(data + known, unknown, header->length - known);
+        }
+        uint64_t bytes = max_u64(max_u64(built_extensions_end(header, data), name_end), QCOW2_SECTOR);
+        (void)edge_write_memory(file, 0, data, bytes, 0);
+    }
+}
+
 int coroutine_fn qcow2_header_change_backing(struct edge *file, struct qcow2_header *header, const char *backing_file,
                                              const char *backing_format, struct error **err)
 {
@@ -629,6 +646,9 @@ int coroutine_fn qcow2_header_change_backing(struct edge *file, struct qcow2_hea
     }
     if (code == 0) {
         code = write_cluster(file, header, data, name_offset, length, built_extensions_end(header, data));
+        if (code < 0) {
+            put_back(file, header, data);
+        }
     }
     if (code < 0) {
         return error_set_errno(err, code, "Could not write the qcow2 header");

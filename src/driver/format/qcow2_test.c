@@ -387,6 +387,30 @@ static void coroutine_fn try_backing_strings(void *argument)
     bench_destroy(&bench);
 }
 
+/* Whatever of a change of the names fails, writing or flushing: then what was there is there. */
+static void coroutine_fn try_failing_backing_strings(void *argument)
+{
+    struct bench bench;
+    struct qcow2_create_options options = {.size = 1 * MiB, .backing_file = "/old", .backing_format = "raw"};
+    int code = -EIO;
+    unsigned rounds = 0;
+    bench_create(&bench, &options);
+    for (; code < 0; rounds++) {
+        bench_open(&bench, ",\"backing\":null");
+        bench.disk->fail_first = bench.disk->changes + rounds;
+        bench.disk->fail_end = bench.disk->fail_first + 1;
+        bench.disk->fail_code = -EIO;
+        code = bench.node->driver->change_backing(bench.node, "/a/longer/new/name", "qcow2", NULL);
+        bench.disk->fail_end = 0;
+        bench_close(&bench);
+        bench_open(&bench, ",\"backing\":null");
+        g_assert_cmpstr(bench.node->header_backing, ==, code == 0 ? "/a/longer/new/name" : "/old");
+        bench_close(&bench);
+    }
+    g_assert_cmpuint(rounds, >, 3);
+    bench_destroy(&bench);
+}
+
 /* A bad L2 entry: reads of it fail, others go on, writes are refused, and the image is marked. */
 static void coroutine_fn try_corruption(void *argument)
 {
@@ -632,6 +656,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2/header-building", test_header_building);
     g_test_add_data_func("/qcow2/growing", try_growing, run);
     g_test_add_data_func("/qcow2/backing-strings", try_backing_strings, run);
+    g_test_add_data_func("/qcow2/failing-backing-strings", try_failing_backing_strings, run);
     g_test_add_data_func("/qcow2/corruption", try_corruption, run);
     g_test_add_data_func("/qcow2/overlap", try_overlap, run);
     g_test_add_data_func("/qcow2/low-refcounts", try_low_refcounts, run);
