@@ -37,6 +37,12 @@ bool backend_follows(const struct backend *backend)
     return backend->operation != NULL;
 }
 
+bool backend_is_of(const struct backend *backend, const struct operation *operation)
+{
+    g_autofree char *suffix = g_strdup_printf(" %s", access_holder_id(operation->holder));
+    return g_str_has_suffix(backend->owner, suffix);
+}
+
 static void backend_free(struct backend *backend)
 {
     list_remove(&backend->graph_link);

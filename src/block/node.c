@@ -413,10 +413,9 @@ int coroutine_fn node_change_backing(struct node *node, const struct operation *
 /* Is this operation there as a backend already ("export e0")? */
 static bool has_backend(const struct node *node, const struct operation *operation)
 {
-    g_autofree char *suffix = g_strdup_printf(" %s", access_holder_id(operation->holder));
     list_for_each (link, &node->parents) {
         const struct edge *edge = container_of(link, struct edge, child_link);
-        if (edge->role == EDGE_ROOT && g_str_has_suffix(edge->backend->owner, suffix)) {
+        if (edge->role == EDGE_ROOT && backend_is_of(edge->backend, operation)) {
             return true;
         }
     }

@@ -28,6 +28,8 @@ int coroutine_fn backend_attach_locked(struct backend *backend, struct node *nod
  * before operation_end(), but not sooner: claims that stay behind on a node that became stale refuse the change. */
 void backend_follow(struct backend *backend, struct operation *operation, unsigned variable);
 bool backend_follows(const struct backend *backend);
+/* Does its owner's name end with the operation's id? */
+bool backend_is_of(const struct backend *backend, const struct operation *operation);
 /* Under a drain of its own; empty afterwards. */
 void coroutine_fn backend_detach(struct backend *backend);
 /* Waits for its requests, detaches, frees. Accepts NULL. */

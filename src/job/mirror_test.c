@@ -8,6 +8,7 @@
 #include "job/chain_testing.h"
 #include "job/commit.h"
 #include "job/mirror.h"
+#include "job/stream.h"
 #include "loop/sim.h"
 #include <errno.h>
 #include <string.h>
@@ -452,6 +453,34 @@ static void two_mirrors_of_one_node(void *unused)
     }
 }
 
+/* A mirror takes the place of b, together with a second one of b, whose filter was put between b and a stream into b.
+ * The stream goes on with b, and the second mirror with what b's users have now. */
+static void a_stream_stays_with_its_image(void *unused)
+{
+    struct test_bench bench;
+    struct node *first = open_chain(&bench), *second = bench_add(&bench, SIZE), *node = bench.nodes[2];
+    g_autofree unsigned char *before = g_malloc(SIZE), *after = g_malloc(SIZE);
+    struct block_stream_args stream = {
+        .job_id = "stream", .device = "b", .base_node = "base", .has_speed = true, .speed = 1};
+    bench_view(node, before, SIZE);
+    start_mirror(&bench, (struct blockdev_mirror){
+                             .job_id = "one", .device = "b", .replaces = "b", .sync = MIRROR_SYNC_MODE_FULL});
+    bench_await(&bench, "one", JOB_STATUS_READY);
+    g_assert_cmpint(stream_start(bench.jobs, &stream, NULL), ==, 0);
+    start_mirror(
+        &bench, (struct blockdev_mirror){.job_id = "two", .device = "b", .target = "e", .sync = MIRROR_SYNC_MODE_FULL});
+    complete(&bench, "one");
+    g_assert_cmpint(job_set_speed(jobs_find(bench.jobs, "stream"), 0, NULL), ==, 0);
+    bench_await(&bench, "stream", JOB_STATUS_NULL);
+    bench_view(node, after, SIZE);
+    g_assert_true(!memcmp(before, after, SIZE));
+    bench_await(&bench, "two", JOB_STATUS_READY);
+    g_assert_cmpint(job_cancel(jobs_find(bench.jobs, "two"), false, NULL), ==, 0);
+    bench_await(&bench, "two", JOB_STATUS_NULL);
+    same_view(first, second);
+    bench_close(&bench);
+}
+
 /* --- bitmaps --- */
 
 static void coroutine_fn add_bitmap(struct test_bench *bench, struct node *node)
@@ -722,6 +751,7 @@ int main(int argc, char **argv)
         {"/mirror/a-header-that-cannot-be-written-changes-nothing", a_header_that_cannot_be_written_changes_nothing},
         {"/mirror/overlays-stay-without-replaces", overlays_stay_without_replaces},
         {"/mirror/two-mirrors-of-one-node", two_mirrors_of_one_node},
+        {"/mirror/a-stream-stays-with-its-image", a_stream_stays_with_its_image},
         {"/mirror/increments", increments},
         {"/mirror/a-bitmap-survives-a-failure", a_bitmap_survives_a_failure},
         {"/mirror/errors-of-the-target", errors_of_the_target},

@@ -159,27 +159,76 @@ static bool goes_over(const struct edge *edge, enum succession who)
 /* The recording of one succession. */
 struct recording {
     struct transaction *transaction;
-    struct node *own, *to;
+    struct node *image, *own;
     enum succession who;
     bool met_own;
 };
 
-/* Who stands on `node`, which stays; `stays`: where those go who do not go over, or NULL: nowhere. */
-static void record_parents(struct recording *recording, struct node *node, struct node *stays)
+static void record_parents(struct recording *recording, struct node *node, struct node *to, struct node *stays);
+
+/* Is it a backend of a job whose filter, somewhere over `node`, goes over? */
+static bool goes_with_filter(const struct recording *recording, const struct node *node, const struct backend *backend)
+{
+    list_for_each (link, &node->parents) {
+        const struct edge *edge = container_of(link, struct edge, child_link);
+        const struct node *filter = edge->role == EDGE_FILTERED ? edge->parent : NULL;
+        if (filter && filter->job_filter && filter->operation && filter != recording->own &&
+            goes_over(edge, recording->who) && backend_is_of(backend, filter->operation)) {
+            return true;
+        }
+        if (filter && goes_with_filter(recording, filter, backend)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool edge_goes(const struct recording *recording, const struct edge *edge)
+{
+    return goes_over(edge, recording->who) ||
+           (edge->role == EDGE_ROOT && goes_with_filter(recording, recording->image, edge->backend));
+}
+
+/* A job's filter goes over with what stands on it, but for other jobs that are about the image: they only came to stand
+ * there when the filter was put below them. `stays`: where those go. */
+static void record_left(struct recording *recording, struct node *filter, struct node *stays)
+{
+    list_for_each (link, &filter->parents) {
+        struct edge *edge = container_of(link, struct edge, child_link);
+        struct node *above = edge->role == EDGE_FILTERED && edge->parent->job_filter ? edge->parent : NULL;
+        if (above && above == recording->own) {
+            recording->met_own = true;
+            record_parents(recording, above, filter, stays);
+        } else if (above && !above->operation) {
+            transaction_move_edge(recording->transaction, edge, stays);
+            record_parents(recording, above, filter, NULL);
+        } else if (above) {
+            record_left(recording, above, stays);
+        } else if (edge->role == EDGE_ROOT && !edge_goes(recording, edge)) {
+            transaction_move_edge(recording->transaction, edge, stays);
+        }
+    }
+}
+
+/* Who stands on `node`, which stays or ends: who goes over goes to `to`, who does not to `stays`, or NULL: nowhere. */
+static void record_parents(struct recording *recording, struct node *node, struct node *to, struct node *stays)
 {
     list_for_each (link, &node->parents) {
         struct edge *edge = container_of(link, struct edge, child_link);
         struct node *filter = edge->role == EDGE_FILTERED ? edge->parent : NULL;
         if (filter && filter == recording->own) {
             recording->met_own = true;
-            record_parents(recording, filter, stays ? stays : node);
+            record_parents(recording, filter, to, stays ? stays : node);
         } else if (filter && filter->job_filter && !filter->operation) {
             if (stays) { /* its job is about the image */
                 transaction_move_edge(recording->transaction, edge, stays);
             }
-            record_parents(recording, filter, NULL);
-        } else if (goes_over(edge, recording->who)) {
-            transaction_move_edge(recording->transaction, edge, recording->to);
+            record_parents(recording, filter, to, NULL);
+        } else if (edge_goes(recording, edge)) {
+            transaction_move_edge(recording->transaction, edge, to);
+            if (filter && filter->job_filter) {
+                record_left(recording, filter, stays ? stays : node);
+            }
         } else if (stays) {
             transaction_move_edge(recording->transaction, edge, stays);
         }
@@ -189,8 +238,8 @@ static void record_parents(struct recording *recording, struct node *node, struc
 void succession_record(struct transaction *transaction, struct node *image, struct node *own, struct node *to,
                        enum succession who)
 {
-    struct recording recording = {.transaction = transaction, .own = own, .to = to, .who = who};
-    record_parents(&recording, image, NULL);
+    struct recording recording = {.transaction = transaction, .image = image, .own = own, .who = who};
+    record_parents(&recording, image, to, NULL);
     if (own && !recording.met_own) { /* it stands on a filter that goes over, and leaves that to those above it */
         list_for_each (link, &own->parents) {
             transaction_move_edge(transaction, container_of(link, struct edge, child_link), own->filtered->child);
