@@ -84,6 +84,18 @@ static void follow_successor(const struct actor *done, int image, int successor)
     }
 }
 
+/* Nobody would put an overlay over an image that is longer; growing it stores zeroes, which hide what the image has. */
+static int coroutine_fn target_fits(struct action *action, struct error **err)
+{
+    const struct actor *actor = action->state;
+    const struct node *node = world_node(actor->world, actor->move->upper);
+    const struct node *target = world_node(actor->world, actor->target);
+    if (node && target && atomic_load(&target->size) < atomic_load(&node->size)) {
+        return error_set(err, -EINVAL, "Node '%s' is longer than '%s'", node->name, target->name);
+    }
+    return 0;
+}
+
 /* An action in front of the move's own and one behind it tell the model when it happens: nobody else changes the graph
  * in between. */
 static int coroutine_fn come_first(struct action *action, struct error **err)
@@ -103,7 +115,7 @@ static void coroutine_fn come_last(struct action *action)
 static int coroutine_fn run_action(struct actor *actor, const struct action *action, struct error **err)
 {
     static const struct action_kind first = {.name = "first", .plan = come_first};
-    static const struct action_kind last = {.name = "last", .commit = come_last};
+    static const struct action_kind last = {.name = "last", .plan = target_fits, .commit = come_last};
     struct action actions[] = {{.kind = &first, .state = actor}, *action, {.kind = &last, .state = actor}};
     return actions_run(actor->world->graph, actions, G_N_ELEMENTS(actions), err);
 }
@@ -270,7 +282,6 @@ int coroutine_fn snapshot_begin(struct actor *actor, struct error **err)
 {
     struct blockdev_snapshot args = {.node = node_name_of(actor), .overlay = target_name_of(actor)};
     struct action action;
-    fit_target(actor);
     snapshot_action(&action, &args);
     return run_action(actor, &action, err);
 }
