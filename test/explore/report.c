@@ -30,6 +30,10 @@ static const struct reason reasons[] = {
     {"active commit", "commit", "><<>", "the same, seen from the outer one"},
     {"active commit", "active commit",
      "=><=", "the same commit twice: the second would find its work done; its user is told at once"},
+    {"stream", "stream", "<><<",
+     "the lower one cuts off what the upper one is to lean on: few schedules show the harm, for it takes data there "
+     "that "
+     "zeroes between hide"},
     {"commit", "stream", "=><>",
      "the stream would cut the commit's base off under it: that is harmless only with nothing between, or when all is "
      "copied"},
