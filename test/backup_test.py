@@ -124,8 +124,9 @@ class Exact(BackupCase):
                  (("one", "4k"), ("two", "2M"), ("three", "64k"))}
         moments = {}
         for name in paths:
+            # The guests may have had everything copied before the cancel comes: it waits for its user then.
             moments[name] = self.start(daemon, **{"job-id": name, "device": "top", "target": name, "sync": "full",
-                                                  "speed": 2 * MIB})
+                                                  "speed": 2 * MIB, "auto-finalize": name != "three"})
             time.sleep(0.05)
         daemon.qmp.execute("block-job-cancel", device="three")
         event = daemon.qmp.wait_event("BLOCK_JOB_CANCELLED", device="three")
