@@ -145,13 +145,6 @@ class Repair(TestCase):
             self.assertEqual(result.returncode, 0, result.stderr)
             self.assertTrue(self.is_clean(self.ours("none", path)), command)
 
-    def test_tables_that_many_snapshots_share_take_little_time(self):
-        entry = struct.pack(">QIHHIIQII", 1 << 23, 4 << 20, 1, 1, 0, 0, 0, 0, 16) + bytes(16) + b"1x" + bytes(6)
-        path = self.tiny_clusters("shared.qcow2", 48 * MIB, {2048: entry * 65536}, snapshot_count=65536,
-                                  snapshot_offset=2048)
-        result = run(PROGRAM, "img", "check", "-f", "qcow2", path, check=False, timeout=10 * SLOWNESS)
-        self.assertEqual(result.returncode, 1, result.stderr)
-
     def test_a_repair_leaves_no_less_than_the_peers(self):
         per_base = 10
         for seed, path, by_peer, by_us in self.bases(scale(2, 50)):

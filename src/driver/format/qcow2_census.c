@@ -81,7 +81,6 @@ bool qcow2_census_inside(const struct qcow2_census *census, uint64_t offset, uin
 bool coroutine_fn census_read(struct qcow2_census *census, uint64_t offset, void *to, uint64_t bytes, const char *what)
 {
     if (census->reads < bytes) {
-        census->spent = true;
         census_error(census, "%s at 0x%" G_GINT64_MODIFIER "x is not read: there are more metadata than the file holds",
                      what, offset);
         return false;

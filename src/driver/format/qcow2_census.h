@@ -63,7 +63,6 @@ struct qcow2_census {
     uint64_t file_bytes;
     uint64_t clusters;       /* of the file, the last one as if it were whole */
     uint64_t memory, reads;  /* bytes left, see qcow2_census.c */
-    bool spent;              /* something was not read for want of these: an error, and no use in counting on */
     struct qcow2_tally uses; /* has room for clusters that a repair adds behind the file's end */
     struct qcow2_tally refcounts;
     uint64_t *refcount_table; /* host byte order, as on disk */

@@ -190,9 +190,6 @@ void coroutine_fn census_count_snapshots(struct qcow2_census *census)
         count_snapshot(census, i, &snapshot);
         g_array_append_val(census->snapshots, snapshot);
         at = end;
-        if (census->spent) {
-            return;
-        }
     }
     census->snapshot_bytes = at;
     if (!census_use_metadata(census, start, at, QCOW2_PLACE_SNAPSHOT_TABLE, "the snapshot table")) {
@@ -264,9 +261,6 @@ static bool coroutine_fn count_directory(struct qcow2_census *census)
         }
         at += length;
         good &= count_bitmap(census, be64toh(bitmap.table_offset), be32toh(bitmap.table_size));
-        if (census->spent) {
-            break;
-        }
     }
     return good;
 }

@@ -96,7 +96,8 @@ static int coroutine_fn correct_l1(struct qcow2_repair *repair, const struct qco
     return code < 0 ? error_set_errno(repair->err, code, "Could not correct the L1 table of a snapshot") : 0;
 }
 
-/* Appends a snapshot's entry to the new table. */
+/* Appends a snapshot's entry to the new table. It is read anew, and may have another length than was counted, where the
+ * table lies over something else, or was not counted to its end. */
 static int coroutine_fn append_entry(struct qcow2_repair *repair, const struct qcow2_census_snapshot *snapshot,
                                      uint8_t *to, uint64_t *at)
 {
@@ -114,6 +115,10 @@ static int coroutine_fn append_entry(struct qcow2_repair *repair, const struct q
     uint64_t made_up[2] = {htobe64(be32toh(disk.vm_state_size)), htobe64(image->header.size)};
     disk.l1_table_offset = htobe64(snapshot->moved_to ? snapshot->moved_to : snapshot->l1_offset);
     disk.extra_size = htobe32(written);
+    uint64_t end = align_up(*at + sizeof(disk) + MAX(kept, written) + names, 8);
+    if (end > repair->snapshots_room) {
+        return -EIO;
+    }
     uint8_t *place = to + *at;
     memcpy(place, &disk, sizeof(disk));
     place += sizeof(disk);
@@ -126,7 +131,7 @@ static int coroutine_fn append_entry(struct qcow2_repair *repair, const struct q
     if (code == 0 && names) {
         code = edge_read_memory(image->node->file, from + sizeof(disk) + extra, place + written, names);
     }
-    *at = align_up(*at + sizeof(disk) + written + names, 8);
+    *at = end;
     return code;
 }
 
