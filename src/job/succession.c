@@ -6,9 +6,10 @@
  * 1. The set of overlays is found again under the lock each time: it is a role, no list.
  * 2. Between an image and its users stand filters: of jobs, and of users. The edge of the lowest one moves, so all of
  *    them come along in their order; the job's own filter is taken out on the way, wherever it stands among them.
- * 3. A backend moves if its owner follows it. A job's backends do not: its claims are on the image. What a job's filter
- *    shows may be followed by its operation (graph_filter_follow()); a job that cannot go on with another image does
- * not follow, and its claims refuse the step.
+ * 3. A backend moves if its owner follows it. A job's backends do not: its claims are on the image, and there they
+ *    stay, also when the filter of another job that was put below them goes over. What a job's filter shows may be
+ *    followed by its operation (graph_filter_follow()), and then the job's own backends go with it; a job that cannot
+ *    go on with another image does not follow, and its claims refuse the step.
  *
  * Strings in headers are relink.c's; whether the two images show the same is the job's affair.
  */
