@@ -3,8 +3,9 @@
 """Measures `interlock img convert` and `compare` beside qemu-img, in one run, in tmpfs.
 
 The two take turns (A B A B) within each row; a row shows the median of the rounds, with the least and the greatest. A
-target is removed before each run and compared with its source after the last. `floor` is the fastest of all ways in
-which this kernel can fill a new file in memory (floor.c): no program that converts as many bytes takes less. `--one` repeats the compressed rows on one processor.
+target is removed before each run and compared with its source after the last; before each run free memory is touched
+(unless `--cold`). `floor` is the fastest of the ways that we know to fill a new file in memory (floor.c). `--one`
+repeats the compressed rows on one processor.
 The last rows are no race with the peer: what 4 KiB requests to qcow2 cost beside the same ones to raw, in our
 program, once the tables are cached; each run stands between two on raw, the figure is the median of these ratios.
 """
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from run import copying_floor
+from run import copying_floor, warm_memory
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, os.environ.get("INTERLOCK_BUILD", "build"), "interlock")
@@ -61,7 +62,7 @@ def make_sources(directory, size):
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", f"{directory}/{name}.raw", f"{directory}/{name}.qcow2")
 
 
-def measure(directory, arguments, rounds, prefix=()):
+def measure(directory, arguments, rounds, warm, prefix=()):
     """Seconds of each program, by round; the target is `out`."""
     out = os.path.join(directory, "out")
     took = {"peer": [], "ours": []}
@@ -69,6 +70,7 @@ def measure(directory, arguments, rounds, prefix=()):
         for name, program in (("peer", ["qemu-img"]), ("ours", [PROGRAM, "img"])):
             if os.path.exists(out):
                 os.unlink(out)
+            warm_memory(warm)
             begin = time.perf_counter()
             run(*prefix, *program, *arguments)
             took[name].append(time.perf_counter() - begin)
@@ -118,25 +120,29 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=1024, help="MiB of data in the large sources")
     parser.add_argument("--directory", default="/dev/shm")
+    parser.add_argument("--cold", action="store_true", help="take free memory as it is (run.py, warm_memory)")
     parser.add_argument("--one", action="store_true", help="the compressed rows on one processor too")
     parser.add_argument("words", nargs="*", help="only rows with one of these words")
     options = parser.parse_args()
+    warm = 0 if options.cold else options.size * 3 // 2
     directory = tempfile.mkdtemp(prefix="interlock-convert-", dir=options.directory)
     try:
         make_sources(directory, options.size * MIB)
+        warm_memory(warm)
         way, floor = copying_floor(directory, options.size, options.rounds)
         print(f"floor of {options.size} MiB: {floor:.3f} s ({way})")
         print(f"{'seconds':<34} {'qemu-img':>24} {'interlock':>24} {'ratio':>6}")
         for title, arguments, scales in rows(directory):
             if options.words and not any(word in title for word in options.words):
                 continue
-            show(title, measure(directory, arguments, options.rounds))
+            show(title, measure(directory, arguments, options.rounds, warm))
             if arguments[0] == "convert":
                 source, target = arguments[-2:]
                 formats = arguments[2], arguments[4]
                 run("qemu-img", "compare", "-f", formats[0], "-F", formats[1], source, target)
             if scales and options.one:
-                show(f"{title}, 1 processor", measure(directory, arguments, options.rounds, ["taskset", "-c", "0"]))
+                show(f"{title}, 1 processor", measure(directory, arguments, options.rounds, warm,
+                                                            ["taskset", "-c", "0"]))
         if not options.words or "4 KiB" in options.words:
             cost_of_format(directory, 4 * options.rounds)
     finally:

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * How fast a file can be copied in a file system in memory, by any way that this kernel has: what no program's
- * conversion or mirror can beat there. Each way writes a new file, from memory that is in the cache (`hot`: nobody
- * could have read anything faster) or from a source of the same length, by one thread or by two.
+ * How fast a file can be copied in a file system in memory, by each way that we know. Each writes a new file, from
+ * memory that is in the cache (`hot`: nobody could have read anything faster) or from a source of the same length, by
+ * one thread or by two.
  *
  *   floor DIRECTORY MIB ROUNDS     prints a line for each way: its name, a tab, the seconds of its fastest round
  *
- * The kernel lets one writer at a time into such a file, and a page that is new has to be found, charged and entered
- * (when it is mapped: zeroed as well), which takes as long as the copying does.
+ * The kernel lets one writer at a time into such a file, and a small page that is new has to be found, charged and
+ * entered (when it is mapped: zeroed as well), which takes as long as the copying does. Huge pages (which need no mount
+ * option to be made, only MADV_COLLAPSE) cost a zeroing, and nobody waits for anybody.
  */
 #include <fcntl.h>
 #include <pthread.h>
@@ -19,11 +20,14 @@
 #include <time.h>
 #include <unistd.h>
 
-#define STEP (2L << 20)    /* what a thread takes at a time */
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* of Linux 6.1 */
+#endif
+#define STEP (2L << 20)    /* what a thread takes at a time: a huge page */
 #define WRITE (128L << 10) /* what one call writes */
 #define THREADS_MAX 2
 
-enum way { WRITE_HOT, WRITE_MAPPED, READ_WRITE, COPY_RANGE, MAP_HOT, MAP_POPULATED_HOT, READ_TO_MAP };
+enum way { WRITE_HOT, WRITE_MAPPED, READ_WRITE, COPY_RANGE, MAP_HOT, MAP_POPULATED_HOT, READ_TO_MAP, READ_TO_HUGE };
 
 static const struct row {
     const char *name;
@@ -43,6 +47,8 @@ static const struct row {
     {"pwrite from a mapping, 2 threads", WRITE_MAPPED, 2, false},
     {"pread to a populated mapping, 2 threads", READ_TO_MAP, 2, false},
     {"copy_file_range", COPY_RANGE, 1, false},
+    {"pread to a huge page", READ_TO_HUGE, 1, false},
+    {"pread to a huge page, 2 threads", READ_TO_HUGE, 2, false},
 };
 
 struct copying {
@@ -92,6 +98,11 @@ static void copy_step(const struct copying *copying, char *memory, long at)
     case MAP_HOT:
         memcpy(copying->to_map + at, memory, STEP);
         return;
+    case READ_TO_HUGE: /* what is empty cannot be collapsed */
+        must(pwrite(copying->to, "", 1, at) == 1, "pwrite");
+        must(!madvise(copying->to_map + at, STEP, MADV_COLLAPSE), "MADV_COLLAPSE");
+        must(pread(copying->from, copying->to_map + at, STEP, at) == STEP, "pread");
+        return;
     case READ_TO_MAP:
         must(!madvise(copying->to_map + at, STEP, MADV_POPULATE_WRITE), "madvise");
         must(pread(copying->from, copying->to_map + at, STEP, at) == STEP, "pread");
@@ -128,7 +139,10 @@ static double measure(const struct row *row, const char *path, int from, char *f
     int to = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
 
     must(to >= 0 && !ftruncate(to, size), path);
-    char *to_map = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, to, 0);
+    char *room = mmap(NULL, (size_t)(size + STEP), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(room != MAP_FAILED, "mmap");
+    char *to_map = mmap(room + (STEP - (long)room % STEP) % STEP, (size_t)size, PROT_READ | PROT_WRITE,
+                        MAP_SHARED | MAP_FIXED, to, 0);
     must(to_map != MAP_FAILED, "mmap");
     double begin = seconds();
 
@@ -142,7 +156,7 @@ static double measure(const struct row *row, const char *path, int from, char *f
     }
     double took = seconds() - begin;
 
-    munmap(to_map, (size_t)size);
+    munmap(room, (size_t)(size + STEP));
     close(to);
     unlink(path);
     return took;

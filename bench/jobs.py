@@ -7,8 +7,8 @@ median of the rounds, with the least and the greatest. For each job: how many Mi
 second; the processor's seconds that it takes; how far the daemon's memory rises meanwhile; and, in runs of their own,
 how long a client waits that reads and writes 4 KiB at random places of the source through NBD, one request at a time,
 for as long as the job runs: that one percent of its requests take longer is what `p99` says. The last round of each
-row is compared with what it was to be. In tmpfs `floor` is how fast a new file can be filled there at all (floor.c): a
-job whose target is new is no faster.
+row is compared with what it was to be. In tmpfs `floor` is the fastest way that we know to fill a new file there
+(floor.c). Before each daemon starts, free memory is touched (unless `--cold`).
 
 Sources: `full` holds random bytes everywhere; `sparse` is eight times as long and holds as many 64 KiB pieces of them as
 make an eighth of its data; `zeroes` is as long as `full`, all of it written, seven eighths with zeroes; `large` is of
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 
-from run import LOAD, MIB, Interlock, Peer, Qmp, copying_floor, run
+from run import LOAD, MIB, Interlock, Peer, Qmp, copying_floor, run, warm_memory
 
 TIB = MIB * MIB
 PIECE = 65536
@@ -86,10 +86,11 @@ class Place:
 class Daemon:
     """One run of a daemon with the images of a job."""
 
-    def __init__(self, kind, place, job, source):
+    def __init__(self, kind, place, job, source, warm):
         self.server = kind(place.directory, "qcow2")
         self.job, self.source = job, source
         self.paths = []
+        warm_memory(warm)
         for number, letter in enumerate(job.chain):
             path = source.path if letter == "s" else os.path.join(self.server.directory, f"{number}.qcow2")
             backing = ["-b", self.paths[-1], "-F", "qcow2"] if number else []
@@ -201,7 +202,7 @@ def measure(options, kinds, place, job, source):
     row = Row(job, source, place)
     for round_number in range(options.rounds):
         for kind in kinds:
-            daemon = Daemon(kind, place, job, source)
+            daemon = Daemon(kind, place, job, source, options.warm)
             seconds, cpu, memory = daemon.run_job()
             daemon.stop(round_number == options.rounds - 1)
             row.add(row.speed, kind.name, source.data / MIB / seconds)
@@ -210,7 +211,7 @@ def measure(options, kinds, place, job, source):
     if source.kind == "full" and not options.no_client:
         for _ in range(options.rounds):
             for kind in kinds:
-                daemon = Daemon(kind, place, job, source)
+                daemon = Daemon(kind, place, job, source, options.warm)
                 row.add(row.p99, kind.name, measure_client(daemon))
                 daemon.stop(False)
     return row
@@ -238,6 +239,7 @@ def parse_options():
                         default=("full", "sparse", "zeroes", "large"), help="on disk: the first of them")
     parser.add_argument("--no-client", action="store_true", help="without the rounds that have a client")
     parser.add_argument("--without-peer", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="take free memory as it is (run.py, warm_memory)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     return parser.parse_args()
 
@@ -254,6 +256,7 @@ def measure_place(options, kinds, place, rows):
 
 def main():
     options = parse_options()
+    options.warm = 0 if options.cold else options.size * 3 // 2
     if not os.path.exists(LOAD):
         sys.exit(f"bench: {LOAD} is not built")
     kinds = [kind for kind in (Interlock, Peer) if kind is Interlock or kind.is_there() and not options.without_peer]
@@ -265,6 +268,7 @@ def main():
         place = Place(name, base, "" if name == "tmpfs" else ",cache.direct=on")
         try:
             if name == "tmpfs":
+                warm_memory(options.warm)
                 way, seconds = copying_floor(place.directory, options.size, options.rounds)
                 print(f"{'tmpfs: floor':30s} {options.size / seconds:7.0f} ({way})")
             measure_place(options, kinds, place, rows)

@@ -39,11 +39,12 @@
 
 #define RETRY_DELAY_NS (100LL * 1000 * 1000)
 #define FOREVER_NS ((int64_t)3600 * 1000 * 1000 * 1000)
-#define ZERO_PIECES 64         /* a piece of zeroes needs no memory: it may be as long as this many others */
-#define LOOK_STRIDE (32 * KiB) /* looking at more places of a piece than that costs more than is won */
-#define LOOK_BYTES (256 * KiB) /* what may be zero is read in steps of so much */
-#define OFFLOAD_PEEK 512       /* what is zero as a whole begins with so many zeroes */
-#define OFFLOAD_WIDTH 3        /* one reads while another one writes, and one is on its way */
+#define ZERO_PIECES 64              /* a piece of zeroes needs no memory: it may be as long as this many others */
+#define LOOK_STRIDE (32 * KiB)      /* looking at more places of a piece than that costs more than is won */
+#define LOOK_STRIDE_MAX (512 * KiB) /* while none was found to be zero */
+#define LOOK_BYTES (256 * KiB)      /* what may be zero is read in steps of so much */
+#define OFFLOAD_PEEK 512            /* what is zero as a whole begins with so many zeroes */
+#define OFFLOAD_WIDTH 3             /* one reads while another one writes, and one is on its way */
 #define COMPANY_PIECE (256 * KiB)
 #define COMPANY_NS (20LL * 1000 * 1000) /* so long after a client's request we share the processors with it */
 /* Pieces that are read and written after one that could not be offloaded; then twice as many, up to a limit. */
@@ -67,6 +68,7 @@ struct copy {
     struct dirty *dirty; /* of the running copy_dirty() */
     bool urgent;
     unsigned looks;
+    uint64_t look_stride;
     bool offloads;           /* the last piece was; at first, it may be */
     bool offloaded;          /* one ever was */
     unsigned offload_rest;   /* pieces until the next try */
@@ -138,6 +140,7 @@ struct copy *copy_create(const struct copy_config *config)
         own->zero_alignment = max_u64(own->zero_alignment, own->alignment);
     }
     copy->offloads = copy_may_offload(own);
+    copy->look_stride = LOOK_STRIDE;
     range_lock_init(&copy->own_busy);
     copy->busy = own->busy ? own->busy : &copy->own_busy;
     list_init(&copy->resting);
@@ -531,7 +534,7 @@ static bool coroutine_fn unit_may_be_zero(const struct copy_piece *piece, uint64
 static uint64_t coroutine_fn piece_look(const struct copy_piece *piece, bool *ret_zero)
 {
     const struct copy_config *config = &piece->copy->config;
-    uint64_t unit = max_u64(max_u64(config->zero_alignment, config->alignment), LOOK_STRIDE), at = 0;
+    uint64_t unit = max_u64(max_u64(config->zero_alignment, config->alignment), piece->copy->look_stride), at = 0;
     *ret_zero = false;
     if (!config->zero_alignment || !piece->copy->offloaded) {
         return piece->bytes;
@@ -553,6 +556,7 @@ static void offload_tried(struct copy *copy, bool done)
 {
     copy->offloads = done;
     copy->offloaded |= done;
+    copy->look_stride = done ? min_u64(2 * copy->look_stride, LOOK_STRIDE_MAX) : LOOK_STRIDE;
     copy->offload_pause = done ? 0 : CLAMP(2 * copy->offload_pause, OFFLOAD_REST, OFFLOAD_REST_MAX);
     copy->offload_rest = copy->offload_pause;
 }
@@ -615,6 +619,9 @@ static int coroutine_fn piece_move_data(struct copy_piece *piece, bool *ret_read
             break;
         }
         piece->bytes = piece_look(piece, &zero);
+        if (zero || piece->offset + piece->bytes < end) {
+            copy->look_stride = LOOK_STRIDE;
+        }
         if (copy->config.ordered && piece->offset + piece->bytes < end) {
             piece->bytes = end - piece->offset; /* in order, it goes by one way as a whole */
             zero = true;

@@ -17,6 +17,7 @@
  */
 #include "base/size.h"
 #include "loop/engine.h"
+#include "loop/huge_page.h"
 #include "loop/worker.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -59,6 +60,7 @@ struct native_file {
     struct worker_lane *writes; /* of a memory file: its long writes */
     struct worker_turn turn;    /* of a memory file: writing at length */
     atomic_uint short_writes;   /* of a memory file: those in the kernel just now */
+    struct huge_pages huge;     /* of a memory file: made for long writes */
     atomic_bool nowait;         /* RWF_NOWAIT works */
     atomic_bool durable;        /* RWF_DSYNC works */
 };
@@ -196,6 +198,7 @@ static int open_work(void *argument)
     }
     file->writes = file->memory ? worker_lane_create() : NULL;
     worker_turn_init(&file->turn);
+    huge_pages_init(&file->huge, file->fd);
     job->file = file;
     return 0;
 }
@@ -229,6 +232,7 @@ static void coroutine_fn native_close(struct file *file)
     worker_run(close_work, native(file));
     worker_lane_destroy(native(file)->writes);
     worker_turn_destroy(&native(file)->turn);
+    huge_pages_destroy(&native(file)->huge);
     g_free(native(file));
 }
 
@@ -334,35 +338,71 @@ struct copy_job {
     const struct copy_aid *aid;
 };
 
-static int copy_in_steps(struct copy_job *job,
+/* Has what was read from where the job stands something that is left to others? */
+static bool has_zero_unit(const struct copy_job *job, const struct iovec *step, size_t moved)
+{
+    return job->aid->zero_unit && memory_has_zero_unit(step->iov_base, moved, job->from_offset, job->aid->zero_unit);
+}
+
+static void copy_advance(struct copy_job *job, size_t moved)
+{
+    job->bytes -= moved;
+    job->from_offset += moved;
+    job->to_offset += moved;
+}
+
+/* Copies so much. What is wrong, also the end of the file, reading and writing finds out. */
+static int copy_in_steps(struct copy_job *job, uint64_t bytes,
                          ssize_t (*write)(struct native_file *file, const char *memory, size_t bytes, uint64_t offset))
 {
     const struct copy_aid *aid = job->aid;
 
-    while (job->bytes) {
-        struct iovec step = {aid->memory.iov_base, min_u64(job->bytes, MIN(aid->memory.iov_len, COPY_STEP))};
+    for (uint64_t end = job->to_offset + bytes; job->to_offset < end;) {
+        struct iovec step = {aid->memory.iov_base, min_u64(end - job->to_offset, MIN(aid->memory.iov_len, COPY_STEP))};
         ssize_t moved = transfer_now(job->from->fd, false, &step, 1, job->from_offset, 0);
 
-        if (moved > 0 && aid->zero_unit &&
-            memory_has_zero_unit(step.iov_base, (size_t)moved, job->from_offset, aid->zero_unit)) {
+        if (moved > 0 && has_zero_unit(job, &step, (size_t)moved)) {
             return -ENOTSUP;
         }
         if (moved > 0) {
             moved = write(job->to, step.iov_base, (size_t)moved, job->to_offset);
         }
         if (moved <= 0) {
-            return -ENOTSUP; /* at the end of the file too; what is wrong, reading and writing finds out */
+            return -ENOTSUP;
         }
-        job->bytes -= (uint64_t)moved;
-        job->from_offset += (uint64_t)moved;
-        job->to_offset += (uint64_t)moved;
+        copy_advance(job, (size_t)moved);
     }
     return 0;
 }
 
+/* The same, into an extent of the target that is seen as memory. */
+static int copy_to_page(struct copy_job *job, uint64_t bytes, const struct shared_memory *page)
+{
+    for (uint64_t end = job->to_offset + bytes; job->to_offset < end;) {
+        struct iovec step = {page->bytes + job->to_offset % HUGE_PAGE_BYTES, min_u64(end - job->to_offset, COPY_STEP)};
+        ssize_t moved = transfer_now(job->from->fd, false, &step, 1, job->from_offset, 0);
+
+        if (moved <= 0 || has_zero_unit(job, &step, (size_t)moved)) {
+            return -ENOTSUP;
+        }
+        copy_advance(job, (size_t)moved);
+    }
+    return shared_memory_is_lost(page) ? -ENOTSUP : 0;
+}
+
 static int copy_work(void *argument)
 {
-    return copy_in_steps(argument, write_in_steps);
+    struct copy_job *job = argument;
+    int r = 0;
+
+    while (r == 0 && job->bytes) {
+        uint64_t bytes = min_u64(job->bytes, huge_page_room(job->to_offset));
+        struct shared_memory *page = huge_page_open(&job->to->huge, job->to_offset, job->bytes);
+
+        r = page ? copy_to_page(job, bytes, page) : copy_in_steps(job, bytes, write_in_steps);
+        shared_memory_unmap(page);
+    }
+    return r;
 }
 
 static int coroutine_fn native_copy(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset,
@@ -377,7 +417,7 @@ static int coroutine_fn native_copy(struct file *from, uint64_t offset, struct f
         return worker_run(copy_work, &job);
     }
     atomic_fetch_add_explicit(&job.to->short_writes, 1, memory_order_relaxed);
-    int r = copy_in_steps(&job, write_at_once);
+    int r = copy_in_steps(&job, bytes, write_at_once);
 
     atomic_fetch_sub_explicit(&job.to->short_writes, 1, memory_order_relaxed);
     loop_spend(1 + 2 * (unsigned)(bytes / BYTES_PER_UNIT));

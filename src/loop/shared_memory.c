@@ -6,8 +6,8 @@
  * 2. the handler uses what is async-signal-safe only: atomics, and the system call mmap;
  * 3. a SIGBUS anywhere else ends the process, as without us;
  * 4. the file was long enough when it was mapped.
- * A mapping begins at the file's begin, whatever part of it is asked for: offsets need not be multiples of a (huge)
- * page then.
+ * What others gave us is mapped from the file's begin, whatever part of it is asked for: offsets need not be multiples
+ * of a (huge) page then.
  */
 #include "loop/shared_memory.h"
 #include "base/size.h"
@@ -132,6 +132,32 @@ int shared_memory_map(int fd, uint64_t offset, uint64_t size, struct shared_memo
     memory->size = size;
     *ret = memory;
     return 0;
+}
+
+struct shared_memory *shared_memory_map_extent(int fd, uint64_t offset, size_t size)
+{
+    struct shared_memory memory = {.size = size, .mapped_size = size};
+    uint8_t *room = mmap(NULL, 2 * size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (room == MAP_FAILED) {
+        return NULL;
+    }
+    size_t before = (size - (uintptr_t)room % size) % size;
+
+    memory.mapped = memory.bytes = room + before;
+    bool done =
+        mmap(memory.mapped, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)offset) != MAP_FAILED &&
+        maps_add(&memory) == 0;
+
+    if (!done) {
+        munmap(room, 2 * size);
+        return NULL;
+    }
+    if (before) {
+        munmap(room, before);
+    }
+    munmap(memory.bytes + size, size - before);
+    return g_memdup2(&memory, sizeof(memory));
 }
 
 int shared_memory_create(const char *name, size_t size, struct shared_memory **ret, int *ret_fd, struct error **err)

@@ -26,6 +26,9 @@ struct shared_memory {
 int shared_memory_map(int fd, uint64_t offset, uint64_t size, struct shared_memory **ret, struct error **err);
 /* New memory, all zeroes, and a descriptor by which to share it, which is the caller's. */
 int shared_memory_create(const char *name, size_t size, struct shared_memory **ret, int *ret_fd, struct error **err);
+/* Maps a part of a file, with an address that is a multiple of `size`, which is a power of two, as `offset` is one of
+ * its multiples. The file may end within. NULL: it cannot be mapped. */
+struct shared_memory *shared_memory_map_extent(int fd, uint64_t offset, size_t size);
 /* It was taken away, and we have noticed. */
 bool shared_memory_is_lost(const struct shared_memory *memory);
 void shared_memory_unmap(struct shared_memory *memory); /* nobody uses it any more; accepts NULL */

@@ -31,8 +31,7 @@
 #define SPARSE_MAX (16 * MiB)
 #define WORKERS_DEFAULT 8
 #define WORKERS_MAX 16
-#define PIECE (1 * MiB) /* what is read is still in a processor's cache when it is looked at */
-#define PEER_PIECE (2 * MiB)
+#define PIECE (2 * MiB) /* as the peer's: with -S, where a piece ends can be seen in what is left out */
 
 struct convert {
     struct img_copying copying; /* first */
@@ -273,8 +272,7 @@ static void configure(struct convert *convert)
             config->zero_alignment *= 2;
         }
         config->zero_minimum = convert->sparse;
-        bool exact = config->zero_minimum > config->zero_alignment; /* where a piece ends can be seen */
-        config->piece = max_u64(exact ? PEER_PIECE : PIECE, config->zero_alignment * 2);
+        config->piece = max_u64(PIECE, config->zero_alignment * 2);
     }
     config->memory = config->workers * config->piece;
 }
