@@ -6,14 +6,14 @@
  *   long transfers on the worker pool. The kernel lets one writer at a time into such a file, and the others burn a
  *   processor meanwhile: long writes go there in a lane, and are made in steps, between which short ones get in;
  * - from one memory file to another one worker reads and writes, step by step, while another one reads the next: so a
- *   step is in that processor's cache when it is written. copy_file_range() takes as long there, and reads with the
- *   target locked;
+ *   step is in that processor's cache when it is written; into a new part of the target it reads at once, seen as
+ *   memory (loop/huge_page.h). copy_file_range() takes as long as the first, and reads with the target locked;
  * - cached files: a read first takes what the page cache has (RWF_NOWAIT); the rest, and all writes, wait
  *   through the loop's engine;
  * - direct files (O_DIRECT) and block devices: through the engine;
  * - everything that has no asynchronous call (open, stat, fallocate, lseek, locks) on the worker pool.
- * Invariants: the fields of a file do not change after open, but for `nowait` and `durable`, which only
- * ever go from true to false; the descriptor's own position is never used.
+ * Invariants: the fields of a file do not change after open, but for `nowait` and `durable`, which only ever go from
+ * true to false, and what has a lock of its own or counts; the descriptor's own position is never used.
  */
 #include "base/size.h"
 #include "loop/engine.h"
@@ -60,7 +60,7 @@ struct native_file {
     struct worker_lane *writes; /* of a memory file: its long writes */
     struct worker_turn turn;    /* of a memory file: writing at length */
     atomic_uint short_writes;   /* of a memory file: those in the kernel just now */
-    struct huge_pages huge;     /* of a memory file: made for long writes */
+    struct huge_pages huge;     /* of a memory file: made for copies */
     atomic_bool nowait;         /* RWF_NOWAIT works */
     atomic_bool durable;        /* RWF_DSYNC works */
 };
