@@ -500,3 +500,17 @@ def nbd_handle(uri, **more):
         handle.shutdown()
     finally:
         del handle
+
+
+def nbd_served_again(handle):
+    """Waits until requests are answered again by what a node of our client driver leads to."""
+    import nbd  # pylint: disable=import-outside-toplevel
+    deadline = time.monotonic() + 20 * SLOWNESS
+    while True:
+        try:
+            handle.pread(4096, 0)
+            return
+        except nbd.Error:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """interlock img convert, compare, dd, bench, commit and rebase beside qemu-img: the same content, holes, messages and
 exit statuses."""
+import filecmp
 import json
 import os
 import re
@@ -370,6 +371,17 @@ class ImgConvertTest(ImgTestCase):
             mine.write("mine")
         self.ours(*rows[3][0], status=1, preexec_fn=limit)
         self.assertTrue(os.path.exists(self.path("x")))  # it was there before
+
+    def test_onto_itself(self):
+        self.raw_image("a.raw")
+        shutil.copy(self.path("a.raw"), self.path("before.raw"))
+        os.link(self.path("a.raw"), self.path("b.raw"))
+        for words in (["convert", "-f", "raw", "-O", "raw", "a.raw", "a.raw"],
+                      ["convert", "-f", "raw", "-O", "qcow2", "a.raw", "b.raw"],
+                      ["convert", "-n", "-f", "raw", "-O", "raw", "a.raw", "b.raw"],
+                      ["dd", "-f", "raw", "-O", "raw", "if=a.raw", "of=b.raw"]):
+            self.assertIn('"write" lock', self.ours(*words, status=1).stderr)
+            self.assertTrue(filecmp.cmp(self.path("a.raw"), self.path("before.raw"), shallow=False))
 
     def test_what_is_not_done_is_refused(self):
         self.raw_image("a.raw")

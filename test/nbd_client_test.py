@@ -396,7 +396,7 @@ class Deaths(Client):
             handle.pwrite(bytes(4096), 0)
         self.assertLess(time.monotonic() - start, 0.7)
         self.nbdkit(image)
-        self.served_again(handle)
+        harness.nbd_served_again(handle)
         handle.shutdown()
 
     def test_no_delay(self):
@@ -415,18 +415,8 @@ class Deaths(Client):
         with self.assertRaises(nbd.Error):
             handle.aio_command_completed(handle.aio_peek_command_completed())
         self.nbdkit(image)
-        self.served_again(handle)
+        harness.nbd_served_again(handle)
         handle.shutdown()
-
-    def served_again(self, handle):
-        deadline = time.monotonic() + 20 * harness.SLOWNESS
-        while True:
-            try:
-                handle.pread(4096, 0)
-                return
-            except nbd.Error:
-                self.assertLess(time.monotonic(), deadline)
-                time.sleep(0.05)
 
     def test_another_export(self):
         """A server that comes back with another disk is not written to."""

@@ -378,13 +378,7 @@ class Journal(harness.TestCase):
             handle.pread(4096, 0)
             self.server.die()
             self.server.start()
-            deadline = time.monotonic() + 10 * harness.SLOWNESS
-            while True:
-                try:
-                    handle.pread(4096, 0)
-                    break
-                except nbd.Error:
-                    self.assertLess(time.monotonic(), deadline)
+            harness.nbd_served_again(handle)
             handle.pwrite(b"z" * 4096, 4096)
             if lost:
                 with self.assertRaises(nbd.Error):
