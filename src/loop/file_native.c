@@ -396,11 +396,15 @@ static int copy_work(void *argument)
     int r = 0;
 
     while (r == 0 && job->bytes) {
-        uint64_t bytes = min_u64(job->bytes, huge_page_room(job->to_offset));
-        struct shared_memory *page = huge_page_open(&job->to->huge, job->to_offset, job->bytes);
+        uint64_t offset = job->to_offset, bytes = min_u64(job->bytes, huge_page_room(offset));
+        bool is_new;
+        struct shared_memory *page = huge_page_open(&job->to->huge, offset, job->bytes, &is_new);
 
         r = page ? copy_to_page(job, bytes, page) : copy_in_steps(job, bytes, write_in_steps);
         shared_memory_unmap(page);
+        if (r < 0 && page && is_new) { /* a part of it may stay a hole */
+            huge_page_undo(&job->to->huge, offset);
+        }
     }
     return r;
 }

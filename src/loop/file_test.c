@@ -308,6 +308,25 @@ static void copies_at_once(struct file *from, struct file *to, const char *data)
     free(all);
 }
 
+/* What is not copied because of zeroes in it is not allocated either. */
+static void zeroes_leave_holes(struct file *from, struct file *to)
+{
+    const uint64_t behind = 8 * MiB, at = 3 * MiB;
+    struct iovec zeroes = {g_malloc0(8192), 8192}, before = {g_malloc0(8192), 8192};
+    uint64_t end;
+    bool data;
+
+    g_assert_cmpint(file_read(from, at, 8192, buffers_one(&before)), ==, 0);
+    g_assert_cmpint(file_write(from, at, 8192, buffers_one(&zeroes), false), ==, 0);
+    g_assert_cmpint(file_truncate(to, behind + COPY_TOTAL), ==, 0);
+    g_assert_cmpint(copy_file(from, 2 * MiB, to, behind, 2 * MiB, 4096), ==, -ENOTSUP);
+    g_assert_cmpint(file_extent(to, behind, &data, &end), ==, 0);
+    g_assert_true(!data && end == behind + COPY_TOTAL);
+    g_assert_cmpint(file_write(from, at, 8192, buffers_one(&before), false), ==, 0);
+    g_free(zeroes.iov_base);
+    g_free(before.iov_base);
+}
+
 static void copies(const char *path, const char *other)
 {
     struct file *from = must_open(path, FILE_WRITABLE | FILE_CREATE | FILE_TRUNCATE);
@@ -323,6 +342,7 @@ static void copies(const char *path, const char *other)
         copies_at_once(from, to, data);
         /* What lies behind the end is no file's. */
         g_assert_cmpint(copy_file(from, COPY_TOTAL - 4096, to, 0, 8192, 0), ==, -ENOTSUP);
+        zeroes_leave_holes(from, to);
         /* Nor is a unit of zeroes, however it lies to the steps, if nobody is to take it. */
         for (uint64_t at = 0; at < 4 * MiB; at += 700 * KiB + 4096) {
             struct iovec zeroes = {g_malloc0(8191), 8191};

@@ -16,6 +16,7 @@
 #include "loop/huge_page.h"
 #include "base/size.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -124,17 +125,29 @@ static struct shared_memory *prepare(struct huge_pages *pages, uint64_t base, ui
     return memory;
 }
 
-struct shared_memory *huge_page_open(struct huge_pages *pages, uint64_t offset, uint64_t bytes)
+struct shared_memory *huge_page_open(struct huge_pages *pages, uint64_t offset, uint64_t bytes, bool *ret_is_new)
 {
     uint64_t base = align_down(offset, HUGE_PAGE_BYTES);
     unsigned slot = base / HUGE_PAGE_BYTES % HUGE_PAGE_GUARDS;
 
     pthread_mutex_lock(&pages->guards[slot].mutex);
-    struct shared_memory *memory = prepare(pages, base, offset, offset + bytes, pages->guards[slot].made == base);
+    bool made = pages->guards[slot].made == base;
+    struct shared_memory *memory = prepare(pages, base, offset, offset + bytes, made);
 
     if (memory) {
         pages->guards[slot].made = base;
     }
     pthread_mutex_unlock(&pages->guards[slot].mutex);
+    *ret_is_new = !made && offset == base && bytes >= HUGE_PAGE_BYTES;
     return memory;
+}
+
+void huge_page_undo(struct huge_pages *pages, uint64_t offset)
+{
+    unsigned slot = offset / HUGE_PAGE_BYTES % HUGE_PAGE_GUARDS;
+
+    pthread_mutex_lock(&pages->guards[slot].mutex);
+    pages->guards[slot].made = UINT64_MAX;
+    fallocate(pages->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)HUGE_PAGE_BYTES);
+    pthread_mutex_unlock(&pages->guards[slot].mutex);
 }

@@ -39,8 +39,10 @@ static inline uint64_t huge_page_room(uint64_t offset)
  * is a new huge page, or can be made one (it holds nothing, and will be full or lies behind the file's end), returns a
  * view of the extent as a whole, to be unmapped by the caller; the file is long enough then for all that is to be
  * written in the extent. Otherwise NULL; it is no error. What the file shows does not change, but for its length.
- * Takes up to milliseconds: on the worker pool. Several threads may call it for one file.
+ * *ret_is_new: all of it was a hole, and is the caller's: huge_page_undo() makes it one again, once it is unmapped.
+ * Both take up to milliseconds: on the worker pool. Several threads may call them for one file.
  */
-struct shared_memory *huge_page_open(struct huge_pages *pages, uint64_t offset, uint64_t bytes);
+struct shared_memory *huge_page_open(struct huge_pages *pages, uint64_t offset, uint64_t bytes, bool *ret_is_new);
+void huge_page_undo(struct huge_pages *pages, uint64_t offset);
 
 #endif

@@ -15,6 +15,7 @@
 
 struct bed {
     int fd;
+    bool is_new; /* the last one */
     struct huge_pages pages;
 };
 
@@ -58,7 +59,7 @@ static bool can_be_made(void)
     struct shared_memory *page;
 
     bed_init(&bed, HUGE_PAGE_BYTES);
-    page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES);
+    page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES, &bed.is_new);
     shared_memory_unmap(page);
     bed_finish(&bed);
     if (!page) {
@@ -75,7 +76,7 @@ static void holes(void)
         return;
     }
     bed_init(&bed, 8 * HUGE_PAGE_BYTES);
-    struct shared_memory *page = huge_page_open(&bed.pages, 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES);
+    struct shared_memory *page = huge_page_open(&bed.pages, 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new);
 
     g_assert_nonnull(page);
     memset(page->bytes, 5, HUGE_PAGE_BYTES);
@@ -85,9 +86,17 @@ static void holes(void)
     assert_byte(&bed, 2 * HUGE_PAGE_BYTES, 5);
     assert_byte(&bed, 3 * HUGE_PAGE_BYTES - 1, 5);
     assert_byte(&bed, 3 * HUGE_PAGE_BYTES, 0);
+    g_assert_true(bed.is_new);
+    page = huge_page_open(&bed.pages, 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new);
+    g_assert_false(bed.is_new);
+    shared_memory_unmap(page);
+    page = huge_page_open(&bed.pages, 6 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new);
+    g_assert_true(page && bed.is_new);
+    shared_memory_unmap(page);
+    huge_page_undo(&bed.pages, 6 * HUGE_PAGE_BYTES);
     /* What will not be full stays a hole. */
-    g_assert_null(huge_page_open(&bed.pages, 4 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES - 1));
-    g_assert_null(huge_page_open(&bed.pages, 4 * HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES));
+    g_assert_null(huge_page_open(&bed.pages, 4 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES - 1, &bed.is_new));
+    g_assert_null(huge_page_open(&bed.pages, 4 * HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES, &bed.is_new));
     g_assert_cmpint(lseek(bed.fd, 3 * HUGE_PAGE_BYTES, SEEK_DATA), ==, -1);
     g_assert_cmpuint(size_of(&bed), ==, 8 * HUGE_PAGE_BYTES);
     bed_finish(&bed);
@@ -104,10 +113,10 @@ static void growth(void)
     }
     bed_init(&bed, 100);
     g_assert_cmpint(pwrite(bed.fd, "begin", 5, 0), ==, 5);
-    g_assert_null(huge_page_open(&bed.pages, 100, part)); /* there is something */
+    g_assert_null(huge_page_open(&bed.pages, 100, part, &bed.is_new)); /* there is something */
     assert_byte(&bed, 0, 'b');
     for (uint64_t at = HUGE_PAGE_BYTES + 1; at + part < 3 * HUGE_PAGE_BYTES; at += part) {
-        struct shared_memory *page = huge_page_open(&bed.pages, at, part);
+        struct shared_memory *page = huge_page_open(&bed.pages, at, part, &bed.is_new);
         uint64_t here = min_u64(part, HUGE_PAGE_BYTES - at % HUGE_PAGE_BYTES);
 
         g_assert_nonnull(page);
@@ -115,7 +124,7 @@ static void growth(void)
         memset(page->bytes + at % HUGE_PAGE_BYTES, (int)(at / part), here);
         shared_memory_unmap(page);
         if (here < part) {
-            page = huge_page_open(&bed.pages, at + here, part - here);
+            page = huge_page_open(&bed.pages, at + here, part - here, &bed.is_new);
             g_assert_nonnull(page);
             memset(page->bytes, (int)(at / part), part - here);
             shared_memory_unmap(page);
@@ -139,17 +148,17 @@ static void what_is_there(void)
     }
     bed_init(&bed, 2 * HUGE_PAGE_BYTES);
     g_assert_cmpint(pwrite(bed.fd, "x", 1, HUGE_PAGE_BYTES + 12345), ==, 1);
-    g_assert_null(huge_page_open(&bed.pages, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES));
+    g_assert_null(huge_page_open(&bed.pages, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new));
     assert_byte(&bed, HUGE_PAGE_BYTES + 12345, 'x');
     assert_byte(&bed, 2 * HUGE_PAGE_BYTES - 1, 0);
     /* One that was made and has been cut off, and is written again. */
-    struct shared_memory *page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES);
+    struct shared_memory *page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES, &bed.is_new);
 
     g_assert_nonnull(page);
     memset(page->bytes, 7, HUGE_PAGE_BYTES);
     shared_memory_unmap(page);
     g_assert_cmpint(ftruncate(bed.fd, 4096), ==, 0);
-    page = huge_page_open(&bed.pages, 8192, 8192);
+    page = huge_page_open(&bed.pages, 8192, 8192, &bed.is_new);
     if (page) { /* it need not be one */
         g_assert_cmpuint(size_of(&bed), ==, 16384);
         memset(page->bytes + 8192, 9, 8192);
@@ -168,7 +177,7 @@ static void cut_off_meanwhile(void)
         return;
     }
     bed_init(&bed, 2 * HUGE_PAGE_BYTES);
-    struct shared_memory *page = huge_page_open(&bed.pages, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES);
+    struct shared_memory *page = huge_page_open(&bed.pages, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new);
 
     g_assert_nonnull(page);
     g_assert_cmpint(ftruncate(bed.fd, 0), ==, 0);
@@ -187,12 +196,13 @@ static void refusals(void)
     char path[] = "/dev/shm/huge-page-test-XXXXXX";
     int writable = mkstemp(path);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
+    bool is_new;
 
     g_assert_cmpint(ftruncate(writable, HUGE_PAGE_BYTES), ==, 0);
     unlink(path);
     huge_pages_init(&pages, fd);
     for (unsigned i = 0; i < 1000; i++) {
-        g_assert_null(huge_page_open(&pages, i * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES));
+        g_assert_null(huge_page_open(&pages, i * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &is_new));
     }
     g_assert_cmpint(lseek(writable, 0, SEEK_DATA), ==, -1);
     huge_pages_destroy(&pages);
@@ -250,7 +260,8 @@ static void *crowd_main(void *argument)
         }
         while (offset < end) {
             uint64_t bytes = min_u64(end - offset, HUGE_PAGE_BYTES - offset % HUGE_PAGE_BYTES);
-            struct shared_memory *page = huge_page_open(&crowd->bed.pages, offset, end - offset);
+            bool is_new;
+            struct shared_memory *page = huge_page_open(&crowd->bed.pages, offset, end - offset, &is_new);
 
             if (page) {
                 fill(page->bytes + offset % HUGE_PAGE_BYTES, offset, bytes);
