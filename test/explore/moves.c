@@ -146,6 +146,7 @@ static void commit_done(struct actor *actor)
         return;
     }
     actor->settled = true;
+    world_forget_above(world, actor->move->lower); /* a stream may have let go of them since the commit began */
     struct picture *top = &world->pictures[actor->move->upper], *base = &world->pictures[actor->move->lower];
     uint64_t size = MAX(top->view->size, base->view->size);
     view_unref(base->view);
@@ -171,6 +172,7 @@ static void commit_failed(struct actor *actor)
 {
     struct world *world = actor->world;
     int at = world->pictures[actor->move->upper].below;
+    world_forget_above(world, actor->move->lower);
     for (; at != NO_IMAGE; at = world->pictures[at].below) {
         world->pictures[at].view->unknown = true;
         if (at == actor->move->lower) {
