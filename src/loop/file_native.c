@@ -220,6 +220,7 @@ static int close_work(void *argument)
     struct native_file *file = argument;
     struct flock all = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
 
+    huge_pages_trim(&file->huge);
     /* The kernel's ring may hold on to the description a moment longer than its last request: who opens the file next
      * must not find our locks. */
     fcntl(file->fd, F_OFD_SETLK, &all);

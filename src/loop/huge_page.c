@@ -6,7 +6,7 @@
  *
  * 1. That zero goes to a hole or behind the end of the file, and to where only the caller writes: nobody sees it.
  * 2. What nobody wrote stays a hole: an extent is taken if it will be full, or if the file is just growing into it: it
- *    goes on growing, or its last extent holds more memory than it needs, as with mount option huge=always.
+ *    goes on growing, or what its last extent holds too much is given back when it is closed.
  * 3. It may be slow (memory in small pieces, which the kernel has to move together), refused (a full file system, a
  *    group's limit, others who write there just then) or unknown: what it wins and costs is kept as a credit, and once
  *    that is used up, it rests for more and more extents before it is tried again.
@@ -15,7 +15,6 @@
  */
 #include "loop/huge_page.h"
 #include "base/size.h"
-#include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -86,41 +85,56 @@ static void account(struct huge_pages *pages, int64_t won_us)
     atomic_store_explicit(&pages->credit_us, (int)credit, memory_order_relaxed);
 }
 
-/* Of the extent at `base`, [offset, end) is going to be written. */
-static bool is_new(const struct huge_pages *pages, uint64_t base, uint64_t offset, uint64_t end, uint64_t size)
+/* Does the extent hold no data? SEEK_DATA would look at all that is preallocated behind it. */
+static bool is_empty(const struct shared_memory *memory)
 {
-    if (offset > base || end < base + HUGE_PAGE_BYTES) {
-        return size <= base;
-    }
-    off_t data = lseek(pages->fd, (off_t)base, SEEK_DATA);
+    unsigned char pages[HUGE_PAGE_BYTES / 4096];
 
-    return data < 0 ? errno == ENXIO : (uint64_t)data >= base + HUGE_PAGE_BYTES;
+    if (mincore(memory->bytes, HUGE_PAGE_BYTES, pages) < 0) {
+        return false;
+    }
+    for (size_t i = 0; i < HUGE_PAGE_BYTES / (size_t)sysconf(_SC_PAGESIZE); i++) {
+        if (pages[i] & 1) {
+            return false;
+        }
+    }
+    return true;
 }
 
-/* Makes a page of the extent, of which [offset, end) is going to be written, or only sees to the file's length. */
+/* Makes a page of the extent, which is mapped and will be full or lies behind the end: [.., last] is going to be
+ * written. */
+static bool make(struct huge_pages *pages, const struct shared_memory *memory, uint64_t last)
+{
+    if (!is_empty(memory) || is_resting(pages) || pwrite(pages->fd, "", 1, (off_t)last) != 1) {
+        return false;
+    }
+    int64_t begin = now_us();
+    bool done = !madvise(memory->bytes, HUGE_PAGE_BYTES, MADV_COLLAPSE);
+
+    account(pages, (done ? WON_US : -WON_US) - (now_us() - begin));
+    return done;
+}
+
+/* The extent at `base` as memory, of which [offset, end) is going to be written, or NULL; made: it is a page already.
+ */
 static struct shared_memory *prepare(struct huge_pages *pages, uint64_t base, uint64_t offset, uint64_t end, bool made)
 {
     struct stat status;
-    struct shared_memory *memory;
     uint64_t last = min_u64(end, base + HUGE_PAGE_BYTES) - 1;
 
-    if (fstat(pages->fd, &status) < 0 ||
-        (!made && (!is_new(pages, base, offset, end, (uint64_t)status.st_size) || is_resting(pages)))) {
+    if (fstat(pages->fd, &status) < 0) {
         return NULL;
     }
-    if ((!made || (uint64_t)status.st_size <= last) && pwrite(pages->fd, "", 1, (off_t)last) != 1) {
-        return NULL;
-    }
-    memory = shared_memory_map_extent(pages->fd, base, HUGE_PAGE_BYTES);
-    if (memory && !made) {
-        int64_t begin = now_us();
-        bool done = !madvise(memory->bytes, HUGE_PAGE_BYTES, MADV_COLLAPSE);
+    uint64_t size = (uint64_t)status.st_size;
+    bool whole = offset == base && end >= base + HUGE_PAGE_BYTES;
+    struct shared_memory *memory =
+        made || whole || size <= base ? shared_memory_map_extent(pages->fd, base, HUGE_PAGE_BYTES) : NULL;
+    bool ready =
+        memory && (made ? size > last || pwrite(pages->fd, "", 1, (off_t)last) == 1 : make(pages, memory, last));
 
-        account(pages, (done ? WON_US : -WON_US) - (now_us() - begin));
-        if (!done) {
-            shared_memory_unmap(memory);
-            return NULL;
-        }
+    if (!ready) {
+        shared_memory_unmap(memory);
+        return NULL;
     }
     return memory;
 }
@@ -150,4 +164,19 @@ void huge_page_undo(struct huge_pages *pages, uint64_t offset)
     pages->guards[slot].made = UINT64_MAX;
     fallocate(pages->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)HUGE_PAGE_BYTES);
     pthread_mutex_unlock(&pages->guards[slot].mutex);
+}
+
+void huge_pages_trim(struct huge_pages *pages)
+{
+    struct stat status;
+
+    if (fstat(pages->fd, &status) < 0) {
+        return;
+    }
+    uint64_t size = (uint64_t)status.st_size, base = align_down(size, HUGE_PAGE_BYTES);
+    uint64_t from = align_up(size, (uint64_t)sysconf(_SC_PAGESIZE)), end = base + HUGE_PAGE_BYTES;
+
+    if (pages->guards[base / HUGE_PAGE_BYTES % HUGE_PAGE_GUARDS].made == base && from < end) {
+        fallocate(pages->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(end - from));
+    }
 }

@@ -27,6 +27,8 @@ struct huge_pages {
 
 void huge_pages_init(struct huge_pages *pages, int fd);
 void huge_pages_destroy(struct huge_pages *pages);
+/* Gives back what the last extent holds behind the file's end. Nobody writes the file meanwhile. */
+void huge_pages_trim(struct huge_pages *pages);
 
 /* How much there is from `offset` to the end of its extent. */
 static inline uint64_t huge_page_room(uint64_t offset)

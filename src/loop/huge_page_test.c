@@ -139,6 +139,24 @@ static void growth(void)
     bed_finish(&bed);
 }
 
+/* What nobody wrote behind the end is given back. */
+static void trim(void)
+{
+    struct bed bed;
+    struct stat status;
+
+    if (!can_be_made()) {
+        return;
+    }
+    bed_init(&bed, 0);
+    shared_memory_unmap(huge_page_open(&bed.pages, HUGE_PAGE_BYTES, 10000, &bed.is_new));
+    huge_pages_trim(&bed.pages);
+    g_assert_cmpint(fstat(bed.fd, &status), ==, 0);
+    g_assert_cmpint(status.st_size, ==, HUGE_PAGE_BYTES + 10000);
+    g_assert_cmpint(status.st_blocks * 512, ==, align_up(10000, (uint64_t)sysconf(_SC_PAGESIZE)));
+    bed_finish(&bed);
+}
+
 static void what_is_there(void)
 {
     struct bed bed;
@@ -321,6 +339,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/huge-page/holes", holes);
     g_test_add_func("/huge-page/growth", growth);
+    g_test_add_func("/huge-page/trim", trim);
     g_test_add_func("/huge-page/what-is-there", what_is_there);
     g_test_add_func("/huge-page/cut-off-meanwhile", cut_off_meanwhile);
     g_test_add_func("/huge-page/refusals", refusals);
