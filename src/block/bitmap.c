@@ -273,9 +273,16 @@ int coroutine_fn bitmap_change_begin(struct bitmap *bitmap, enum bitmap_keep kee
     return code;
 }
 
-void bitmap_change_undo(struct bitmap *bitmap, struct bitmap_before *before)
+void coroutine_fn bitmap_change_undo(struct bitmap *bitmap, struct bitmap_before *before)
 {
     if (before->dirty) {
+        auto_error error = NULL;
+        /* The image may have stored it meanwhile (it had become read-only). */
+        if (bitmap->persistent && bitmap->node->writable &&
+            keeper(bitmap->node)->bitmap_change(bitmap->node, bitmap, &error) < 0) {
+            g_warning("%s", error->message);
+        }
+        bitmap->changed |= bitmap->persistent;
         dirty_destroy(bitmap->dirty);
         bitmap->dirty = g_steal_pointer(&before->dirty);
     }

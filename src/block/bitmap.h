@@ -73,7 +73,7 @@ struct bitmap_before {
 };
 int coroutine_fn bitmap_change_begin(struct bitmap *bitmap, enum bitmap_keep keep, struct bitmap_before *ret,
                                      struct error **err);
-void bitmap_change_undo(struct bitmap *bitmap, struct bitmap_before *before);
+void coroutine_fn bitmap_change_undo(struct bitmap *bitmap, struct bitmap_before *before);
 void bitmap_change_done(struct bitmap_before *before);
 /* For who copies what the bitmap says at this moment: it is busy until the end, and what is written meanwhile is noted
  * besides. At the end, with `anew`, the bitmap is what was written since, and what `left` (may be NULL) says; else it

@@ -101,7 +101,10 @@ static int coroutine_fn add_apply(struct action *action, struct error **err)
 static void coroutine_fn add_revert(struct action *action)
 {
     struct bitmap_step *step = action->state;
-    bitmap_forget(step->bitmap); /* the image has not got it yet: it is stored later */
+    auto_error error = NULL;
+    if (bitmap_remove(step->bitmap, &error) < 0) { /* the image has it, if it became read-only meanwhile */
+        g_warning("Bitmap '%s' stays: %s", step->bitmap->name, error->message);
+    }
 }
 
 void bitmap_add_action(struct action *ret, const struct block_dirty_bitmap_add *args)

@@ -53,18 +53,28 @@ bool node_is_above(const struct node *above, const struct node *below)
     return false;
 }
 
-bool node_reaches(const struct node *from, const struct node *to)
+/* Each node once: a mirror whose target leans on what is copied is a circle, of its filter's edge to the target. */
+static bool reaches(const struct node *from, const struct node *to, GHashTable *seen)
 {
     if (from == to) {
         return true;
     }
+    if (!g_hash_table_add(seen, (void *)from)) {
+        return false;
+    }
     list_for_each (link, &from->children) {
         const struct edge *edge = container_of(link, struct edge, parent_link);
-        if (node_reaches(edge->child, to)) { /* as deep as chains are (open.c) */
+        if (reaches(edge->child, to, seen)) { /* as deep as chains are (open.c) */
             return true;
         }
     }
     return false;
+}
+
+bool node_reaches(const struct node *from, const struct node *to)
+{
+    g_autoptr(GHashTable) seen = g_hash_table_new(NULL, NULL);
+    return reaches(from, to, seen);
 }
 
 unsigned node_backing_depth(const struct node *node)

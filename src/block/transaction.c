@@ -346,14 +346,30 @@ static void follow_backends(struct transaction *transaction)
     do_recorded(transaction);
 }
 
-/* The overlay in the chain of `first` whose backing edge this transaction moved, or NULL. */
+static bool leans_through(const struct node *overlay, const struct node *filter)
+{
+    const struct node *node = overlay->backing ? overlay->backing->child : NULL;
+    while (node && node != filter && node->driver->kind == DRIVER_FILTER) {
+        node = node->filtered ? node->filtered->child : NULL;
+    }
+    return node == filter;
+}
+
+/* The overlay in the chain of `first` whose backing edge this transaction moved, or that of a filter on which it leans;
+ * or NULL. */
 static struct node *moved_overlay(struct transaction *transaction, struct node *first)
 {
     for (unsigned i = 0; i < transaction->steps->len; i++) {
         const struct step *step = step_at(transaction, i);
-        bool backing = (step->kind == STEP_MOVE || step->kind == STEP_DETACH) && step->edge->role == EDGE_BACKING;
-        if (backing && (step->edge->parent == first || node_is_above(first, step->edge->parent))) {
-            return step->edge->parent;
+        if (step->kind != STEP_MOVE && step->kind != STEP_DETACH) {
+            continue;
+        }
+        for (struct node *overlay = first; overlay; overlay = node_backing(overlay)) {
+            if (step->edge->role == EDGE_BACKING ? step->edge->parent == overlay
+                                                 : step->edge->role == EDGE_FILTERED && step->edge->parent &&
+                                                       leans_through(overlay, step->edge->parent)) {
+                return overlay;
+            }
         }
     }
     return NULL;

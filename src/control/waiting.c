@@ -36,6 +36,7 @@ struct waiting {
     int64_t deadline_ns; /* 0: none */
     unsigned changes;    /* control->changes when it was last tried */
     bool ended;          /* for `reason` */
+    bool told;           /* of the end */
     enum access_wait_end reason;
     char *error;         /* what it was refused or failed with last */
     struct list friends; /* struct friend: they wait for the end of this */
@@ -47,11 +48,16 @@ struct friend
     struct coroutine *coroutine;
 };
 
+static void waiting_emit(const struct waiting *waiting, bool begun);
+
+/* The id is free from here on, so the events leave now: they must not come after those of who takes it next. */
 static void waiting_end(struct waiting *waiting, enum access_wait_end reason)
 {
     if (!waiting->ended && !access_ticket_was_granted(waiting->ticket)) {
         waiting->ended = true;
         waiting->reason = reason;
+        waiting->told = true;
+        waiting_emit(waiting, false);
         access_ticket_close(waiting->ticket);
         loop_sleep_wake(&waiting->sleep);
     }
@@ -146,7 +152,9 @@ static void waiting_run(void *argument)
         }
     }
     list_remove(&waiting->link);
-    waiting_emit(waiting, begun);
+    if (!waiting->told) {
+        waiting_emit(waiting, begun);
+    }
     list_for_each_safe (link, &waiting->friends) {
         struct friend *friend = container_of(link, struct friend, link);
         list_remove(&friend->link);

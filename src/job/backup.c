@@ -199,7 +199,7 @@ static int coroutine_fn backup_prepare(struct job *job, struct error **err)
 static void backup_end_bitmap(struct backup *backup, bool success)
 {
     if (backup->bitmap_split) {
-        bool always = backup->bitmap_mode == BITMAP_SYNC_MODE_ALWAYS;
+        bool always = backup->started && backup->bitmap_mode == BITMAP_SYNC_MODE_ALWAYS; /* else it has never been */
         bitmap_split_end(backup->bitmap, success || always, success ? NULL : before_bits(backup->before));
     }
     if (backup->bitmap_busy) {

@@ -180,7 +180,11 @@ static int coroutine_fn snapshot_name_node(struct snapshot *snapshot, struct err
     if (snapshot->overlay->header_backing || !image->filename || !snapshot->overlay->driver->change_backing) {
         return 0;
     }
-    int code = relink_name(snapshot->overlay, image, NULL, true, &name, err);
+    int code = node_writable_begin_locked(snapshot->overlay, err);
+    if (code == 0) {
+        g_ptr_array_add(snapshot->relinked, node_ref(snapshot->overlay));
+        code = relink_name(snapshot->overlay, image, NULL, true, &name, err);
+    }
     if (code == 0) {
         code = relink_write(&snapshot->relink, snapshot->overlay, &name, err);
         backing_name_clear(&name);
