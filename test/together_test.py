@@ -265,6 +265,26 @@ class Together(TestCase):
         self.close("overlay")
         self.check_copy("backup-target", self.path("before.raw"))
 
+    def test_commit_of_the_image_at_which_a_stream_ends_during_its_backup(self):
+        self.rounds(self.commit_under_a_stream)
+
+    def commit_under_a_stream(self):
+        """The backup's filter stays between the stream and what the commit leaves."""
+        qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", self.path("a.qcow2"), self.path("a.raw"))
+        self.begin("block-stream", "stream", device="top", base_node="base")
+        self.backup("backup", "a", "backup-target")
+        self.commit("commit", "a", "base")
+        self.overlap("stream", "backup", "commit")
+        ends = ["commit", "backup"]
+        self.random.shuffle(ends)
+        ends.insert(self.random.randrange(1, 3), "stream")
+        for job in ends:
+            self.end(job)
+            self.guest.wait_progress(10)
+        self.check_chain("top", "base")
+        self.close("top", "a", "b", "c")
+        self.check_copy("backup-target", self.path("a.raw"))
+
     def test_everything_at_once(self):
         self.rounds(self.everything)
 
