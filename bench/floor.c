@@ -100,7 +100,7 @@ static void copy_step(const struct copying *copying, char *memory, long at)
         return;
     case READ_TO_HUGE: /* what is empty cannot be collapsed */
         must(pwrite(copying->to, "", 1, at) == 1, "pwrite");
-        must(!madvise(copying->to_map + at, STEP, MADV_COLLAPSE), "MADV_COLLAPSE");
+        madvise(copying->to_map + at, STEP, MADV_COLLAPSE); /* where it cannot be, it is a mapping like any other */
         must(pread(copying->from, copying->to_map + at, STEP, at) == STEP, "pread");
         return;
     case READ_TO_MAP:

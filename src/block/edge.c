@@ -131,7 +131,8 @@ static const struct standing_claim *edge_standing(const struct edge *edge)
 static const struct node *edge_shown(const struct edge *edge)
 {
     const struct node *shown = edge->child;
-    while (edge->role == EDGE_FILTERED && shown->job_filter && shown->filtered) { /* a job's filter goes, the claim stays */
+    while (edge->role == EDGE_FILTERED && shown->job_filter &&
+           shown->filtered) { /* a job's filter goes, the claim stays */
         shown = shown->filtered->child;
     }
     return edge->role == EDGE_FILTERED ? shown : node_beneath_filters(edge->child);

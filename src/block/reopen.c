@@ -130,7 +130,8 @@ static unsigned height_above(struct node *node, GHashTable *known)
     if (g_hash_table_lookup_extended(known, node, NULL, &value)) {
         return GPOINTER_TO_UINT(value);
     }
-    g_hash_table_insert(known, node, GUINT_TO_POINTER(0)); /* who meets it again, by a filter's target, has come round */
+    g_hash_table_insert(known, node,
+                        GUINT_TO_POINTER(0)); /* who meets it again, by a filter's target, has come round */
     list_for_each (link, &node->parents) {
         const struct edge *edge = container_of(link, struct edge, child_link);
         if (edge->parent) {

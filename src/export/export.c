@@ -124,6 +124,7 @@ static void coroutine_fn export_destroy(struct export *export)
     if (export->backend) {
         backend_set_changed(export->backend, NULL, NULL);
         backend_destroy(export->backend);
+        export->backend = NULL; /* it is listed as long as operation_end() waits for the graph */
     }
     operation_end(export->operation);
     export_free(export);

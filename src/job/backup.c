@@ -630,11 +630,20 @@ static int coroutine_fn backup_preview(struct action *action, json_t **ret_claim
 /* --- drive-backup: the target is a file --- */
 
 /* Before a file is touched: is there anything to be said against it? */
-static int drive_check(struct backup *backup, struct error **err)
+static int coroutine_fn drive_check(struct backup *backup, struct error **err)
 {
     struct backup seen = *backup;
+    graph_lock(backup->graph);
     int result = backup_resolve(&seen, err);
     result = result < 0 ? result : check_performance(&seen, err);
+    if (result == 0) { /* a refusal leaves what stands there alone, and joins the queue if the command may wait */
+        struct operation_config config = backup_operation(&seen);
+        result = operation_begin(backup->graph, &config, &seen.operation, err);
+        if (result == 0) {
+            operation_end_locked(seen.operation);
+        }
+    }
+    graph_unlock(backup->graph);
     node_release(seen.image); /* others have references too */
     node_release(seen.bitmap_node);
     if (result == 0 && !backup->drive->format && backup->drive->has_mode &&

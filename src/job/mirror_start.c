@@ -497,17 +497,37 @@ void mirror_action(struct action *ret, struct jobs *jobs, const struct blockdev_
 
 /* --- drive-mirror: the target is a file --- */
 
-/* Before a file is touched: is there anything to be said against it? */
-static int drive_check(struct action *action, struct error **err)
+/* Before a file is touched: is there anything to be said against it? The claims are taken for a moment, so a refusal
+ * leaves what stands there alone, and joins the queue if the command may wait. */
+static int coroutine_fn drive_check(struct action *action, struct error **err)
 {
     struct mirror_start seen = *(struct mirror_start *)action->state;
     struct action dry = {.graph = action->graph, .state = &seen, .touched = g_ptr_array_new()};
+    graph_lock(action->graph);
     int result = start_plan(&dry, err);
+    if (result == 0) {
+        struct job *none = NULL;
+        struct operation_config config = start_config(&seen, &none);
+        struct operation *operation;
+        result = operation_begin(action->graph, &config, &operation, err);
+        if (result == 0) {
+            operation_end_locked(operation);
+        }
+    }
+    graph_unlock(action->graph);
     for (guint i = 0; i < dry.touched->len; i++) {
         node_release(dry.touched->pdata[i]); /* others have references too */
     }
     g_ptr_array_unref(dry.touched);
-    if (result == 0 && !seen.drive->format && seen.drive->has_mode && seen.drive->mode == NEW_IMAGE_MODE_EXISTING) {
+    bool exists = seen.drive->has_mode && seen.drive->mode == NEW_IMAGE_MODE_EXISTING;
+    bool partial = seen.drive->sync == MIRROR_SYNC_MODE_INCREMENTAL || seen.drive->sync == MIRROR_SYNC_MODE_BITMAP;
+    if (result == 0 && partial && !exists) {
+        return error_set(err, -EINVAL,
+                         "A new image would hold nothing but what bitmap '%s' says: sync modes 'incremental' and "
+                         "'bitmap' go with mode 'existing'",
+                         seen.drive->bitmap);
+    }
+    if (result == 0 && !seen.drive->format && exists) {
         return error_set(err, -EINVAL, "The format of '%s' must be given: formats are not guessed", seen.drive->target);
     }
     return result;

@@ -43,6 +43,10 @@
 #define LANE_STEP (128 * KiB)
 /* A copy reads so much at a time, which stays in a processor's cache until it is written. */
 #define COPY_STEP (512 * KiB)
+/* So much of it is looked at first. */
+#define COPY_PEEK (4 * KiB)
+/* A file grows if so much is written behind its end. */
+#define GROWTH_LEAST (1 * MiB)
 /* For how many yields of its processor a long write lets a short one go first. */
 #define LANE_YIELDS 64
 /* Copies up to this long are made at once. */
@@ -391,20 +395,31 @@ static int copy_to_page(struct copy_job *job, uint64_t bytes, const struct share
     return shared_memory_is_lost(page) ? -ENOTSUP : 0;
 }
 
+/* Before anything is allocated for it: what is zero as a whole begins so. */
+static bool begins_with_zeroes(const struct copy_job *job)
+{
+    uint64_t bytes = max_u64(COPY_PEEK, job->aid->zero_unit);
+    struct iovec peek = {job->aid->memory.iov_base, min_u64(job->bytes, MIN(job->aid->memory.iov_len, bytes))};
+    ssize_t moved = transfer_now(job->from->fd, false, &peek, 1, job->from_offset, 0);
+
+    return moved > 0 && has_zero_unit(job, &peek, (size_t)moved);
+}
+
 static int copy_work(void *argument)
 {
     struct copy_job *job = argument;
-    int r = 0;
+    bool grows = job->bytes >= GROWTH_LEAST;
+    int r = begins_with_zeroes(job) ? -ENOTSUP : 0;
 
     while (r == 0 && job->bytes) {
         uint64_t offset = job->to_offset, bytes = min_u64(job->bytes, huge_page_room(offset));
         bool is_new;
-        struct shared_memory *page = huge_page_open(&job->to->huge, offset, job->bytes, &is_new);
+        struct shared_memory *page = huge_page_open(&job->to->huge, offset, job->bytes, grows, &is_new);
 
         r = page ? copy_to_page(job, bytes, page) : copy_in_steps(job, bytes, write_in_steps);
         shared_memory_unmap(page);
-        if (r < 0 && page && is_new) { /* a part of it may stay a hole */
-            huge_page_undo(&job->to->huge, offset);
+        if (r < 0 && is_new) { /* a part of it may stay a hole */
+            huge_page_undo(&job->to->huge, offset, bytes);
         }
     }
     return r;

@@ -5,8 +5,9 @@
  * fills the rest with zeroes. An extent that holds nothing at all cannot be collapsed: a zero is written first.
  *
  * 1. That zero goes to a hole or behind the end of the file, and to where only the caller writes: nobody sees it.
- * 2. What nobody wrote stays a hole: an extent is taken if it will be full, or if the file is just growing into it: it
- *    goes on growing, or what its last extent holds too much is given back when it is closed.
+ * 2. What nobody wrote stays a hole: an extent is taken if it will be full, or if the caller says that the file is just
+ *    growing into it: it goes on growing, or what its last extent holds too much is given back when it is closed. What
+ *    was preallocated stays so.
  * 3. It may be slow (memory in small pieces, which the kernel has to move together), refused (a full file system, a
  *    group's limit, others who write there just then) or unknown: what it wins and costs is kept as a credit, and once
  *    that is used up, it rests for more and more extents before it is tried again.
@@ -15,6 +16,7 @@
  */
 #include "loop/huge_page.h"
 #include "base/size.h"
+#include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -53,7 +55,7 @@ static int64_t now_us(void)
 {
     struct timespec now;
 
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now); /* others may have the processor meanwhile */
     return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
@@ -85,84 +87,88 @@ static void account(struct huge_pages *pages, int64_t won_us)
     atomic_store_explicit(&pages->credit_us, (int)credit, memory_order_relaxed);
 }
 
-/* Does the extent hold no data? SEEK_DATA would look at all that is preallocated behind it. */
-static bool is_empty(const struct shared_memory *memory)
+/* Is there nothing in the extent? What is preallocated looks like a hole, but is none to us: all of a file is, if its
+ * blocks are as many as it is long. */
+static bool is_hole(const struct huge_pages *pages, uint64_t base, const struct stat *status)
 {
-    unsigned char pages[HUGE_PAGE_BYTES / 4096];
+    off_t data = (uint64_t)status->st_blocks * 512 < (uint64_t)status->st_size
+                     ? lseek(pages->fd, (off_t)base, SEEK_DATA)
+                     : (off_t)base;
 
-    if (mincore(memory->bytes, HUGE_PAGE_BYTES, pages) < 0) {
-        return false;
-    }
-    for (size_t i = 0; i < HUGE_PAGE_BYTES / (size_t)sysconf(_SC_PAGESIZE); i++) {
-        if (pages[i] & 1) {
-            return false;
-        }
-    }
-    return true;
+    return data < 0 ? errno == ENXIO : (uint64_t)data >= base + HUGE_PAGE_BYTES;
 }
 
-/* Makes a page of the extent, which is mapped and will be full or lies behind the end: [.., last] is going to be
- * written. */
-static bool make(struct huge_pages *pages, const struct shared_memory *memory, uint64_t last)
-{
-    if (!is_empty(memory) || is_resting(pages) || pwrite(pages->fd, "", 1, (off_t)last) != 1) {
-        return false;
-    }
-    int64_t begin = now_us();
-    bool done = !madvise(memory->bytes, HUGE_PAGE_BYTES, MADV_COLLAPSE);
-
-    account(pages, (done ? WON_US : -WON_US) - (now_us() - begin));
-    return done;
-}
-
-/* The extent at `base` as memory, of which [offset, end) is going to be written, or NULL; made: it is a page already.
- */
-static struct shared_memory *prepare(struct huge_pages *pages, uint64_t base, uint64_t offset, uint64_t end, bool made)
+/* Makes a page of the extent, of which [.., last] is going to be written. */
+static struct shared_memory *make(struct huge_pages *pages, uint64_t base, uint64_t last, const struct stat *before,
+                                  bool *ret_was_hole)
 {
     struct stat status;
-    uint64_t last = min_u64(end, base + HUGE_PAGE_BYTES) - 1;
+    int64_t begin = now_us();
 
-    if (fstat(pages->fd, &status) < 0) {
+    if (((uint64_t)before->st_size > base && !is_hole(pages, base, before)) || is_resting(pages) ||
+        pwrite(pages->fd, "", 1, (off_t)last) != 1) {
         return NULL;
     }
-    uint64_t size = (uint64_t)status.st_size;
-    bool whole = offset == base && end >= base + HUGE_PAGE_BYTES;
-    struct shared_memory *memory =
-        made || whole || size <= base ? shared_memory_map_extent(pages->fd, base, HUGE_PAGE_BYTES) : NULL;
-    bool ready =
-        memory && (made ? size > last || pwrite(pages->fd, "", 1, (off_t)last) == 1 : make(pages, memory, last));
+    struct shared_memory *memory = shared_memory_map_extent(pages->fd, base, HUGE_PAGE_BYTES);
+    bool done = memory && !madvise(memory->bytes, HUGE_PAGE_BYTES, MADV_COLLAPSE);
 
-    if (!ready) {
+    account(pages, (done ? WON_US : -WON_US) - (now_us() - begin));
+    if (!done) {
         shared_memory_unmap(memory);
         return NULL;
     }
+    /* A part of a file may be preallocated. (Who takes as much at the same time hides that.) */
+    *ret_was_hole =
+        !fstat(pages->fd, &status) && (uint64_t)(status.st_blocks - before->st_blocks) * 512 >= HUGE_PAGE_BYTES;
     return memory;
 }
 
-struct shared_memory *huge_page_open(struct huge_pages *pages, uint64_t offset, uint64_t bytes, bool *ret_is_new)
+/* Sees to the file's length, in an extent that is a page. */
+static struct shared_memory *reuse(struct huge_pages *pages, uint64_t base, uint64_t last, const struct stat *before)
+{
+    bool short_file = (uint64_t)before->st_size <= last;
+
+    return short_file && pwrite(pages->fd, "", 1, (off_t)last) != 1
+               ? NULL
+               : shared_memory_map_extent(pages->fd, base, HUGE_PAGE_BYTES);
+}
+
+struct shared_memory *huge_page_open(struct huge_pages *pages, uint64_t offset, uint64_t bytes, bool grows,
+                                     bool *ret_is_new)
+{
+    uint64_t base = align_down(offset, HUGE_PAGE_BYTES);
+    uint64_t last = min_u64(offset + bytes, base + HUGE_PAGE_BYTES) - 1;
+    unsigned slot = base / HUGE_PAGE_BYTES % HUGE_PAGE_GUARDS;
+    bool whole = offset == base && bytes >= HUGE_PAGE_BYTES;
+    struct shared_memory *memory = NULL;
+    struct stat status;
+
+    *ret_is_new = false;
+    pthread_mutex_lock(&pages->guards[slot].mutex);
+    if (!fstat(pages->fd, &status)) {
+        if (pages->guards[slot].made == base) {
+            memory = reuse(pages, base, last, &status);
+        } else if (whole || (grows && (uint64_t)status.st_size <= base)) {
+            memory = make(pages, base, last, &status, ret_is_new);
+        }
+    }
+    if (memory) {
+        pages->guards[slot].made = base;
+    }
+    pthread_mutex_unlock(&pages->guards[slot].mutex);
+    return memory;
+}
+
+void huge_page_undo(struct huge_pages *pages, uint64_t offset, uint64_t bytes)
 {
     uint64_t base = align_down(offset, HUGE_PAGE_BYTES);
     unsigned slot = base / HUGE_PAGE_BYTES % HUGE_PAGE_GUARDS;
 
     pthread_mutex_lock(&pages->guards[slot].mutex);
-    bool made = pages->guards[slot].made == base;
-    struct shared_memory *memory = prepare(pages, base, offset, offset + bytes, made);
-
-    if (memory) {
-        pages->guards[slot].made = base;
+    if (bytes == HUGE_PAGE_BYTES) {
+        pages->guards[slot].made = UINT64_MAX;
     }
-    pthread_mutex_unlock(&pages->guards[slot].mutex);
-    *ret_is_new = !made && offset == base && bytes >= HUGE_PAGE_BYTES;
-    return memory;
-}
-
-void huge_page_undo(struct huge_pages *pages, uint64_t offset)
-{
-    unsigned slot = offset / HUGE_PAGE_BYTES % HUGE_PAGE_GUARDS;
-
-    pthread_mutex_lock(&pages->guards[slot].mutex);
-    pages->guards[slot].made = UINT64_MAX;
-    fallocate(pages->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)HUGE_PAGE_BYTES);
+    fallocate(pages->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes);
     pthread_mutex_unlock(&pages->guards[slot].mutex);
 }
 

@@ -38,13 +38,15 @@ static inline uint64_t huge_page_room(uint64_t offset)
 
 /*
  * [offset, offset + bytes) is going to be written, and nobody else writes there meanwhile. If the extent of `offset`
- * is a new huge page, or can be made one (it holds nothing, and will be full or lies behind the file's end), returns a
- * view of the extent as a whole, to be unmapped by the caller; the file is long enough then for all that is to be
- * written in the extent. Otherwise NULL; it is no error. What the file shows does not change, but for its length.
- * *ret_is_new: all of it was a hole, and is the caller's: huge_page_undo() makes it one again, once it is unmapped.
+ * is a new huge page, or can be made one (it is a hole and will be full; or, if the file `grows` by much, lies behind
+ * its end), returns a view of the extent as a whole, to be unmapped by the caller; the file is long enough then for all
+ * that is to be written in the extent. Otherwise NULL; it is no error. What the file shows does not change, but for its
+ * length. *ret_is_new: what is to be written in the extent was a hole until now, and huge_page_undo() makes it one
+ * again, once the view is unmapped.
  * Both take up to milliseconds: on the worker pool. Several threads may call them for one file.
  */
-struct shared_memory *huge_page_open(struct huge_pages *pages, uint64_t offset, uint64_t bytes, bool *ret_is_new);
-void huge_page_undo(struct huge_pages *pages, uint64_t offset);
+struct shared_memory *huge_page_open(struct huge_pages *pages, uint64_t offset, uint64_t bytes, bool grows,
+                                     bool *ret_is_new);
+void huge_page_undo(struct huge_pages *pages, uint64_t offset, uint64_t bytes);
 
 #endif

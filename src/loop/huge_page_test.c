@@ -59,7 +59,7 @@ static bool can_be_made(void)
     struct shared_memory *page;
 
     bed_init(&bed, HUGE_PAGE_BYTES);
-    page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES, &bed.is_new);
+    page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES, true, &bed.is_new);
     shared_memory_unmap(page);
     bed_finish(&bed);
     if (!page) {
@@ -76,7 +76,7 @@ static void holes(void)
         return;
     }
     bed_init(&bed, 8 * HUGE_PAGE_BYTES);
-    struct shared_memory *page = huge_page_open(&bed.pages, 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new);
+    struct shared_memory *page = huge_page_open(&bed.pages, 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, true, &bed.is_new);
 
     g_assert_nonnull(page);
     memset(page->bytes, 5, HUGE_PAGE_BYTES);
@@ -87,16 +87,16 @@ static void holes(void)
     assert_byte(&bed, 3 * HUGE_PAGE_BYTES - 1, 5);
     assert_byte(&bed, 3 * HUGE_PAGE_BYTES, 0);
     g_assert_true(bed.is_new);
-    page = huge_page_open(&bed.pages, 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new);
+    page = huge_page_open(&bed.pages, 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, true, &bed.is_new);
     g_assert_false(bed.is_new);
     shared_memory_unmap(page);
-    page = huge_page_open(&bed.pages, 6 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new);
+    page = huge_page_open(&bed.pages, 6 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, true, &bed.is_new);
     g_assert_true(page && bed.is_new);
     shared_memory_unmap(page);
-    huge_page_undo(&bed.pages, 6 * HUGE_PAGE_BYTES);
+    huge_page_undo(&bed.pages, 6 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES);
     /* What will not be full stays a hole. */
-    g_assert_null(huge_page_open(&bed.pages, 4 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES - 1, &bed.is_new));
-    g_assert_null(huge_page_open(&bed.pages, 4 * HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES, &bed.is_new));
+    g_assert_null(huge_page_open(&bed.pages, 4 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES - 1, true, &bed.is_new));
+    g_assert_null(huge_page_open(&bed.pages, 4 * HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES, true, &bed.is_new));
     g_assert_cmpint(lseek(bed.fd, 3 * HUGE_PAGE_BYTES, SEEK_DATA), ==, -1);
     g_assert_cmpuint(size_of(&bed), ==, 8 * HUGE_PAGE_BYTES);
     bed_finish(&bed);
@@ -113,10 +113,10 @@ static void growth(void)
     }
     bed_init(&bed, 100);
     g_assert_cmpint(pwrite(bed.fd, "begin", 5, 0), ==, 5);
-    g_assert_null(huge_page_open(&bed.pages, 100, part, &bed.is_new)); /* there is something */
+    g_assert_null(huge_page_open(&bed.pages, 100, part, true, &bed.is_new)); /* there is something */
     assert_byte(&bed, 0, 'b');
     for (uint64_t at = HUGE_PAGE_BYTES + 1; at + part < 3 * HUGE_PAGE_BYTES; at += part) {
-        struct shared_memory *page = huge_page_open(&bed.pages, at, part, &bed.is_new);
+        struct shared_memory *page = huge_page_open(&bed.pages, at, part, true, &bed.is_new);
         uint64_t here = min_u64(part, HUGE_PAGE_BYTES - at % HUGE_PAGE_BYTES);
 
         g_assert_nonnull(page);
@@ -124,7 +124,7 @@ static void growth(void)
         memset(page->bytes + at % HUGE_PAGE_BYTES, (int)(at / part), here);
         shared_memory_unmap(page);
         if (here < part) {
-            page = huge_page_open(&bed.pages, at + here, part - here, &bed.is_new);
+            page = huge_page_open(&bed.pages, at + here, part - here, true, &bed.is_new);
             g_assert_nonnull(page);
             memset(page->bytes, (int)(at / part), part - here);
             shared_memory_unmap(page);
@@ -149,11 +149,21 @@ static void trim(void)
         return;
     }
     bed_init(&bed, 0);
-    shared_memory_unmap(huge_page_open(&bed.pages, HUGE_PAGE_BYTES, 10000, &bed.is_new));
+    shared_memory_unmap(huge_page_open(&bed.pages, HUGE_PAGE_BYTES, 10000, true, &bed.is_new));
     huge_pages_trim(&bed.pages);
     g_assert_cmpint(fstat(bed.fd, &status), ==, 0);
     g_assert_cmpint(status.st_size, ==, HUGE_PAGE_BYTES + 10000);
     g_assert_cmpint(status.st_blocks * 512, ==, align_up(10000, (uint64_t)sysconf(_SC_PAGESIZE)));
+    g_assert_null(huge_page_open(&bed.pages, 3 * HUGE_PAGE_BYTES, 10000, false, &bed.is_new));
+    bed_finish(&bed);
+    /* What was preallocated stays so: all of a file, or a part. */
+    bed_init(&bed, 4 * HUGE_PAGE_BYTES);
+    g_assert_cmpint(fallocate(bed.fd, 0, 0, HUGE_PAGE_BYTES), ==, 0);
+    struct shared_memory *page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES, true, &bed.is_new);
+    g_assert_false(bed.is_new);
+    shared_memory_unmap(page);
+    g_assert_cmpint(fallocate(bed.fd, 0, 0, 4 * HUGE_PAGE_BYTES), ==, 0);
+    g_assert_null(huge_page_open(&bed.pages, 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, true, &bed.is_new));
     bed_finish(&bed);
 }
 
@@ -166,17 +176,17 @@ static void what_is_there(void)
     }
     bed_init(&bed, 2 * HUGE_PAGE_BYTES);
     g_assert_cmpint(pwrite(bed.fd, "x", 1, HUGE_PAGE_BYTES + 12345), ==, 1);
-    g_assert_null(huge_page_open(&bed.pages, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new));
+    g_assert_null(huge_page_open(&bed.pages, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, true, &bed.is_new));
     assert_byte(&bed, HUGE_PAGE_BYTES + 12345, 'x');
     assert_byte(&bed, 2 * HUGE_PAGE_BYTES - 1, 0);
     /* One that was made and has been cut off, and is written again. */
-    struct shared_memory *page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES, &bed.is_new);
+    struct shared_memory *page = huge_page_open(&bed.pages, 0, HUGE_PAGE_BYTES, true, &bed.is_new);
 
     g_assert_nonnull(page);
     memset(page->bytes, 7, HUGE_PAGE_BYTES);
     shared_memory_unmap(page);
     g_assert_cmpint(ftruncate(bed.fd, 4096), ==, 0);
-    page = huge_page_open(&bed.pages, 8192, 8192, &bed.is_new);
+    page = huge_page_open(&bed.pages, 8192, 8192, true, &bed.is_new);
     if (page) { /* it need not be one */
         g_assert_cmpuint(size_of(&bed), ==, 16384);
         memset(page->bytes + 8192, 9, 8192);
@@ -195,7 +205,7 @@ static void cut_off_meanwhile(void)
         return;
     }
     bed_init(&bed, 2 * HUGE_PAGE_BYTES);
-    struct shared_memory *page = huge_page_open(&bed.pages, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &bed.is_new);
+    struct shared_memory *page = huge_page_open(&bed.pages, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, true, &bed.is_new);
 
     g_assert_nonnull(page);
     g_assert_cmpint(ftruncate(bed.fd, 0), ==, 0);
@@ -220,7 +230,7 @@ static void refusals(void)
     unlink(path);
     huge_pages_init(&pages, fd);
     for (unsigned i = 0; i < 1000; i++) {
-        g_assert_null(huge_page_open(&pages, i * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, &is_new));
+        g_assert_null(huge_page_open(&pages, i * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES, true, &is_new));
     }
     g_assert_cmpint(lseek(writable, 0, SEEK_DATA), ==, -1);
     huge_pages_destroy(&pages);
@@ -279,7 +289,7 @@ static void *crowd_main(void *argument)
         while (offset < end) {
             uint64_t bytes = min_u64(end - offset, HUGE_PAGE_BYTES - offset % HUGE_PAGE_BYTES);
             bool is_new;
-            struct shared_memory *page = huge_page_open(&crowd->bed.pages, offset, end - offset, &is_new);
+            struct shared_memory *page = huge_page_open(&crowd->bed.pages, offset, end - offset, true, &is_new);
 
             if (page) {
                 fill(page->bytes + offset % HUGE_PAGE_BYTES, offset, bytes);

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Mappings of files that other processes own. Touching a page that is no more in its file raises SIGBUS: a handler
- * puts anonymous zeroes in the place of the whole mapping and lets the thread go on. Invariants:
+ * Mappings of files that other processes own, or may cut off. Touching a page that is no more in its file raises
+ * SIGBUS: a handler puts anonymous zeroes in the place of the whole mapping and lets the thread go on. Invariants:
  * 1. a mapping is in the table while anybody may touch it; a slot of the table is never freed;
  * 2. the handler uses what is async-signal-safe only: atomics, and the system call mmap;
  * 3. a SIGBUS anywhere else ends the process, as without us;
- * 4. the file was long enough when it was mapped.
+ * 4. the file was long enough when it was mapped, but for extents: who maps one touches no more than the file has.
  * What others gave us is mapped from the file's begin, whatever part of it is asked for: offsets need not be multiples
  * of a (huge) page then.
  */
