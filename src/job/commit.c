@@ -29,7 +29,6 @@
 #include "driver/filter/track.h"
 #include "job/commit_private.h"
 #include "job/relink.h"
-#include "job/succession.h"
 #include <errno.h>
 #include <glib.h>
 
@@ -149,16 +148,15 @@ static int coroutine_fn commit_run(struct job *job, struct error **err)
 
 /* --- the end --- */
 
+struct overlays commit_overlays(const struct commit *commit)
+{
+    return (struct overlays){.graph = commit->graph, .image = commit->top, .writable = commit->overlays};
+}
+
 struct node *commit_fresh_overlay(const struct commit *commit)
 {
-    list_for_each (link, &node_head(commit->top)->parents) {
-        const struct edge *edge = container_of(link, struct edge, child_link);
-        if (edge->role == EDGE_BACKING && !edge->parent->stale &&
-            !g_ptr_array_find(commit->overlays, edge->parent, NULL)) {
-            return edge->parent;
-        }
-    }
-    return NULL;
+    struct overlays overlays = commit_overlays(commit);
+    return overlays_fresh(&overlays);
 }
 
 int commit_check_overlay(const struct commit *commit, const struct node *overlay, struct error **err)
@@ -198,25 +196,30 @@ static int coroutine_fn commit_lock(struct commit *commit, struct error **err)
     }
 }
 
+struct naming {
+    struct commit *commit;
+    struct relink *relink;
+};
+
+static int coroutine_fn name_base(struct node *overlay, void *argument, struct error **err)
+{
+    const struct naming *naming = argument;
+    const struct commit *commit = naming->commit;
+    struct backing_name name;
+    int result = relink_name(overlay, commit->base, commit->backing_file, commit->mask_protocol, &name, err);
+    if (result == 0) {
+        result = relink_write(naming->relink, overlay, &name, err);
+        backing_name_clear(&name);
+    }
+    return result;
+}
+
 /* The headers of all overlays, on disk. */
 static int coroutine_fn commit_write_headers(struct commit *commit, struct relink *relink, struct error **err)
 {
-    list_for_each (link, &node_head(commit->top)->parents) {
-        struct edge *edge = container_of(link, struct edge, child_link);
-        if (edge->role != EDGE_BACKING || edge->parent->stale) {
-            continue;
-        }
-        struct backing_name name;
-        int result = relink_name(edge->parent, commit->base, commit->backing_file, commit->mask_protocol, &name, err);
-        if (result == 0) {
-            result = relink_write(relink, edge->parent, &name, err);
-            backing_name_clear(&name);
-        }
-        if (result < 0) {
-            return result;
-        }
-    }
-    return 0;
+    struct overlays overlays = commit_overlays(commit);
+    struct naming naming = {commit, relink};
+    return overlays_each(&overlays, name_base, &naming, err);
 }
 
 /* The graph: T's users to B, T and what is between are stale, the claims end; one step. */

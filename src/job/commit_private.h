@@ -9,6 +9,7 @@
 #include "job/commit.h"
 #include "job/converge.h"
 #include "job/policy.h"
+#include "job/succession.h"
 
 /* What the two halves of commit share: commit_start.c, its beginning, and commit.c, its run and its end. */
 struct commit {
@@ -31,6 +32,8 @@ struct commit {
     uint64_t size;            /* T's */
 };
 
+/* Those of T, of which commit->overlays are writable. It is a view: nothing to be closed. */
+struct overlays commit_overlays(const struct commit *commit);
 /* An image that leans on T and is not among commit->overlays yet, or NULL. graph->lock is held. */
 struct node *commit_fresh_overlay(const struct commit *commit);
 /* Can the overlay's header name B? */

@@ -84,33 +84,28 @@ static int commit_check_args(const struct commit *commit, const struct block_com
     return args->filter_node_name ? graph_check_name(commit->graph, args->filter_node_name, err) : 0;
 }
 
-/* The overlays that are there already; commit_lock() looks at those that come. */
-static int commit_check_overlays(const struct commit *commit, struct error **err)
+static int coroutine_fn check_overlay(struct node *overlay, void *argument, struct error **err)
 {
-    list_for_each (link, &node_head(commit->top)->parents) {
-        const struct edge *edge = container_of(link, struct edge, child_link);
-        int result = 0;
-        if (edge->role == EDGE_BACKING && !edge->parent->stale) {
-            result = commit_check_overlay(commit, edge->parent, err);
-        }
-        if (result < 0) {
-            return result;
-        }
-    }
-    return 0;
+    return commit_check_overlay(argument, overlay, err);
+}
+
+/* The overlays that are there already; commit_lock() looks at those that come. */
+static int coroutine_fn commit_check_overlays(struct commit *commit, struct error **err)
+{
+    struct overlays overlays = commit_overlays(commit);
+    return overlays_each(&overlays, check_overlay, commit, err);
+}
+
+static int coroutine_fn check_writable(struct node *overlay, void *argument, struct error **err)
+{
+    return node_writable_check(overlay, err);
 }
 
 /* For the dry run: can the headers be written? */
-static int commit_check_writable(const struct commit *commit, struct error **err)
+static int coroutine_fn commit_check_writable(struct commit *commit, struct error **err)
 {
-    int result = 0;
-    list_for_each (link, &node_head(commit->top)->parents) {
-        const struct edge *edge = container_of(link, struct edge, child_link);
-        if (result == 0 && edge->role == EDGE_BACKING && !edge->parent->stale) {
-            result = node_writable_check(edge->parent, err);
-        }
-    }
-    return result;
+    struct overlays overlays = commit_overlays(commit);
+    return overlays_each(&overlays, check_writable, NULL, err);
 }
 
 /* The base that the arguments stand for before the graph is locked, or NULL: while the command waits for another job's
