@@ -342,6 +342,28 @@ class ControlFaults(TestCase):
             for name in order:
                 self.qmp.wait_event("BLOCK_EXPORT_DELETED", id=name)
 
+    # Whose name is in whose header.
+
+    def test_commit_names_its_base_to_what_leans_beneath_another_jobs_filter(self):
+        """A mirror that copies nothing leaves its target leaning on its node itself, below the filter of a second one."""
+        self.server.nbd_server()
+        base = self.add("base")
+        self.add("a", backing="base")
+        self.write("a", (1, 0, MIB))
+        self.add("top", backing="a")
+        target = self.add("t1")
+        self.add("t0")
+        self.ready("blockdev-mirror", "none", device="a", target="t1", sync="none")
+        self.qmp.execute("blockdev-mirror", job_id="full", device="a", target="t0", sync="full", speed=64 * KIB)
+        self.complete("none")
+        self.qmp.execute("block-commit", job_id="commit", device="top", top_node="a", base_node="base")
+        self.assertIsNone(self.qmp.wait_job("commit"))
+        self.cancel("full")
+        self.server.stop()
+        os.unlink(self.path("a.qcow2"))
+        self.assertIn(base, qemu_img("info", target))
+        qemu_io(target, f"read -P 1 0 {MIB}")
+
 
 if __name__ == "__main__":
     import unittest
