@@ -67,6 +67,7 @@ struct native_file {
     struct huge_pages huge;     /* of a memory file: made for copies */
     atomic_bool nowait;         /* RWF_NOWAIT works */
     atomic_bool durable;        /* RWF_DSYNC works */
+    atomic_bool locked;         /* it had a lock: nobody else writes when it is closed */
 };
 
 static struct native_file *native(struct file *file)
@@ -164,6 +165,7 @@ static int open_check(struct open_job *job, struct native_file *file)
     }
     atomic_init(&file->nowait, true);
     atomic_init(&file->durable, true);
+    atomic_init(&file->locked, false);
     find_alignment(file);
     return 0;
 }
@@ -224,7 +226,9 @@ static int close_work(void *argument)
     struct native_file *file = argument;
     struct flock all = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
 
-    huge_pages_trim(&file->huge);
+    if (atomic_load_explicit(&file->locked, memory_order_relaxed)) {
+        huge_pages_trim(&file->huge);
+    }
     /* The kernel's ring may hold on to the description a moment longer than its last request: who opens the file next
      * must not find our locks. */
     fcntl(file->fd, F_OFD_SETLK, &all);
@@ -810,6 +814,7 @@ static int coroutine_fn native_lock(struct file *file, bool shared, uint64_t off
 {
     struct lock_job job = lock_job_make(file, F_OFD_SETLK, shared ? F_RDLCK : F_UNLCK, offset, bytes);
 
+    atomic_store_explicit(&native(file)->locked, true, memory_order_relaxed);
     return native_work(native(file), lock_work, &job);
 }
 

@@ -27,7 +27,8 @@ struct huge_pages {
 
 void huge_pages_init(struct huge_pages *pages, int fd);
 void huge_pages_destroy(struct huge_pages *pages);
-/* Gives back what the last extent holds behind the file's end. Nobody writes the file meanwhile. */
+/* Gives back what the last extent holds behind the file's end. Nobody writes the file meanwhile: what somebody had just
+ * added there would be lost. */
 void huge_pages_trim(struct huge_pages *pages);
 
 /* How much there is from `offset` to the end of its extent. */
