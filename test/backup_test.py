@@ -413,6 +413,7 @@ class Alike(BackupCase):
         """Bytes in the bitmap after a job that ended well, or was cancelled when a guest had written more."""
         with nbd_handle(daemon.uri("s")) as handle:
             handle.pwrite(b"1" * 128 * KIB, 0)
+            daemon.qmp.events.clear()  # a job that was cancelled may have been pending
             arguments = {"sync": sync, "bitmap": "b", **({"bitmap-mode": mode} if mode else {})}
             daemon.qmp.execute("blockdev-backup", {"job-id": "j", "device": "s", "target": "t", "speed": 1,
                                                    "auto-finalize": False, **arguments})
