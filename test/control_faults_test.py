@@ -289,6 +289,14 @@ class ControlFaults(TestCase):
                 self.qmp.wait_event("ACCESS_WAIT_ENDED", id="copy")
                 self.assertEqual(self.content(target), before, "the file was written to while the command waited")
 
+    def test_refused_compression_leaves_no_file_behind(self):
+        self.add("low")
+        target = self.path("target.raw")
+        arguments = {"job-id": "copy", "device": "low", "target": target, "sync": "full", "format": "raw"}
+        self.assert_refused("Compression is not supported", self.qmp.execute, "drive-backup",
+                            {**arguments, "compress": True})
+        self.assertFalse(os.path.exists(target))
+
     def test_events_of_what_is_cancelled_while_it_waits_come_before_those_of_who_takes_its_id(self):
         """Two managers: one cancels what waits, the other begins with the same id as soon as it can."""
         other = self.path("other.qmp")

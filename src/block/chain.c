@@ -20,6 +20,14 @@ struct node *node_beneath_filters(struct node *node)
     return node;
 }
 
+struct node *node_beneath_job_filters(struct node *node)
+{
+    while (node->job_filter && node->filtered) {
+        node = node->filtered->child;
+    }
+    return node;
+}
+
 struct node *node_head(struct node *node)
 {
     for (bool found = true; found;) {
@@ -64,7 +72,7 @@ static bool reaches(const struct node *from, const struct node *to, GHashTable *
     }
     list_for_each (link, &from->children) {
         const struct edge *edge = container_of(link, struct edge, parent_link);
-        if (reaches(edge->child, to, seen)) { /* as deep as chains are (open.c) */
+        if (reaches(edge->child, to, seen)) {
             return true;
         }
     }

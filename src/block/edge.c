@@ -130,12 +130,7 @@ static const struct standing_claim *edge_standing(const struct edge *edge)
  * over it: else who writes to the image and who leans on it through a filter would not meet. */
 static const struct node *edge_shown(const struct edge *edge)
 {
-    const struct node *shown = edge->child;
-    while (edge->role == EDGE_FILTERED && shown->job_filter &&
-           shown->filtered) { /* a job's filter goes, the claim stays */
-        shown = shown->filtered->child;
-    }
-    return edge->role == EDGE_FILTERED ? shown : node_beneath_filters(edge->child);
+    return edge->role == EDGE_FILTERED ? node_beneath_job_filters(edge->child) : node_beneath_filters(edge->child);
 }
 
 bool edge_is_container(const struct edge *edge)

@@ -90,6 +90,8 @@ bool node_is_above(const struct node *above, const struct node *below); /* by ba
 bool node_reaches(const struct node *from, const struct node *to);      /* by any edges; itself too */
 struct node *node_head(struct node *node);                              /* top of the job filters over it */
 struct node *node_beneath_filters(struct node *node); /* the named node that a stack of filters shows */
+/* Job filters come and go, so what concerns the node that they show (its claims, who writes it) is not said of them. */
+struct node *node_beneath_job_filters(struct node *node);
 unsigned node_backing_depth(const struct node *node);
 
 /* Drain: requests stop at the backends above any of `nodes`; those inside are waited for. Nests. graph->lock is held.

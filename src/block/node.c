@@ -59,15 +59,6 @@ static bool edge_carries_writes(const struct edge *edge)
     return edge_is_container(edge) || (edge->role == EDGE_FILTERED && !edge->parent->job_filter);
 }
 
-/* Job filters come and go while an image is written: who makes it writable does that to what they show. */
-static struct node *beneath_job_filters(struct node *node)
-{
-    while (node->job_filter && node->filtered) {
-        node = node->filtered->child;
-    }
-    return node;
-}
-
 static void coroutine_fn node_close(struct node *node, struct list *dying)
 {
     if (node->open && node->driver->close) {
@@ -329,7 +320,7 @@ int coroutine_fn node_want_writable_locked(struct node *node, bool wanted, struc
 
 int coroutine_fn node_writable_begin_locked(struct node *node, struct error **err)
 {
-    node = beneath_job_filters(node);
+    node = node_beneath_job_filters(node);
     int r = node->writable ? 0 : node_start_writing(node, err);
     if (r == 0) {
         node->writers++;
@@ -339,7 +330,7 @@ int coroutine_fn node_writable_begin_locked(struct node *node, struct error **er
 
 void coroutine_fn node_writable_end_locked(struct node *node)
 {
-    node = beneath_job_filters(node);
+    node = node_beneath_job_filters(node);
     g_assert(node->writers > 0);
     if (--node->writers == 0 && !node->wants_writable) {
         node_stop_writing(node);
@@ -355,7 +346,7 @@ void node_renounce_writing(struct node *node)
     node->wants_writable = false;
     struct containers containers = node_containers(node);
     for (unsigned i = 0; !node->made_files_writable && i < containers.count; i++) {
-        struct node *child = beneath_job_filters(containers.edges[i]->child);
+        struct node *child = node_beneath_job_filters(containers.edges[i]->child);
         child->writers++;
         if (child->parents.next == child->parents.prev) { /* nobody else's */
             node_renounce_writing(child);

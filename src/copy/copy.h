@@ -96,8 +96,8 @@ struct copy_config {
     void *argument;
 };
 #define COPY_WORKERS 16
-#define COPY_PIECE ((uint64_t)2 << 20)  /* a huge page; long enough for the worker pool: two processors copy */
-#define COPY_MEMORY ((uint64_t)6 << 20) /* what is read stays in the processor's cache until it is written */
+#define COPY_PIECE ((uint64_t)2 << 20)   /* a huge page; long enough for the worker pool: two processors copy */
+#define COPY_MEMORY ((uint64_t)12 << 20) /* six such: a disk has something to do while others are being answered */
 
 struct copy *copy_create(const struct copy_config *config);
 void copy_destroy(struct copy *copy); /* nothing is in flight; accepts NULL */

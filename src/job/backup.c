@@ -377,6 +377,11 @@ static int check_performance(struct backup *backup, struct error **err)
     return 0;
 }
 
+static int refuse_compression(const char *target, struct error **err)
+{
+    return error_set(err, -ENOTSUP, "Compression is not supported for this drive %s", target);
+}
+
 static int check_target(const struct backup *backup, struct error **err)
 {
     const struct node *image = backup->image, *target = backup->target;
@@ -390,7 +395,7 @@ static int check_target(const struct backup *backup, struct error **err)
         return -EINVAL;
     }
     if (backup->options->compress && !target->driver->compresses) {
-        return error_set(err, -ENOTSUP, "Compression is not supported for this drive %s", target->name);
+        return refuse_compression(target->name, err);
     }
     if (atomic_load(&image->size) != atomic_load(&target->size)) {
         return error_set(err, -EINVAL, "Source and target image have different sizes");
@@ -636,6 +641,12 @@ static int coroutine_fn drive_check(struct backup *backup, struct error **err)
     graph_lock(backup->graph);
     int result = backup_resolve(&seen, err);
     result = result < 0 ? result : check_performance(&seen, err);
+    const struct driver *driver = backup->drive->format ? driver_find(backup->drive->format)
+                                  : seen.image          ? seen.image->driver
+                                                        : NULL;
+    if (result == 0 && driver && backup->options->compress && !driver->compresses) {
+        result = refuse_compression(backup->drive->target, err);
+    }
     if (result == 0) { /* a refusal leaves what stands there alone, and joins the queue if the command may wait */
         struct operation_config config = backup_operation(&seen);
         result = operation_begin(backup->graph, &config, &seen.operation, err);
