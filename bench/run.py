@@ -465,10 +465,12 @@ def parse_options():
     parser.add_argument("--format", nargs="+", choices=("raw", "qcow2"), default=("raw", "qcow2"))
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows with one of these in their title")
     parser.add_argument("--iothreads", type=int, default=0, help="I/O threads of Interlock's export (default: none)")
+    parser.add_argument("--mapped", action="store_true", help="Interlock writes files through mappings (mapped=on)")
     parser.add_argument("--without", nargs="+", default=(), metavar="SERVER")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     options = parser.parse_args()
     Interlock.iothreads = options.iothreads
+    Interlock.aio = ",mapped=on" if options.mapped else ""
     short = options.quick
     options.rounds = options.rounds or (2 if short else 3)
     options.seconds = options.seconds or (0.3 if short else 1)

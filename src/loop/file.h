@@ -21,6 +21,7 @@ enum file_flags {
     FILE_CREATE = 1 << 2,    /* O_CREAT, mode 0644 */
     FILE_EXCLUSIVE = 1 << 3, /* O_EXCL */
     FILE_TRUNCATE = 1 << 4,
+    FILE_MAPPED = 1 << 5, /* written through a mapping (loop/file_map.h); -EINVAL if it is not in memory (tmpfs) */
 };
 struct file_info {
     uint64_t size;      /* bytes; a block device's size */

@@ -17,6 +17,7 @@
  */
 #include "base/size.h"
 #include "loop/engine.h"
+#include "loop/file_map.h"
 #include "loop/huge_page.h"
 #include "loop/worker.h"
 #include <errno.h>
@@ -65,6 +66,7 @@ struct native_file {
     struct worker_turn turn;    /* of a memory file: writing at length */
     atomic_uint short_writes;   /* of a memory file: those in the kernel just now */
     struct huge_pages huge;     /* of a memory file: made for copies */
+    struct file_map *map;       /* of a memory file, or NULL: it is written so */
     atomic_bool nowait;         /* RWF_NOWAIT works */
     atomic_bool durable;        /* RWF_DSYNC works */
     atomic_bool locked;         /* it had a lock: nobody else writes when it is closed */
@@ -163,6 +165,12 @@ static int open_check(struct open_job *job, struct native_file *file)
         }
         file->memory = system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC;
     }
+    if (job->flags & FILE_MAPPED && !file->memory) {
+        error_set(&job->err, -EINVAL, "'%s' is not in memory (tmpfs): it cannot be written through a mapping",
+                  job->path);
+        error_hint(&job->err, "Leave mapped=on away");
+        return -EINVAL;
+    }
     atomic_init(&file->nowait, true);
     atomic_init(&file->durable, true);
     atomic_init(&file->locked, false);
@@ -205,6 +213,10 @@ static int open_work(void *argument)
     file->writes = file->memory ? worker_lane_create() : NULL;
     worker_turn_init(&file->turn);
     huge_pages_init(&file->huge, file->fd);
+    if (job->flags & FILE_MAPPED && job->flags & FILE_WRITABLE) {
+        file->map = g_new(struct file_map, 1);
+        file_map_init(file->map, file->fd);
+    }
     job->file = file;
     return 0;
 }
@@ -226,6 +238,10 @@ static int close_work(void *argument)
     struct native_file *file = argument;
     struct flock all = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
 
+    if (file->map) {
+        file_map_destroy(file->map);
+        g_free(file->map);
+    }
     if (atomic_load_explicit(&file->locked, memory_order_relaxed)) {
         huge_pages_trim(&file->huge);
     }
@@ -328,6 +344,16 @@ static ssize_t write_in_steps(struct native_file *file, const char *memory, size
     }
     worker_turn_end(&file->turn);
     return done ? (ssize_t)done : moved;
+}
+
+static int map_work(void *argument)
+{
+    struct transfer_job *job = argument;
+    size_t bytes = iov_bytes(job->iov, job->count);
+    bool done = (job->write ? file_map_write : file_map_read)(job->file->map, job->offset, job->iov, job->count, bytes);
+
+    job->moved = done ? (ssize_t)bytes : -ENOTSUP;
+    return 0;
 }
 
 static int lane_write_work(void *argument)
@@ -452,19 +478,26 @@ static int coroutine_fn native_copy(struct file *from, uint64_t offset, struct f
 static ssize_t coroutine_fn transfer_memory(struct native_file *file, bool write, uint64_t offset,
                                             const struct iovec *iov, unsigned count)
 {
+    size_t bytes = iov_bytes(iov, count);
     ssize_t moved;
 
-    if (iov_bytes(iov, count) > INLINE_TRANSFER_MAX) {
+    if (bytes > INLINE_TRANSFER_MAX) {
         struct transfer_job job = {.file = file, .write = write, .iov = iov, .count = count, .offset = offset};
 
-        if (write) {
+        job.moved = -ENOTSUP;
+        if (file->map) {
+            worker_run(map_work, &job);
+        }
+        if (job.moved < 0 && write) {
             worker_lane_run(file->writes, lane_write_work, &job);
-        } else {
+        } else if (job.moved < 0) {
             worker_run(transfer_work, &job);
         }
         return job.moved;
     }
-    if (write) {
+    if (write && file->map && file_map_write(file->map, offset, iov, count, bytes)) {
+        moved = (ssize_t)bytes;
+    } else if (write) {
         atomic_fetch_add_explicit(&file->short_writes, 1, memory_order_relaxed);
         moved = transfer_now(file->fd, true, iov, count, offset, 0);
         atomic_fetch_sub_explicit(&file->short_writes, 1, memory_order_relaxed);
@@ -683,6 +716,9 @@ static int coroutine_fn native_truncate(struct file *file, uint64_t size)
     struct range_job job = {.file = native(file), .bytes = size};
     struct stat status;
 
+    if (native(file)->map) {
+        file_map_cut(native(file)->map, size);
+    }
     /* Giving back much memory takes time. */
     if (native(file)->memory && fstat(native(file)->fd, &status) == 0 &&
         (uint64_t)status.st_size > size + INLINE_ALLOCATE_MAX) {

@@ -4,7 +4,7 @@
  * learnt about the file system (which kinds of fallocate it has), and the last extent that a block status found.
  *
  * Options: filename; locking on|off|auto; aio is accepted and has no effect, because the engine is chosen for the whole
- * program. cache.direct opens with O_DIRECT, cache.no-flush is the request path's.
+ * program. cache.direct opens with O_DIRECT, cache.no-flush is the request path's. mapped: see loop/file_map.h.
  *
  * 1. While the node is open, the locks that its state (reading or writing) asks for are held, unless locking=off or
  *    force-share=on.
@@ -32,6 +32,7 @@ struct file_state {
     char *path; /* absolute: it is opened again, wherever the program may stand then */
     bool locking;
     bool direct; /* as it is open */
+    bool mapped;
     atomic_bool no_zero, no_punch;
     atomic_int sync_error; /* 0 or a negative errno, see 4. */
     atomic_uint_fast64_t generation;
@@ -47,7 +48,8 @@ static struct file_state *file_state(const struct node *node)
 
 static unsigned open_flags(const struct node *node, bool writable)
 {
-    return (writable ? FILE_WRITABLE : 0) | (node->direct ? FILE_DIRECT : 0);
+    return (writable ? FILE_WRITABLE : 0) | (node->direct ? FILE_DIRECT : 0) |
+           (file_state(node)->mapped ? FILE_MAPPED : 0);
 }
 
 /* See 4. */
@@ -100,6 +102,7 @@ static int coroutine_fn file_driver_open(struct node *node, const struct blockde
     if (!*own->filename) {
         return error_set(err, -EINVAL, "Node '%s': the 'filename' of driver 'file' is empty", node->name);
     }
+    state->mapped = own->mapped;
     int r = file_open(own->filename, open_flags(node, node->writable), &state->file, err);
     if (r < 0) {
         return r;

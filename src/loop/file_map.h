@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef INTERLOCK_LOOP_FILE_MAP_H
+#define INTERLOCK_LOOP_FILE_MAP_H
+
+#include "loop/shared_memory.h"
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/uio.h>
+
+/*
+ * A file in memory (tmpfs) that is used through a mapping: it is written without a system call, and without the lock
+ * that lets one writer at a time into a file. What was written once stays in the process's page tables and counts as
+ * its shared resident memory (RssShmem of proc_pid_status(5)) while the file is open, though the pages are the file's
+ * own. To look at a hole through a mapping would fill it, so who reads asks first, which pays for long transfers.
+ */
+#define FILE_MAP_VIEWS 32
+struct file_map {
+    int fd; /* open for reading and writing */
+    pthread_mutex_t mutex;
+    struct file_view {
+        struct shared_memory *memory;
+        uint64_t room;
+        atomic_uint_fast64_t end; /* so long was the file when we looked */
+    } views[FILE_MAP_VIEWS];
+    atomic_uint count; /* the last one is in use, in others somebody may be writing still */
+    atomic_bool over;  /* the file was cut off by others, or is full, or too large: never again */
+};
+
+void file_map_init(struct file_map *map, int fd);
+void file_map_destroy(struct file_map *map); /* nobody writes */
+
+/* Writes all of it; false: it is to be written by a call, which also says what is wrong. Some of it may have been
+ * written. Never makes the file longer. Any thread; several at once. */
+bool file_map_write(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes);
+/* Reads all of it, if the file has a page everywhere there; false: it is to be read by a call. Any thread. */
+bool file_map_read(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes);
+/* The file is going to be cut to this size. */
+void file_map_cut(struct file_map *map, uint64_t size);
+
+#endif

@@ -1,0 +1,290 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Files in tmpfs that are written through mappings: what is the file's and what is not, growth, cutting by ourselves
+ * and by others at any moment, a file system without room, and many threads.
+ */
+#include "base/size.h"
+#include "loop/file_map.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <glib.h>
+#include <sched.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+struct bed {
+    int fd;
+    struct file_map map;
+};
+
+static void bed_init_in(struct bed *bed, const char *directory, uint64_t size)
+{
+    g_autofree char *path = g_strdup_printf("%s/file-map-test-XXXXXX", directory);
+
+    bed->fd = mkstemp(path);
+    g_assert_cmpint(bed->fd, >=, 0);
+    unlink(path);
+    g_assert_cmpint(ftruncate(bed->fd, (off_t)size), ==, 0);
+    file_map_init(&bed->map, bed->fd);
+}
+
+static void bed_init(struct bed *bed, uint64_t size)
+{
+    bed_init_in(bed, "/dev/shm", size);
+}
+
+static void bed_finish(struct bed *bed)
+{
+    file_map_destroy(&bed->map);
+    close(bed->fd);
+}
+
+static struct stat status_of(const struct bed *bed)
+{
+    struct stat status;
+
+    g_assert_cmpint(fstat(bed->fd, &status), ==, 0);
+    return status;
+}
+
+static bool write_bytes(struct bed *bed, uint64_t offset, uint8_t value, size_t bytes)
+{
+    g_autofree uint8_t *memory = g_malloc(bytes);
+    struct iovec iov[2] = {{memory, bytes / 3}, {memory + bytes / 3, bytes - bytes / 3}};
+
+    memset(memory, value, bytes);
+    return file_map_write(&bed->map, offset, iov, 2, bytes);
+}
+
+static bool read_bytes(struct bed *bed, uint64_t offset, uint8_t *to, size_t bytes)
+{
+    struct iovec iov = {to, bytes};
+
+    return file_map_read(&bed->map, offset, &iov, 1, bytes);
+}
+
+static void assert_bytes(const struct bed *bed, uint64_t offset, uint8_t value, size_t bytes)
+{
+    g_autofree uint8_t *memory = g_malloc(bytes);
+
+    g_assert_cmpint(pread(bed->fd, memory, bytes, (off_t)offset), ==, (ssize_t)bytes);
+    for (size_t i = 0; i < bytes; i++) {
+        g_assert_cmpuint(memory[i], ==, value);
+    }
+}
+
+static void test_what_is_written_is_the_files(void)
+{
+    struct bed bed;
+    uint8_t read[300];
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_true(write_bytes(&bed, 5000, 7, 300));
+    assert_bytes(&bed, 5000, 7, 300);
+    assert_bytes(&bed, 4999, 0, 1);
+    assert_bytes(&bed, 5300, 0, 1);
+    g_assert_true(read_bytes(&bed, 5000, read, 300));
+    g_assert_cmpuint(read[0], ==, 7);
+    g_assert_cmpuint(read[299], ==, 7);
+    g_assert_cmpint(pwrite(bed.fd, "x", 1, 5000), ==, 1);
+    g_assert_true(read_bytes(&bed, 5000, read, 300));
+    g_assert_cmpuint(read[0], ==, 'x');
+    bed_finish(&bed);
+}
+
+static void test_holes_stay_holes_when_they_are_read(void)
+{
+    struct bed bed;
+    uint8_t read[8192];
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_true(write_bytes(&bed, 64 * KiB, 1, 4096));
+    g_assert_false(read_bytes(&bed, 64 * KiB, read, 8192));
+    g_assert_false(read_bytes(&bed, 0, read, 1));
+    g_assert_cmpint(status_of(&bed).st_blocks, ==, 8);
+    g_assert_cmpint(fallocate(bed.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 64 * KiB, 4096), ==, 0);
+    g_assert_false(read_bytes(&bed, 64 * KiB, read, 1));
+    g_assert_cmpint(status_of(&bed).st_blocks, ==, 0);
+    bed_finish(&bed);
+}
+
+static void test_nothing_is_written_behind_the_end(void)
+{
+    struct bed bed;
+    uint8_t read[2];
+
+    bed_init(&bed, 1 * MiB + 1);
+    g_assert_false(write_bytes(&bed, 1 * MiB, 1, 2));
+    g_assert_false(write_bytes(&bed, 100 * MiB, 1, 1));
+    g_assert_false(read_bytes(&bed, 1 * MiB, read, 2));
+    g_assert_cmpint(status_of(&bed).st_size, ==, 1 * MiB + 1);
+    g_assert_true(write_bytes(&bed, 1 * MiB, 1, 1));
+    bed_finish(&bed);
+}
+
+static void test_it_grows_with_the_file(void)
+{
+    struct bed bed;
+    uint64_t size = 1;
+
+    bed_init(&bed, 0);
+    g_assert_false(write_bytes(&bed, 0, 1, 1));
+    for (uint8_t i = 1; size < 64 * GiB; i++, size *= 3) { /* through several views */
+        g_assert_cmpint(ftruncate(bed.fd, (off_t)size), ==, 0);
+        g_assert_true(write_bytes(&bed, size - 1, i, 1));
+        assert_bytes(&bed, size - 1, i, 1);
+        assert_bytes(&bed, size / 3 ? size / 3 - 1 : 0, size / 3 ? i - 1 : i, 1);
+    }
+    g_assert_cmpuint(atomic_load(&bed.map.count), >, 2);
+    bed_finish(&bed);
+}
+
+static void test_we_cut_it(void)
+{
+    struct bed bed;
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_true(write_bytes(&bed, 0, 1, 1 * MiB));
+    file_map_cut(&bed.map, 8192);
+    g_assert_cmpint(ftruncate(bed.fd, 8192), ==, 0);
+    g_assert_false(write_bytes(&bed, 8190, 2, 4));
+    g_assert_true(write_bytes(&bed, 8000, 2, 192));
+    g_assert_cmpint(ftruncate(bed.fd, 1 * MiB), ==, 0);
+    g_assert_true(write_bytes(&bed, 512 * KiB, 3, 1));
+    assert_bytes(&bed, 7999, 1, 1);
+    assert_bytes(&bed, 8000, 2, 192);
+    assert_bytes(&bed, 8192, 0, 512 * KiB - 8192);
+    bed_finish(&bed);
+}
+
+static void test_others_cut_it(void)
+{
+    struct bed bed;
+    uint8_t read;
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_true(write_bytes(&bed, 0, 1, 1 * MiB));
+    g_assert_cmpint(ftruncate(bed.fd, 4096), ==, 0);
+    g_assert_false(write_bytes(&bed, 512 * KiB, 2, 1));
+    g_assert_false(write_bytes(&bed, 0, 2, 1)); /* the view is lost: what is written there would be */
+    g_assert_false(read_bytes(&bed, 0, &read, 1));
+    assert_bytes(&bed, 0, 1, 4096);
+    g_assert_cmpint(status_of(&bed).st_size, ==, 4096);
+    bed_finish(&bed);
+}
+
+static void test_no_room(void)
+{
+    struct bed bed;
+    g_autofree char *directory = g_dir_make_tmp("file-map-test-XXXXXX", NULL);
+
+    if (unshare(CLONE_NEWNS) < 0 || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
+        mount("none", directory, "tmpfs", 0, "size=64k") < 0) {
+        g_test_skip("a file system of our own cannot be mounted here");
+        rmdir(directory);
+        return;
+    }
+    bed_init_in(&bed, directory, 1 * MiB);
+    g_assert_true(write_bytes(&bed, 0, 1, 32 * KiB));
+    g_assert_false(write_bytes(&bed, 64 * KiB, 2, 128 * KiB));
+    assert_bytes(&bed, 0, 1, 32 * KiB);
+    g_assert_cmpint(pwrite(bed.fd, "x", 1, 512 * KiB), ==, -1); /* which is what tells the user */
+    g_assert_cmpint(errno, ==, ENOSPC);
+    bed_finish(&bed);
+    umount(directory);
+    rmdir(directory);
+}
+
+#define WRITERS 4
+#define AREA (256 * KiB)
+#define TURNS 3000
+
+struct writer {
+    struct bed *bed;
+    unsigned number;
+    bool cut; /* others cut the file meanwhile */
+    unsigned by_map;
+};
+
+/* As the file's user does: what the mapping does not take is written by a call. Every byte is in the file afterwards.
+ */
+static void *write_and_look(void *argument)
+{
+    struct writer *writer = argument;
+    struct bed *bed = writer->bed;
+    g_autoptr(GRand) chance = g_rand_new_with_seed(writer->number);
+    uint8_t memory[4096], seen[4096];
+
+    for (unsigned i = 0; i < TURNS; i++) {
+        uint64_t offset = writer->number * AREA + (uint64_t)g_rand_int_range(chance, 0, AREA - 4096);
+        struct iovec iov = {memory, (size_t)g_rand_int_range(chance, 1, 4096)};
+
+        memset(memory, (int)i, sizeof(memory));
+        if (file_map_write(&bed->map, offset, &iov, 1, iov.iov_len)) {
+            writer->by_map++;
+        } else {
+            g_assert_cmpint(pwrite(bed->fd, memory, iov.iov_len, (off_t)offset), ==, (ssize_t)iov.iov_len);
+        }
+        if (!writer->cut) {
+            g_assert_cmpint(pread(bed->fd, seen, iov.iov_len, (off_t)offset), ==, (ssize_t)iov.iov_len);
+            g_assert_cmpint(memcmp(memory, seen, iov.iov_len), ==, 0);
+        }
+    }
+    return NULL;
+}
+
+static void run_writers(bool cut)
+{
+    struct bed bed;
+    struct writer writers[WRITERS];
+    GThread *threads[WRITERS];
+    g_autoptr(GRand) chance = g_rand_new_with_seed(1);
+
+    bed_init(&bed, 1);
+    for (unsigned i = 0; i < WRITERS; i++) {
+        writers[i] = (struct writer){&bed, i, cut, 0};
+        threads[i] = g_thread_new(NULL, write_and_look, &writers[i]);
+    }
+    for (unsigned i = 0; i < 2000; i++) { /* beside them it grows into new views, and into the writers' areas */
+        if (cut) {
+            g_assert_cmpint(ftruncate(bed.fd, g_rand_int_range(chance, 0, WRITERS * AREA)), ==, 0);
+        } else {
+            g_assert_cmpint(pwrite(bed.fd, "", 1, (off_t)(2 * WRITERS * AREA + i * MiB)), ==, 1);
+        }
+        sched_yield();
+    }
+    for (unsigned i = 0; i < WRITERS; i++) {
+        g_thread_join(threads[i]);
+        g_assert_true(cut || writers[i].by_map > 0);
+    }
+    bed_finish(&bed);
+}
+
+static void test_many_write_while_it_grows(void)
+{
+    run_writers(false);
+}
+
+/* A writer that comes through this has met SIGBUS, or the others were too slow. */
+static void test_many_write_while_it_is_cut(void)
+{
+    run_writers(true);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    g_test_add_func("/file-map/what-is-written-is-the-files", test_what_is_written_is_the_files);
+    g_test_add_func("/file-map/holes-stay-holes-when-they-are-read", test_holes_stay_holes_when_they_are_read);
+    g_test_add_func("/file-map/nothing-is-written-behind-the-end", test_nothing_is_written_behind_the_end);
+    g_test_add_func("/file-map/it-grows-with-the-file", test_it_grows_with_the_file);
+    g_test_add_func("/file-map/we-cut-it", test_we_cut_it);
+    g_test_add_func("/file-map/others-cut-it", test_others_cut_it);
+    g_test_add_func("/file-map/no-room", test_no_room);
+    g_test_add_func("/file-map/many-write-while-it-grows", test_many_write_while_it_grows);
+    g_test_add_func("/file-map/many-write-while-it-is-cut", test_many_write_while_it_is_cut);
+    return g_test_run();
+}

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files in tmpfs that are written through mappings (mapped=on): every byte arrives, whatever else happens to the file."""
+import os
+import random
+import tempfile
+
+from harness import IS_PEER, KIB, MIB, TestCase, image_check, nbd_handle
+
+SIZE = 24 * MIB
+
+
+class Mapped(TestCase):
+    def setUp(self):
+        super().setUp()
+        if IS_PEER:
+            self.skipTest("the peer has no such option")
+        if not self.path("x").startswith("/dev/shm"):
+            self.skipTest("the tests' directory is not in tmpfs")
+
+    def make(self, name, image_format):
+        if image_format == "qcow2":
+            return self.create_image(name, SIZE)
+        with open(self.path(name), "wb") as file:
+            file.truncate(SIZE)
+        return self.path(name)
+
+    def serve(self, path, image_format, **more):
+        daemon = self.daemon()
+        daemon.add_file("file", path, mapped=True)
+        daemon.qmp.execute("blockdev-add", {"driver": image_format, "node-name": "disk", "file": "file", **more})
+        daemon.nbd_server()
+        daemon.export("disk")
+        return daemon
+
+    def request(self, chance, handle, content):
+        """One at random; `content` is what the disk is to show."""
+        length = min(chance.choice([1, 512, 4 * KIB, 64 * KIB, 300 * KIB, 2 * MIB]), len(content))
+        offset = chance.randrange(len(content) - length + 1)
+        what = chance.choice(["write", "write", "write", "read", "read", "zero", "trim"])
+        if what == "write":
+            content[offset : offset + length] = data = chance.randbytes(length)
+            handle.pwrite(data, offset)
+        elif what == "read":
+            self.assertEqual(bytes(handle.pread(length, offset)), content[offset : offset + length], (offset, length))
+        elif what == "zero":
+            content[offset : offset + length] = bytes(length)
+            handle.zero(length, offset)
+        else:  # what is there then is not said
+            handle.trim(length, offset)
+            content[offset : offset + length] = bytes(handle.pread(length, offset))
+
+    def resize(self, chance, daemon, content):
+        size = chance.randrange(1, 3 * SIZE // MIB) * MIB
+        daemon.qmp.execute("block-export-del", id="export-disk")
+        daemon.qmp.wait_event("BLOCK_EXPORT_DELETED", id="export-disk")
+        daemon.qmp.execute("block_resize", {"node-name": "disk", "size": size})
+        daemon.export("disk")
+        del content[size:]
+        content.extend(bytes(size - len(content)))
+
+    def test_random_requests(self):
+        for image_format in ("raw", "qcow2"):
+            with self.subTest(format=image_format):
+                chance = random.Random(self.seed)
+                path = self.make("disk." + image_format, image_format)
+                daemon = self.serve(path, image_format)
+                content = bytearray(SIZE)
+                for _ in range(20):
+                    with nbd_handle(daemon.uri("disk")) as handle:
+                        for _ in range(30):
+                            self.request(chance, handle, content)
+                    self.resize(chance, daemon, content)
+                with nbd_handle(daemon.uri("disk")) as handle:
+                    self.assertEqual(bytes(handle.pread(min(len(content), 16 * MIB), 0)), content[: 16 * MIB])
+                daemon.stop()
+                if image_format == "qcow2":
+                    image_check(path)
+                else:
+                    with open(path, "rb") as file:
+                        self.assertEqual(file.read(), content)
+
+    def test_a_job_moves_what_was_written(self):
+        path = self.create_image("disk.qcow2", SIZE)
+        daemon = self.serve(path, "qcow2")
+        target = self.create_image("target.qcow2", SIZE)
+        daemon.add_file("target-file", target, mapped=True)
+        daemon.qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "target", "file": "target-file"})
+        content = bytearray(random.Random(self.seed).randbytes(SIZE))
+        with nbd_handle(daemon.uri("disk")) as handle:
+            for offset in range(0, SIZE, MIB):
+                handle.pwrite(content[offset : offset + MIB], offset)
+            daemon.qmp.execute("blockdev-mirror", {"job-id": "j", "device": "disk", "target": "target", "sync": "full"})
+            content[5000:9096] = b"x" * 4096
+            handle.pwrite(b"x" * 4096, 5000)
+            daemon.qmp.wait_event("BLOCK_JOB_READY")
+            daemon.qmp.execute("job-complete", id="j")
+            self.assertIsNone(daemon.qmp.wait_job("j"))
+            handle.pwrite(b"y" * 4096, 0)
+            content[:4096] = b"y" * 4096
+        daemon.stop()
+        image_check(target)
+        daemon = self.serve(target, "qcow2")
+        with nbd_handle(daemon.uri("disk")) as handle:
+            self.assertEqual(bytes(handle.pread(SIZE, 0)), content)
+
+    def test_somebody_else_cuts_the_file(self):
+        """Who does that loses what was there, but what is written from then on is written; nobody crashes."""
+        path = self.make("disk.raw", "raw")
+        daemon = self.serve(path, "raw")
+        with nbd_handle(daemon.uri("disk")) as handle:
+            for offset in range(0, SIZE, MIB):
+                handle.pwrite(b"a" * MIB, offset)
+            os.truncate(path, 0)
+            for offset in range(0, SIZE, 2 * MIB):
+                handle.pwrite(b"b" * 4096, offset)
+                self.assertEqual(bytes(handle.pread(8192, offset)), b"b" * 4096 + bytes(4096))
+        daemon.stop()
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(2 * MIB), b"b" * 4096 + bytes(2 * MIB - 4096))
+
+    def test_a_file_on_disk_is_refused(self):
+        with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="il-") as directory:
+            path = os.path.join(directory, "disk")
+            with open(path, "wb") as file:
+                file.truncate(MIB)
+            self.assert_refused("is not in memory", self.daemon().add_file, "f", path, mapped=True)
