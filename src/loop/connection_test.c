@@ -579,6 +579,178 @@ static void descriptors(void *argument)
     connection_close(pipes_have_none);
 }
 
+/* ---- peers that answer soon: before the loop would sleep, while it looks for them, and just after ---- */
+
+#define PEERS 12 /* more than are looked for */
+#define QUESTIONS 400
+
+struct soon {
+    int fd; /* the peer's, blocking */
+    unsigned seed;
+    struct connection *connection;
+    struct co_group *group;
+    uint64_t answers;
+};
+
+static void pause_us(unsigned us)
+{
+    for (int64_t end_ns = loop_clock_ns() + us * 1000; loop_clock_ns() < end_ns;) {
+    }
+}
+
+static void *answer_soon(void *argument)
+{
+    struct soon *peer = argument;
+    g_autoptr(GRand) chance = g_rand_new_with_seed(peer->seed);
+    uint64_t question;
+
+    while (recv(peer->fd, &question, sizeof(question), MSG_WAITALL) == sizeof(question)) {
+        pause_us((unsigned)g_rand_int_range(chance, 0, 60));
+        question++;
+        g_assert_cmpint(send(peer->fd, &question, sizeof(question), 0), ==, sizeof(question));
+    }
+    return NULL;
+}
+
+static void ask_entry(void *argument)
+{
+    struct soon *peer = argument;
+    char answer[64];
+
+    for (uint64_t i = 0; i < QUESTIONS; i++) {
+        struct iovec iov = {&i, sizeof(i)};
+        uint64_t received;
+
+        g_assert_cmpint(connection_send(peer->connection, buffers_one(&iov), sizeof(i)), ==, 0);
+        g_assert_cmpint(connection_receive(peer->connection, answer, sizeof(answer)), ==, sizeof(received));
+        memcpy(&received, answer, sizeof(received));
+        g_assert_cmpuint(received, ==, i + 1);
+        peer->answers++;
+    }
+    co_group_leave(peer->group);
+}
+
+static int short_work(void *argument)
+{
+    pause_us(20);
+    return 0;
+}
+
+static void answers_come_soon(void *argument)
+{
+    struct soon peers[PEERS];
+    GThread *threads[PEERS];
+    struct co_group group;
+
+    co_group_init(&group);
+    for (unsigned i = 0; i < PEERS; i++) {
+        int ends[2];
+
+        g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), ==, 0);
+        peers[i] = (struct soon){ends[1], i, connection_from_fds(ends[0], ends[0]), &group, 0};
+        threads[i] = g_thread_new("peer", answer_soon, &peers[i]);
+        co_group_enter(&group);
+        coroutine_enter(coroutine_create(ask_entry, &peers[i]));
+    }
+    for (int i = 0; i < 200; i++) { /* others have something to do meanwhile */
+        g_assert_cmpint(worker_run(short_work, NULL), ==, 0);
+    }
+    co_group_wait(&group);
+    co_group_destroy(&group);
+    for (unsigned i = 0; i < PEERS; i++) {
+        g_assert_cmpuint(peers[i].answers, ==, QUESTIONS);
+        connection_close(peers[i].connection);
+        g_thread_join(threads[i]);
+        close(peers[i].fd);
+    }
+}
+
+struct cut_off {
+    struct connection *connection;
+    unsigned us;
+};
+
+static void *cut_off_soon(void *argument)
+{
+    const struct cut_off *cut = argument;
+
+    pause_us(cut->us);
+    connection_shutdown(cut->connection);
+    return NULL;
+}
+
+static void shutdown_comes_soon(void *argument)
+{
+    for (unsigned i = 0; i < 300; i++) {
+        int ends[2];
+        char byte;
+
+        g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), ==, 0);
+        struct cut_off cut = {connection_from_fds(ends[0], ends[0]), i % 60};
+        GThread *thread = g_thread_new("cut", cut_off_soon, &cut);
+
+        g_assert_cmpint(connection_receive(cut.connection, &byte, 1), ==, -ECANCELED);
+        g_thread_join(thread);
+        connection_close(cut.connection);
+        close(ends[1]);
+    }
+}
+
+static int64_t cpu_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static int talk_slowly(void *argument)
+{
+    for (int i = 0; i < 50; i++) {
+        usleep(2000);
+        g_assert_cmpint(write(*(int *)argument, "x", 1), ==, 1);
+    }
+    return 0;
+}
+
+struct talk {
+    int fd;
+    struct co_group group;
+};
+
+static void talk_entry(void *argument)
+{
+    struct talk *talk = argument;
+
+    worker_run(talk_slowly, &talk->fd);
+    co_group_leave(&talk->group);
+}
+
+static void who_comes_rarely_costs_little(void *argument)
+{
+    int ends[2];
+    char byte[2];
+
+    g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), ==, 0);
+    struct connection *connection = connection_from_fds(ends[0], ends[0]);
+    int64_t start_ns = cpu_ns();
+
+    struct talk talk = {.fd = ends[1]};
+    co_group_init(&talk.group);
+    co_group_enter(&talk.group);
+    coroutine_enter(coroutine_create(talk_entry, &talk));
+    for (ssize_t bytes = 0, r; bytes < 50; bytes += r) {
+        r = connection_receive(connection, byte, sizeof(byte));
+        g_assert_cmpint(r, >, 0);
+    }
+    co_group_wait(&talk.group);
+    co_group_destroy(&talk.group);
+    g_assert_cmpint(cpu_ns() - start_ns, <, 20000000); /* of 100 ms */
+    close(ends[1]);
+    g_assert_cmpint(connection_receive(connection, byte, sizeof(byte)), ==, 0);
+    connection_close(connection);
+}
+
 int main(int argc, char **argv)
 {
     static const struct loop_case cases[] = {
@@ -595,6 +767,9 @@ int main(int argc, char **argv)
         {"moving", moving},
         {"accept-starved", accept_starved},
         {"descriptors", descriptors},
+        {"answers-come-soon", answers_come_soon},
+        {"shutdown-comes-soon", shutdown_comes_soon},
+        {"who-comes-rarely-costs-little", who_comes_rarely_costs_little},
     };
 
     g_test_init(&argc, &argv, NULL);

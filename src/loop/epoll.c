@@ -7,6 +7,7 @@
  * 2. a wait may end too early (an old edge); the caller tries again and waits again;
  * 3. epoll's data is the stream, or NULL for the eventfd that interrupt() writes.
  */
+#include "loop/busy_poll.h"
 #include "loop/engine.h"
 #include <errno.h>
 #include <glib.h>
@@ -21,6 +22,7 @@ struct epoll_engine {
     struct engine engine;
     int epoll_fd, event_fd;
     bool milliseconds; /* no epoll_pwait2() */
+    struct busy_poll poll;
 };
 
 static int epoll_engine_create(struct engine **ret)
@@ -44,6 +46,7 @@ static int epoll_engine_create(struct engine **ret)
         g_free(epoll);
         return r;
     }
+    busy_poll_init(&epoll->poll);
     *ret = &epoll->engine;
     return 0;
 }
@@ -86,10 +89,20 @@ static int epoll_wait_ns(struct epoll_engine *epoll, struct epoll_event *events,
     return epoll_wait(epoll->epoll_fd, events, EVENTS_MAX, timeout_ms > G_MAXINT ? G_MAXINT : (int)timeout_ms);
 }
 
+/* Only a call could tell. */
+static bool epoll_has_news(struct engine *engine)
+{
+    return false;
+}
+
 static void epoll_turn(struct engine *engine, int64_t timeout_ns)
 {
     struct epoll_engine *epoll = container_of(engine, struct epoll_engine, engine);
     struct epoll_event events[EVENTS_MAX];
+
+    if (busy_poll_turn(&epoll->poll, timeout_ns, epoll_has_news, engine)) {
+        timeout_ns = 0;
+    }
     int count = epoll_wait_ns(epoll, events, timeout_ns);
 
     for (int i = 0; i < count; i++) {
@@ -211,8 +224,15 @@ static int coroutine_fn epoll_stream_wait_any(struct engine *engine, struct nati
 static ssize_t coroutine_fn epoll_stream_receive(struct engine *engine, struct native_stream *stream, void *to,
                                                  size_t bytes, bool all, bool tried)
 {
-    for (;; tried = true) {
-        int r = tried ? epoll_stream_wait(engine, stream, NATIVE_INPUT) : 0;
+    struct epoll_engine *epoll = container_of(engine, struct epoll_engine, engine);
+    ssize_t polled = busy_poll_receive(&epoll->poll, stream, to, bytes);
+
+    if (polled != -EAGAIN) {
+        return polled;
+    }
+    /* Also if it was tried already: an edge may have come and gone since. */
+    for (bool waits = false;; waits = true) {
+        int r = waits ? epoll_stream_wait(engine, stream, NATIVE_INPUT) : 0;
         if (r < 0) {
             return r;
         }
@@ -248,6 +268,9 @@ static ssize_t coroutine_fn epoll_stream_send(struct engine *engine, struct nati
 
 static void epoll_stream_cancel(struct engine *engine, struct native_stream *stream)
 {
+    struct epoll_engine *epoll = container_of(engine, struct epoll_engine, engine);
+
+    busy_poll_stop(&epoll->poll, stream, -ECANCELED);
     epoll_finish_wait(stream, NATIVE_INPUT, -ECANCELED);
     epoll_finish_wait(stream, NATIVE_OUTPUT, -ECANCELED);
 }

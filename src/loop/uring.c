@@ -8,6 +8,7 @@
  * 3. a read of the eventfd is in flight or prepared all the time, so that interrupt() ends any wait.
  * Where the kernel is too old for some flag it does without; where it refuses io_uring, create fails.
  */
+#include "loop/busy_poll.h"
 #include "loop/engine.h"
 #include <errno.h>
 #include <glib.h>
@@ -26,6 +27,7 @@ struct uring_engine {
     bool modern; /* Linux 6.0 and later: poll first, wait for all */
     int event_fd;
     uint64_t event_value;
+    struct busy_poll poll;
 };
 
 static void uring_reap(struct uring_engine *uring);
@@ -110,6 +112,7 @@ static int uring_create(struct engine **ret)
         g_free(uring);
         return r;
     }
+    busy_poll_init(&uring->poll);
     uring_watch_event(uring);
     *ret = &uring->engine;
     return 0;
@@ -150,11 +153,25 @@ static void uring_reap(struct uring_engine *uring)
     }
 }
 
+/* Without a call: are there completions, or is there work that makes some? */
+static bool uring_has_news(struct engine *engine)
+{
+    struct io_uring *ring = &container_of(engine, struct uring_engine, engine)->ring;
+
+    return io_uring_cq_ready(ring) || IO_URING_READ_ONCE(*ring->sq.kflags) & IORING_SQ_TASKRUN;
+}
+
 static void uring_turn(struct engine *engine, int64_t timeout_ns)
 {
     struct uring_engine *uring = container_of(engine, struct uring_engine, engine);
     struct io_uring *ring = &uring->ring;
 
+    if (!busy_poll_is_idle(&uring->poll) && timeout_ns != 0 && io_uring_sq_ready(ring)) {
+        io_uring_submit(ring);
+    }
+    if (busy_poll_turn(&uring->poll, timeout_ns, uring_has_news, engine)) {
+        timeout_ns = 0;
+    }
     if (timeout_ns == 0 || io_uring_cq_ready(ring)) {
         unsigned flags = IO_URING_READ_ONCE(*ring->sq.kflags);
 
@@ -244,6 +261,14 @@ static ssize_t coroutine_fn uring_stream_receive(struct engine *engine, struct n
                                                  size_t bytes, bool all, bool tried)
 {
     struct uring_engine *uring = container_of(engine, struct uring_engine, engine);
+
+    if (!all) {
+        ssize_t r = busy_poll_receive(&uring->poll, stream, to, bytes);
+        if (r != -EAGAIN) {
+            return r;
+        }
+        tried = true;
+    }
     struct io_uring_sqe *sqe = uring_sqe(uring);
 
     io_uring_prep_recv(sqe, stream->fd, to, MIN(bytes, G_MAXINT32), all && uring->modern ? MSG_WAITALL : 0);
@@ -269,6 +294,8 @@ static ssize_t coroutine_fn uring_stream_send(struct engine *engine, struct nati
 static void uring_stream_cancel(struct engine *engine, struct native_stream *stream)
 {
     struct uring_engine *uring = container_of(engine, struct uring_engine, engine);
+
+    busy_poll_stop(&uring->poll, stream, -ECANCELED);
     struct native_wait *waits[] = {stream->input, stream->output};
 
     for (size_t i = 0; i < G_N_ELEMENTS(waits); i++) {
