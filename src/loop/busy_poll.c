@@ -6,7 +6,7 @@
  *    is what costs time: looking at what an engine has been told gains nothing.
  * 2. An idle loop does not look: a receive is looked for once, and then waits.
  * 3. Where nothing came in time, more and more receives are not looked for at all; the first that comes in time again
- *    ends that. So a client that asks a thousand times a second costs a thousandth of what looking takes.
+ *    ends that. So who never comes in time costs a fraction of a microsecond each time.
  * 4. With one processor whoever is looked for could not run.
  */
 #include "loop/busy_poll.h"
@@ -19,7 +19,7 @@
 
 /* So many are asked in turn. */
 #define RECEIVES_MAX 8
-#define REST_MAX 1023
+#define REST_MAX 255
 
 struct busy_receive {
     struct list link;
