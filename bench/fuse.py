@@ -78,8 +78,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=1)
     parser.add_argument("--size", type=int, default=256, help="MiB of the image")
+    parser.add_argument("--mapped", action="store_true", help="Interlock writes files through mappings (mapped=on)")
     parser.add_argument("--format", nargs="+", choices=["raw", "qcow2"], default=["raw", "qcow2"])
     options = parser.parse_args()
+    Interlock.set_mapped(options.mapped)
     if not shutil.which("qemu-storage-daemon"):
         sys.exit("bench: qemu-storage-daemon is not installed")
     directory, size = tempfile.mkdtemp(prefix="il-bench-", dir="/dev/shm"), options.size * MIB

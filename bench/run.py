@@ -229,6 +229,10 @@ class Interlock(StorageDaemon):
     iothreads = 0  # of the export; 0: the main thread
 
     @classmethod
+    def set_mapped(cls, mapped):
+        cls.aio = ",mapped=on" if mapped else ""
+
+    @classmethod
     def is_there(cls):
         return True
 
@@ -470,7 +474,7 @@ def parse_options():
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     options = parser.parse_args()
     Interlock.iothreads = options.iothreads
-    Interlock.aio = ",mapped=on" if options.mapped else ""
+    Interlock.set_mapped(options.mapped)
     short = options.quick
     options.rounds = options.rounds or (2 if short else 3)
     options.seconds = options.seconds or (0.3 if short else 1)

@@ -6,6 +6,7 @@
  * Control thread only.
  */
 #include "control/iothread.h"
+#include "loop/busy_poll.h"
 #include <errno.h>
 #include <glib.h>
 
@@ -114,7 +115,7 @@ json_t *iothreads_query(struct iothreads *iothreads)
         const struct iothread *thread = g_ptr_array_index(iothreads->threads, i);
 
         json_array_append_new(array, json_pack("{s:s, s:I, s:i, s:i, s:i, s:i}", "id", thread->id, "thread-id",
-                                               (json_int_t)loop_thread_id(thread->loop), "poll-max-ns", 0, "poll-grow",
+                                               (json_int_t)loop_thread_id(thread->loop), "poll-max-ns", BUSY_POLL_NS, "poll-grow",
                                                0, "poll-shrink", 0, "aio-max-batch", 0));
     }
     return array;
