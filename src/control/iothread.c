@@ -115,8 +115,8 @@ json_t *iothreads_query(struct iothreads *iothreads)
         const struct iothread *thread = g_ptr_array_index(iothreads->threads, i);
 
         json_array_append_new(array, json_pack("{s:s, s:I, s:i, s:i, s:i, s:i}", "id", thread->id, "thread-id",
-                                               (json_int_t)loop_thread_id(thread->loop), "poll-max-ns", BUSY_POLL_NS, "poll-grow",
-                                               0, "poll-shrink", 0, "aio-max-batch", 0));
+                                               (json_int_t)loop_thread_id(thread->loop), "poll-max-ns", BUSY_POLL_NS,
+                                               "poll-grow", 0, "poll-shrink", 0, "aio-max-batch", 0));
     }
     return array;
 }
