@@ -641,6 +641,11 @@ static int coroutine_fn drive_check(struct backup *backup, struct error **err)
     graph_lock(backup->graph);
     int result = backup_resolve(&seen, err);
     result = result < 0 ? result : check_performance(&seen, err);
+    if (result == 0 && !backup->drive->format && backup->drive->has_mode &&
+        backup->drive->mode == NEW_IMAGE_MODE_EXISTING) {
+        result =
+            error_set(err, -EINVAL, "The format of '%s' must be given: formats are not guessed", backup->drive->target);
+    }
     const struct driver *driver = backup->drive->format ? driver_find(backup->drive->format)
                                   : seen.image          ? seen.image->driver
                                                         : NULL;
@@ -657,11 +662,6 @@ static int coroutine_fn drive_check(struct backup *backup, struct error **err)
     graph_unlock(backup->graph);
     node_release(seen.image); /* others have references too */
     node_release(seen.bitmap_node);
-    if (result == 0 && !backup->drive->format && backup->drive->has_mode &&
-        backup->drive->mode == NEW_IMAGE_MODE_EXISTING) {
-        result =
-            error_set(err, -EINVAL, "The format of '%s' must be given: formats are not guessed", backup->drive->target);
-    }
     return result;
 }
 

@@ -14,6 +14,7 @@
 #include "loop/loop_private.h"
 #include <errno.h>
 #include <glib.h>
+#include <poll.h>
 #include <sched.h>
 #include <sys/socket.h>
 
@@ -25,7 +26,7 @@ struct busy_receive {
     struct list link;
     struct native_stream *stream;
     struct native_wait wait;
-    void *to;
+    void *to; /* NULL: it is to become readable */
     size_t bytes;
 };
 
@@ -69,6 +70,29 @@ ssize_t coroutine_fn busy_poll_receive(struct busy_poll *poll, struct native_str
     return receive.wait.result;
 }
 
+bool busy_poll_has(const struct busy_poll *poll, const struct native_stream *stream)
+{
+    list_for_each (link, &poll->receives) {
+        if (container_of(link, struct busy_receive, link)->stream == stream) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* As recv(2), but with the error as its result. */
+static ssize_t look_at(const struct busy_receive *receive)
+{
+    if (!receive->to) {
+        struct pollfd readable = {.fd = receive->stream->fd, .events = POLLIN};
+
+        return poll(&readable, 1, 0) > 0 ? 0 : -EAGAIN;
+    }
+    ssize_t r = recv(receive->stream->fd, receive->to, receive->bytes, MSG_DONTWAIT);
+
+    return r >= 0 ? r : errno == EINTR ? -EAGAIN : -errno;
+}
+
 /* Asks each of them. Has anything come? */
 static bool look(struct busy_poll *poll)
 {
@@ -76,10 +100,10 @@ static bool look(struct busy_poll *poll)
 
     list_for_each_safe (link, &poll->receives) {
         struct busy_receive *receive = container_of(link, struct busy_receive, link);
-        ssize_t r = recv(receive->stream->fd, receive->to, receive->bytes, MSG_DONTWAIT);
+        ssize_t r = look_at(receive);
 
-        if (r >= 0 || (errno != EAGAIN && errno != EINTR)) {
-            finish(poll, receive, r < 0 ? -errno : (int)r);
+        if (r != -EAGAIN) {
+            finish(poll, receive, (int)r);
             found = true;
         }
     }
@@ -98,9 +122,10 @@ void busy_poll_stop(struct busy_poll *poll, const struct native_stream *stream, 
 }
 
 /* False: in vain. */
-static bool look_for_a_while(struct busy_poll *poll, bool (*has_news)(struct engine *engine), struct engine *engine)
+static bool look_for_a_while(struct busy_poll *poll, int64_t timeout_ns, bool (*has_news)(struct engine *engine),
+                             struct engine *engine)
 {
-    int64_t end_ns = native_clock_ns() + BUSY_POLL_NS;
+    int64_t end_ns = native_clock_ns() + (timeout_ns > 0 ? MIN(timeout_ns, BUSY_POLL_NS) : BUSY_POLL_NS);
 
     do {
         if (look(poll)) {
@@ -122,7 +147,7 @@ bool busy_poll_turn(struct busy_poll *poll, int64_t timeout_ns, bool (*has_news)
     if (busy_poll_is_idle(poll)) {
         return false;
     }
-    if (timeout_ns == 0 || !look_for_a_while(poll, has_news, engine)) {
+    if (timeout_ns == 0 || !look_for_a_while(poll, timeout_ns, has_news, engine)) {
         busy_poll_stop(poll, NULL, -EAGAIN);
     }
     return true;

@@ -25,7 +25,7 @@ struct busy_poll {
 
 void busy_poll_init(struct busy_poll *poll);
 /* Receives from a socket, as recv(2) does, if something comes before the loop would sleep: bytes, 0 at the end, or
- * negative errno; -EAGAIN: whoever calls is to wait. */
+ * negative errno; -EAGAIN: whoever calls is to wait. to NULL: 0 when any descriptor becomes readable. */
 ssize_t coroutine_fn busy_poll_receive(struct busy_poll *poll, struct native_stream *stream, void *to, size_t bytes);
 static inline bool busy_poll_is_idle(const struct busy_poll *poll)
 {
@@ -36,6 +36,7 @@ static inline bool busy_poll_is_idle(const struct busy_poll *poll)
  * loop, or the time is over; true: the turn is not to wait. */
 bool busy_poll_turn(struct busy_poll *poll, int64_t timeout_ns, bool (*has_news)(struct engine *engine),
                     struct engine *engine);
+bool busy_poll_has(const struct busy_poll *poll, const struct native_stream *stream);
 /* Whoever is looked for (on this stream, or NULL: on all) gets this result. */
 void busy_poll_stop(struct busy_poll *poll, const struct native_stream *stream, int result);
 

@@ -279,7 +279,7 @@ static void epoll_stream_detach(struct engine *engine, struct native_stream *str
 {
     struct epoll_engine *epoll = container_of(engine, struct epoll_engine, engine);
 
-    g_assert(!stream->input && !stream->output);
+    g_assert(!stream->input && !stream->output && !busy_poll_has(&epoll->poll, stream));
     if (stream->registered) {
         epoll_ctl(epoll->epoll_fd, EPOLL_CTL_DEL, stream->fd, NULL);
         stream->registered = false;

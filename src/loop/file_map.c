@@ -7,7 +7,10 @@
  * 2. Views are taken away when the file is closed, and not before: another thread may be writing to one.
  * 3. Who cuts the file off while somebody writes (others, or ourselves in between), or a file system without room,
  *    raises SIGBUS: the view is lost then (loop/shared_memory.h). Whoever wrote meanwhile sees that after the last byte
- *    and writes all of it again by a call. What was written before is in the file's pages.
+ *    and writes all of it again by a call. What was written before is in the file's pages. Who cuts a file that is not
+ *    his inside a page is not noticed at once: what is written to the rest of that page is behind the end, and lost.
+ * 4. Long writes go to pages that are there: to make them, one by one, takes longer than a call does.
+ * 5. Writing through a mapping does not change the file's time of modification: flushing and closing do.
  */
 #include "loop/file_map.h"
 #include "base/size.h"
@@ -17,6 +20,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define LONG_WRITE (32 * KiB)
 /* More at a time is read by calls. */
 #define PAGES_MAX 1024
 #define ROOM_LEAST (64 * MiB)
@@ -72,6 +76,16 @@ static struct file_view *add_view(struct file_map *map, uint64_t size)
     return view;
 }
 
+/* From now on everything goes by calls. */
+static void file_map_end(struct file_map *map)
+{
+    if (!atomic_exchange(&map->over, true)) {
+        g_message(
+            "a file with mapped=on is used without its mapping from now on: it was cut off by others, its file system "
+            "is full, or it cannot be mapped");
+    }
+}
+
 /* A view that covers [0, end), if the file has so much. */
 static struct file_view *find_view(struct file_map *map, uint64_t end)
 {
@@ -92,7 +106,7 @@ static struct file_view *find_view(struct file_map *map, uint64_t end)
             if (view) {
                 atomic_store_explicit(&view->end, size, memory_order_relaxed);
             } else {
-                atomic_store(&map->over, true);
+                file_map_end(map);
             }
         }
     }
@@ -105,7 +119,7 @@ static struct file_view *open_view(struct file_map *map, uint64_t offset, size_t
 {
     struct file_view *view = last_view(map);
 
-    if (atomic_load_explicit(&map->over, memory_order_relaxed)) {
+    if (file_map_is_over(map)) {
         return NULL;
     }
     return covers(view, offset + bytes) ? view : find_view(map, offset + bytes);
@@ -115,26 +129,10 @@ static struct file_view *open_view(struct file_map *map, uint64_t offset, size_t
 static bool close_view(struct file_map *map, const struct file_view *view)
 {
     if (shared_memory_is_lost(view->memory)) {
-        atomic_store(&map->over, true);
+        file_map_end(map);
         return false;
     }
     return true;
-}
-
-bool file_map_write(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes)
-{
-    struct file_view *view = open_view(map, offset, bytes);
-
-    if (!view) {
-        return false;
-    }
-    uint8_t *at = view->memory->bytes + offset;
-
-    for (unsigned i = 0; i < count; i++) {
-        memcpy(at, iov[i].iov_base, iov[i].iov_len);
-        at += iov[i].iov_len;
-    }
-    return close_view(map, view);
 }
 
 static bool has_pages(uint8_t *begin, size_t bytes)
@@ -155,6 +153,25 @@ static bool has_pages(uint8_t *begin, size_t bytes)
     return true;
 }
 
+bool file_map_write(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes)
+{
+    struct file_view *view = open_view(map, offset, bytes);
+
+    if (!view || (bytes >= LONG_WRITE && !has_pages(view->memory->bytes + offset, bytes))) {
+        return false;
+    }
+    if (!atomic_load_explicit(&map->written, memory_order_relaxed)) {
+        atomic_store(&map->written, true);
+    }
+    uint8_t *at = view->memory->bytes + offset;
+
+    for (unsigned i = 0; i < count; i++) {
+        memcpy(at, iov[i].iov_base, iov[i].iov_len);
+        at += iov[i].iov_len;
+    }
+    return close_view(map, view);
+}
+
 bool file_map_read(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes)
 {
     struct file_view *view = open_view(map, offset, bytes);
@@ -169,6 +186,13 @@ bool file_map_read(struct file_map *map, uint64_t offset, const struct iovec *io
         at += iov[i].iov_len;
     }
     return close_view(map, view);
+}
+
+void file_map_touch(struct file_map *map)
+{
+    if (atomic_exchange(&map->written, false)) {
+        futimens(map->fd, NULL);
+    }
 }
 
 void file_map_cut(struct file_map *map, uint64_t size)

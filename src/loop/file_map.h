@@ -22,8 +22,9 @@ struct file_map {
         uint64_t room;
         atomic_uint_fast64_t end; /* so long was the file when we looked */
     } views[FILE_MAP_VIEWS];
-    atomic_uint count; /* the last one is in use, in others somebody may be writing still */
-    atomic_bool over;  /* the file was cut off by others, or is full, or too large: never again */
+    atomic_uint count;   /* the last one is in use, in others somebody may be writing still */
+    atomic_bool over;    /* the file was cut off by others, or is full, or too large: never again */
+    atomic_bool written; /* and its time of modification does not say so yet */
 };
 
 void file_map_init(struct file_map *map, int fd);
@@ -34,7 +35,13 @@ void file_map_destroy(struct file_map *map); /* nobody writes */
 bool file_map_write(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes);
 /* Reads all of it, if the file has a page everywhere there; false: it is to be read by a call. Any thread. */
 bool file_map_read(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes);
-/* The file is going to be cut to this size. */
+static inline bool file_map_is_over(struct file_map *map)
+{
+    return atomic_load_explicit(&map->over, memory_order_relaxed);
+}
+/* Gives the file a new time of modification, if it was written. */
+void file_map_touch(struct file_map *map);
+/* The file is going to be cut to this size, or has just been: before and after. */
 void file_map_cut(struct file_map *map, uint64_t size);
 
 #endif

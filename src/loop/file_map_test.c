@@ -59,6 +59,17 @@ static bool write_bytes(struct bed *bed, uint64_t offset, uint8_t value, size_t 
     return file_map_write(&bed->map, offset, iov, 2, bytes);
 }
 
+/* In pieces that are short enough to make pages. True: all of it. */
+static bool fill(struct bed *bed, uint64_t offset, uint8_t value, uint64_t bytes)
+{
+    for (uint64_t at = 0; at < bytes; at += 4096) {
+        if (!write_bytes(bed, offset + at, value, 4096)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 static bool read_bytes(struct bed *bed, uint64_t offset, uint8_t *to, size_t bytes)
 {
     struct iovec iov = {to, bytes};
@@ -111,6 +122,37 @@ static void test_holes_stay_holes_when_they_are_read(void)
     bed_finish(&bed);
 }
 
+static void test_long_writes_go_to_pages_that_are_there(void)
+{
+    struct bed bed;
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_false(write_bytes(&bed, 0, 1, 64 * KiB));
+    g_assert_cmpint(status_of(&bed).st_blocks, ==, 0);
+    g_assert_true(fill(&bed, 0, 1, 64 * KiB));
+    g_assert_true(write_bytes(&bed, 0, 2, 64 * KiB));
+    assert_bytes(&bed, 0, 2, 64 * KiB);
+    bed_finish(&bed);
+}
+
+static void test_the_time_of_modification(void)
+{
+    struct bed bed;
+
+    bed_init(&bed, 1 * MiB);
+    struct timespec before = status_of(&bed).st_mtim;
+
+    file_map_touch(&bed.map);
+    g_assert_cmpint(status_of(&bed).st_mtim.tv_nsec, ==, before.tv_nsec);
+    g_usleep(20000); /* longer than the clock that files have goes on at a time */
+    g_assert_true(write_bytes(&bed, 0, 1, 512));
+    file_map_touch(&bed.map);
+    struct timespec after = status_of(&bed).st_mtim;
+
+    g_assert_true(after.tv_sec > before.tv_sec || after.tv_nsec > before.tv_nsec);
+    bed_finish(&bed);
+}
+
 static void test_nothing_is_written_behind_the_end(void)
 {
     struct bed bed;
@@ -147,7 +189,7 @@ static void test_we_cut_it(void)
     struct bed bed;
 
     bed_init(&bed, 1 * MiB);
-    g_assert_true(write_bytes(&bed, 0, 1, 1 * MiB));
+    g_assert_true(fill(&bed, 0, 1, 1 * MiB));
     file_map_cut(&bed.map, 8192);
     g_assert_cmpint(ftruncate(bed.fd, 8192), ==, 0);
     g_assert_false(write_bytes(&bed, 8190, 2, 4));
@@ -166,7 +208,7 @@ static void test_others_cut_it(void)
     uint8_t read;
 
     bed_init(&bed, 1 * MiB);
-    g_assert_true(write_bytes(&bed, 0, 1, 1 * MiB));
+    g_assert_true(fill(&bed, 0, 1, 1 * MiB));
     g_assert_cmpint(ftruncate(bed.fd, 4096), ==, 0);
     g_assert_false(write_bytes(&bed, 512 * KiB, 2, 1));
     g_assert_false(write_bytes(&bed, 0, 2, 1)); /* the view is lost: what is written there would be */
@@ -188,8 +230,8 @@ static void test_no_room(void)
         return;
     }
     bed_init_in(&bed, directory, 1 * MiB);
-    g_assert_true(write_bytes(&bed, 0, 1, 32 * KiB));
-    g_assert_false(write_bytes(&bed, 64 * KiB, 2, 128 * KiB));
+    g_assert_true(fill(&bed, 0, 1, 32 * KiB));
+    g_assert_false(fill(&bed, 64 * KiB, 2, 128 * KiB));
     assert_bytes(&bed, 0, 1, 32 * KiB);
     g_assert_cmpint(pwrite(bed.fd, "x", 1, 512 * KiB), ==, -1); /* which is what tells the user */
     g_assert_cmpint(errno, ==, ENOSPC);
@@ -279,6 +321,8 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/file-map/what-is-written-is-the-files", test_what_is_written_is_the_files);
     g_test_add_func("/file-map/holes-stay-holes-when-they-are-read", test_holes_stay_holes_when_they_are_read);
+    g_test_add_func("/file-map/long-writes-go-to-pages-that-are-there", test_long_writes_go_to_pages_that_are_there);
+    g_test_add_func("/file-map/the-time-of-modification", test_the_time_of_modification);
     g_test_add_func("/file-map/nothing-is-written-behind-the-end", test_nothing_is_written_behind_the_end);
     g_test_add_func("/file-map/it-grows-with-the-file", test_it_grows_with_the_file);
     g_test_add_func("/file-map/we-cut-it", test_we_cut_it);

@@ -239,6 +239,7 @@ static int close_work(void *argument)
     struct flock all = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
 
     if (file->map) {
+        file_map_touch(file->map);
         file_map_destroy(file->map);
         g_free(file->map);
     }
@@ -485,7 +486,7 @@ static ssize_t coroutine_fn transfer_memory(struct native_file *file, bool write
         struct transfer_job job = {.file = file, .write = write, .iov = iov, .count = count, .offset = offset};
 
         job.moved = -ENOTSUP;
-        if (file->map) {
+        if (file->map && !file_map_is_over(file->map)) {
             worker_run(map_work, &job);
         }
         if (job.moved < 0 && write) {
@@ -553,6 +554,9 @@ static int coroutine_fn native_sync(struct file *base)
     struct engine *engine = engine_self();
     int r;
 
+    if (file->map) {
+        file_map_touch(file->map);
+    }
     if (file->memory) {
         return 0;
     }
@@ -705,10 +709,17 @@ static int truncate_work(void *argument)
     struct range_job *job = argument;
     int r;
 
+    if (job->file->map) {
+        file_map_cut(job->file->map, job->bytes);
+    }
     do {
         r = ftruncate(job->file->fd, (off_t)job->bytes);
     } while (r < 0 && errno == EINTR);
-    return r < 0 ? -errno : 0;
+    r = r < 0 ? -errno : 0;
+    if (job->file->map) { /* who looked in between saw the old size */
+        file_map_cut(job->file->map, job->bytes);
+    }
+    return r;
 }
 
 static int coroutine_fn native_truncate(struct file *file, uint64_t size)
@@ -716,9 +727,6 @@ static int coroutine_fn native_truncate(struct file *file, uint64_t size)
     struct range_job job = {.file = native(file), .bytes = size};
     struct stat status;
 
-    if (native(file)->map) {
-        file_map_cut(native(file)->map, size);
-    }
     /* Giving back much memory takes time. */
     if (native(file)->memory && fstat(native(file)->fd, &status) == 0 &&
         (uint64_t)status.st_size > size + INLINE_ALLOCATE_MAX) {

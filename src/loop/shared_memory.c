@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Mappings of files that other processes own, or may cut off. Touching a page that is no more in its file raises
- * SIGBUS: a handler puts anonymous zeroes in the place of the whole mapping and lets the thread go on. Invariants:
+ * SIGBUS: a handler puts anonymous zeroes in its place and lets the thread go on: in the place of the whole mapping, or
+ * of one page of an extent, which may be much longer than what there is of memory. Invariants:
  * 1. a mapping is in the table while anybody may touch it; a slot of the table is never freed;
  * 2. the handler uses what is async-signal-safe only: atomics, and the system call mmap;
  * 3. a SIGBUS anywhere else ends the process, as without us;
@@ -28,6 +29,7 @@
 static struct map {
     atomic_uintptr_t begin; /* 0: free */
     atomic_size_t size;
+    atomic_size_t page; /* what is replaced; 0: all */
     atomic_bool lost;
 } maps[MAPS_MAX];
 static atomic_uint maps_end; /* behind the last slot that was ever used */
@@ -40,11 +42,11 @@ static void bus_error(int number, siginfo_t *info, void *context)
 
     for (unsigned i = 0; i < atomic_load(&maps_end); i++) {
         uintptr_t begin = atomic_load(&maps[i].begin);
-        size_t size = atomic_load(&maps[i].size);
+        size_t size = atomic_load(&maps[i].size), page = atomic_load(&maps[i].page);
 
-        if (begin && at - begin < size) {
+        if (begin && at - begin < size && begin == atomic_load(&maps[i].begin)) {
             atomic_store(&maps[i].lost, true);
-            if (mmap((void *)begin, size, PROT_READ | PROT_WRITE,
+            if (mmap((void *)(page ? at - at % page : begin), page ? page : size, PROT_READ | PROT_WRITE,
                      MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED) {
                 errno = saved_errno;
                 return;
@@ -67,7 +69,7 @@ static void watch_bus_errors(void)
     }
 }
 
-static int maps_add(struct shared_memory *memory)
+static int maps_add(struct shared_memory *memory, size_t page)
 {
     int r = -ENOSPC;
 
@@ -77,6 +79,7 @@ static int maps_add(struct shared_memory *memory)
         if (!atomic_load(&maps[i].begin)) {
             memory->slot = i;
             atomic_store(&maps[i].size, memory->mapped_size);
+            atomic_store(&maps[i].page, page);
             atomic_store(&maps[i].lost, false);
             atomic_store(&maps[i].begin, (uintptr_t)memory->mapped);
             atomic_store(&maps_end, MAX(atomic_load(&maps_end), i + 1));
@@ -98,7 +101,7 @@ static int map_file(int fd, uint64_t end, const struct stat *status, struct shar
         return -errno;
     }
     madvise(memory->mapped, memory->mapped_size, MADV_DONTDUMP); /* a guest's memory is not ours to write down */
-    int r = maps_add(memory);
+    int r = maps_add(memory, 0);
     if (r < 0) {
         munmap(memory->mapped, memory->mapped_size);
     }
@@ -147,7 +150,7 @@ struct shared_memory *shared_memory_map_extent(int fd, uint64_t offset, size_t s
     memory.mapped = memory.bytes = room + before;
     bool done =
         mmap(memory.mapped, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)offset) != MAP_FAILED &&
-        maps_add(&memory) == 0;
+        madvise(memory.mapped, size, MADV_DONTDUMP) == 0 && maps_add(&memory, (size_t)sysconf(_SC_PAGESIZE)) == 0;
 
     if (!done) {
         munmap(room, 2 * size);
@@ -190,5 +193,6 @@ void shared_memory_unmap(struct shared_memory *memory)
 
 bool shared_memory_is_lost(const struct shared_memory *memory)
 {
-    return atomic_load_explicit(&maps[memory->slot].lost, memory_order_relaxed);
+    atomic_signal_fence(memory_order_seq_cst); /* what was copied before this was copied before */
+    return atomic_load_explicit(&maps[memory->slot].lost, memory_order_acquire);
 }

@@ -237,9 +237,13 @@ static int coroutine_fn uring_stream_wait(struct engine *engine, struct native_s
                                           enum native_direction direction)
 {
     struct uring_engine *uring = container_of(engine, struct uring_engine, engine);
-    struct io_uring_sqe *sqe = uring_sqe(uring);
     bool input = direction == NATIVE_INPUT;
-    int r;
+    int r = input ? (int)busy_poll_receive(&uring->poll, stream, NULL, 0) : -EAGAIN;
+
+    if (r != -EAGAIN) {
+        return r;
+    }
+    struct io_uring_sqe *sqe = uring_sqe(uring);
 
     io_uring_prep_poll_add(sqe, stream->fd, input ? POLLIN : POLLOUT);
     r = uring_stream_request(sqe, input ? &stream->input : &stream->output);
@@ -310,7 +314,9 @@ static void uring_stream_cancel(struct engine *engine, struct native_stream *str
 
 static void uring_stream_detach(struct engine *engine, struct native_stream *stream)
 {
-    g_assert(!stream->input && !stream->output);
+    struct uring_engine *uring = container_of(engine, struct uring_engine, engine);
+
+    g_assert(!stream->input && !stream->output && !busy_poll_has(&uring->poll, stream));
 }
 
 static const struct native_ops uring_native_ops = {
