@@ -4,7 +4,8 @@
  * way a call goes:
  * - memory file systems (tmpfs, ramfs) never wait for a device: short transfers and small changes are made at once,
  *   long transfers on the worker pool. The kernel lets one writer at a time into such a file, and the others burn a
- *   processor meanwhile: long writes go there in a lane, and are made in steps, between which short ones get in;
+ *   processor meanwhile: long writes go there in a lane, and are made in steps, between which short ones get in.
+ *   With mapped=on they are written, and read at length, through a mapping (loop/file_map.h), as far as that goes;
  * - from one memory file to another one worker reads and writes, step by step, while another one reads the next: so a
  *   step is in that processor's cache when it is written; into a new part of the target it reads at once, seen as
  *   memory (loop/huge_page.h). copy_file_range() takes as long as the first, and reads with the target locked;

@@ -5,6 +5,7 @@
  * the coroutine that waits for it. Invariants:
  * 1. the ring is touched by its loop's thread only (the kernel is told so: SINGLE_ISSUER);
  * 2. a completion's user data is its struct native_wait, 0 (nobody cares), or the engine (the eventfd was read);
+ *    A receive that is looked for before the loop sleeps (busy_poll.h) comes to the ring when that was in vain;
  * 3. a read of the eventfd is in flight or prepared all the time, so that interrupt() ends any wait.
  * Where the kernel is too old for some flag it does without; where it refuses io_uring, create fails.
  */
