@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files in tmpfs that are written through mappings (mapped=on): every byte arrives, whatever else happens to the file."""
+"""Files in tmpfs that are read and written through mappings (mapped=on): every byte arrives, whatever else happens to the file."""
 import os
 import random
 import tempfile
@@ -24,10 +24,12 @@ class Mapped(TestCase):
             file.truncate(SIZE)
         return self.path(name)
 
-    def serve(self, path, image_format, **more):
+    def serve(self, path, image_format):
         daemon = self.daemon()
-        daemon.add_file("file", path, mapped=True)
-        daemon.qmp.execute("blockdev-add", {"driver": image_format, "node-name": "disk", "file": "file", **more})
+        daemon.add_file("file", path, mapped=True, discard="unmap")
+        daemon.qmp.execute(
+            "blockdev-add", {"driver": image_format, "node-name": "disk", "file": "file", "discard": "unmap"}
+        )
         daemon.nbd_server()
         daemon.export("disk")
         return daemon
@@ -78,6 +80,25 @@ class Mapped(TestCase):
                 else:
                     with open(path, "rb") as file:
                         self.assertEqual(file.read(), content)
+
+    def test_reading_fills_no_hole(self):
+        path = self.make("disk.raw", "raw")
+        daemon = self.serve(path, "raw")
+
+        def allocated():
+            return os.stat(path).st_blocks * 512
+
+        with nbd_handle(daemon.uri("disk")) as handle:
+            handle.pwrite(b"a" * MIB, MIB)
+            for trims in (False, True):
+                for _ in range(2):
+                    for offset in range(0, 3 * MIB, 4 * KIB):
+                        data = bytes(handle.pread(4 * KIB, offset))
+                        self.assertEqual(data, (b"a" if MIB <= offset < 2 * MIB and not trims else b"\0") * (4 * KIB))
+                self.assertEqual(allocated(), 0 if trims else MIB)
+                if not trims:
+                    handle.trim(MIB, MIB)
+        daemon.stop()
 
     def test_a_job_moves_what_was_written(self):
         path = self.create_image("disk.qcow2", SIZE)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Files in memory, written through a mapping.
+ * Files in memory, read and written through a mapping.
  *
  * 1. A view is longer than its file, so that the file may grow into it; what is written lies before `end`, where the
  *    file had bytes when we last looked. One that has grown out of its view gets another, twice as long as the file.
@@ -11,6 +11,9 @@
  *    his inside a page is not noticed at once: what is written to the rest of that page is behind the end, and lost.
  * 4. Long writes go to pages that are there: to make them, one by one, takes longer than a call does.
  * 5. Writing through a mapping does not change the file's time of modification: flushing and closing do.
+ * 6. Only pages that the file has are read so: to look at a hole would fill it. What is known to be there (`present`)
+ * was written here, or the kernel was asked. It stays known until we give it back ourselves; so if others punch holes,
+ * or we do while somebody reads the same page, a hole may be filled, with zeroes: that takes memory, and nothing else.
  */
 #include "loop/file_map.h"
 #include "base/size.h"
@@ -21,8 +24,12 @@
 #include <unistd.h>
 
 #define LONG_WRITE (32 * KiB)
-/* More at a time is read by calls. */
-#define PAGES_MAX 1024
+#define PAGE_BYTES ((uint64_t)4096)
+/* So many pages at a time the kernel is asked about: as many as one fault enters. */
+#define WINDOW_PAGES 16u
+/* More is read by calls. */
+#define PAGES_MAX 1024u
+#define BITS_IN_WORD 64u
 #define ROOM_LEAST (64 * MiB)
 #define ROOM_MOST ((uint64_t)1 << 44) /* of an address space of 2^47 */
 
@@ -36,6 +43,7 @@ void file_map_destroy(struct file_map *map)
 {
     for (unsigned i = 0; i < atomic_load(&map->count); i++) {
         shared_memory_unmap(map->views[i].memory);
+        g_free(map->views[i].present);
     }
     pthread_mutex_destroy(&map->mutex);
 }
@@ -71,6 +79,7 @@ static struct file_view *add_view(struct file_map *map, uint64_t size)
 
     view->memory = memory;
     view->room = room;
+    view->present = g_try_malloc0(room / PAGE_BYTES / BITS_IN_WORD * sizeof(*view->present));
     atomic_init(&view->end, 0);
     atomic_store_explicit(&map->count, count + 1, memory_order_release);
     return view;
@@ -135,29 +144,97 @@ static bool close_view(struct file_map *map, const struct file_view *view)
     return true;
 }
 
-static bool has_pages(uint8_t *begin, size_t bytes)
-{
-    unsigned char present[PAGES_MAX];
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    size_t before = (uintptr_t)begin % page;
-    size_t pages = div_up(before + bytes, page);
+/* ---- which pages the file has ---- */
 
-    if (pages > PAGES_MAX || mincore(begin - before, before + bytes, present) < 0) {
-        return false;
-    }
-    for (size_t i = 0; i < pages; i++) {
-        if (!(present[i] & 1)) {
+static uint64_t page_bit(uint64_t page)
+{
+    return (uint64_t)1 << (page % BITS_IN_WORD);
+}
+
+static bool pages_are_known(struct file_view *view, uint64_t page, uint64_t end)
+{
+    for (; page < end; page++) {
+        if (!(atomic_load_explicit(&view->present[page / BITS_IN_WORD], memory_order_relaxed) & page_bit(page))) {
             return false;
         }
     }
     return true;
 }
 
+static void page_set_known(struct file_view *view, uint64_t page)
+{
+    atomic_uint_least64_t *word = &view->present[page / BITS_IN_WORD];
+
+    if (!(atomic_load_explicit(word, memory_order_relaxed) & page_bit(page))) {
+        atomic_fetch_or_explicit(word, page_bit(page), memory_order_relaxed);
+    }
+}
+
+/* Asks the kernel about these pages, PAGES_MAX at most. */
+static void pages_look(struct file_view *view, uint64_t page, uint64_t end)
+{
+    unsigned char there[PAGES_MAX];
+
+    if (mincore(view->memory->bytes + page * PAGE_BYTES, (end - page) * PAGE_BYTES, there) == 0) {
+        for (uint64_t i = page; i < end; i++) {
+            if (there[i - page] & 1) {
+                page_set_known(view, i);
+            }
+        }
+    }
+}
+
+/* Has the file a page everywhere there, as far as we can tell? */
+static bool pages_are_there(struct file_view *view, uint64_t offset, size_t bytes)
+{
+    uint64_t page = offset / PAGE_BYTES, end = div_up(offset + bytes, PAGE_BYTES);
+    uint64_t from = align_down(page, WINDOW_PAGES), to = align_up(end, WINDOW_PAGES);
+
+    if (!view->present || to - from > PAGES_MAX) {
+        return false;
+    }
+    if (pages_are_known(view, page, end)) {
+        return true;
+    }
+    pages_look(view, from, to);
+    return pages_are_known(view, page, end);
+}
+
+static void pages_set_known(struct file_view *view, uint64_t offset, size_t bytes)
+{
+    if (view->present) {
+        for (uint64_t page = offset / PAGE_BYTES; page < div_up(offset + bytes, PAGE_BYTES); page++) {
+            page_set_known(view, page);
+        }
+    }
+}
+
+void file_map_forget(struct file_map *map, uint64_t offset, uint64_t bytes)
+{
+    struct file_view *view = last_view(map);
+
+    if (!view || !view->present || offset >= view->room) {
+        return;
+    }
+    uint64_t end = div_up(offset + min_u64(bytes, view->room - offset), PAGE_BYTES);
+
+    for (uint64_t page = offset / PAGE_BYTES; page < end;) {
+        uint64_t next = min_u64(align_down(page + BITS_IN_WORD, BITS_IN_WORD), end);
+        uint64_t mask = (UINT64_MAX >> (BITS_IN_WORD - (next - page))) << (page % BITS_IN_WORD);
+        atomic_uint_least64_t *word = &view->present[page / BITS_IN_WORD];
+
+        if (atomic_load_explicit(word, memory_order_relaxed) & mask) {
+            atomic_fetch_and_explicit(word, ~mask, memory_order_relaxed);
+        }
+        page = next;
+    }
+}
+
 bool file_map_write(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes)
 {
     struct file_view *view = open_view(map, offset, bytes);
 
-    if (!view || (bytes >= LONG_WRITE && !has_pages(view->memory->bytes + offset, bytes))) {
+    if (!view || (bytes >= LONG_WRITE && !pages_are_there(view, offset, bytes))) {
         return false;
     }
     if (!atomic_load_explicit(&map->written, memory_order_relaxed)) {
@@ -169,6 +246,7 @@ bool file_map_write(struct file_map *map, uint64_t offset, const struct iovec *i
         memcpy(at, iov[i].iov_base, iov[i].iov_len);
         at += iov[i].iov_len;
     }
+    pages_set_known(view, offset, bytes);
     return close_view(map, view);
 }
 
@@ -176,7 +254,7 @@ bool file_map_read(struct file_map *map, uint64_t offset, const struct iovec *io
 {
     struct file_view *view = open_view(map, offset, bytes);
 
-    if (!view || !has_pages(view->memory->bytes + offset, bytes)) {
+    if (!view || !pages_are_there(view, offset, bytes)) {
         return false;
     }
     const uint8_t *at = view->memory->bytes + offset;
@@ -200,8 +278,11 @@ void file_map_cut(struct file_map *map, uint64_t size)
     pthread_mutex_lock(&map->mutex);
     struct file_view *view = last_view(map);
 
-    if (view && atomic_load(&view->end) > size) {
+    uint64_t end = view ? atomic_load(&view->end) : 0;
+
+    if (end > size) {
         atomic_store(&view->end, size);
+        file_map_forget(map, size, align_up(end, WINDOW_PAGES * PAGE_BYTES) - size);
     }
     pthread_mutex_unlock(&map->mutex);
 }

@@ -11,7 +11,8 @@
  * A file in memory (tmpfs) that is used through a mapping: it is written without a system call, and without the lock
  * that lets one writer at a time into a file. What was written once stays in the process's page tables and counts as
  * its shared resident memory (RssShmem of proc_pid_status(5)) while the file is open, though the pages are the file's
- * own. To look at a hole through a mapping would fill it, so who reads asks first, which pays for long transfers.
+ * own; so does what was read. To look at a hole through a mapping would fill it: pages are read so that are known to be
+ * there.
  */
 #define FILE_MAP_VIEWS 32
 struct file_map {
@@ -20,7 +21,8 @@ struct file_map {
     struct file_view {
         struct shared_memory *memory;
         uint64_t room;
-        atomic_uint_fast64_t end; /* so long was the file when we looked */
+        atomic_uint_fast64_t end;       /* so long was the file when we looked */
+        atomic_uint_least64_t *present; /* a bit for each page that the file is known to have; NULL: no memory for it */
     } views[FILE_MAP_VIEWS];
     atomic_uint count;   /* the last one is in use, in others somebody may be writing still */
     atomic_bool over;    /* the file was cut off by others, or is full, or too large: never again */
@@ -39,6 +41,8 @@ static inline bool file_map_is_over(struct file_map *map)
 {
     return atomic_load_explicit(&map->over, memory_order_relaxed);
 }
+/* The file is going to lose what it has there, or has just lost it: before and after. Any thread. */
+void file_map_forget(struct file_map *map, uint64_t offset, uint64_t bytes);
 /* Gives the file a new time of modification, if it was written. */
 void file_map_touch(struct file_map *map);
 /* The file is going to be cut to this size, or has just been: before and after. */

@@ -116,9 +116,74 @@ static void test_holes_stay_holes_when_they_are_read(void)
     g_assert_false(read_bytes(&bed, 64 * KiB, read, 8192));
     g_assert_false(read_bytes(&bed, 0, read, 1));
     g_assert_cmpint(status_of(&bed).st_blocks, ==, 8);
+    g_assert_true(read_bytes(&bed, 64 * KiB, read, 4096));
     g_assert_cmpint(fallocate(bed.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 64 * KiB, 4096), ==, 0);
+    file_map_forget(&bed.map, 64 * KiB, 4096);
     g_assert_false(read_bytes(&bed, 64 * KiB, read, 1));
     g_assert_cmpint(status_of(&bed).st_blocks, ==, 0);
+    bed_finish(&bed);
+}
+
+static bool page_is_known(const struct bed *bed, uint64_t page)
+{
+    const struct file_view *view = &bed->map.views[atomic_load(&bed->map.count) - 1];
+
+    return atomic_load(&view->present[page / 64]) >> (page % 64) & 1;
+}
+
+/* Every page that a range touches, and no other. */
+static void test_what_is_forgotten(void)
+{
+    static const uint64_t ranges[][2] = {
+        {0, 1},
+        {4095, 2},
+        {4096, 4096},
+        {63 * 4096, 2 * 4096},
+        {100 * 4096 + 1, 130 * 4096},
+        {64 * 4096, 256 * KiB},
+        {0, 1 * MiB},
+        {1 * MiB, 1},
+        {1 * MiB - 1, UINT64_MAX / 2},
+    };
+    struct bed bed;
+    uint8_t read[1];
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_true(fill(&bed, 0, 1, 1 * MiB));
+    for (unsigned i = 0; i < G_N_ELEMENTS(ranges); i++) {
+        uint64_t begin = ranges[i][0], end = begin + ranges[i][1];
+
+        file_map_forget(&bed.map, begin, end - begin);
+        for (uint64_t page = 0; page < 256; page++) {
+            bool touched = begin < (page + 1) * 4096 && end > page * 4096;
+
+            g_assert_cmpint(page_is_known(&bed, page), ==, !touched);
+        }
+        for (uint64_t page = 0; page < 256; page++) { /* and it is learnt again */
+            g_assert_true(read_bytes(&bed, page * 4096, read, 1));
+            g_assert_true(page_is_known(&bed, page));
+        }
+    }
+    bed_finish(&bed);
+}
+
+/* A file that was cut and grew again has holes where it had pages. */
+static void test_what_was_cut_is_forgotten(void)
+{
+    struct bed bed;
+    uint8_t read[1];
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_true(fill(&bed, 0, 1, 1 * MiB));
+    file_map_cut(&bed.map, 8192);
+    g_assert_cmpint(ftruncate(bed.fd, 8192), ==, 0);
+    file_map_cut(&bed.map, 8192);
+    g_assert_cmpint(ftruncate(bed.fd, 1 * MiB), ==, 0);
+    g_assert_true(read_bytes(&bed, 8191, read, 1));
+    for (uint64_t at = 8192; at < 1 * MiB; at += 4096) {
+        g_assert_false(read_bytes(&bed, at, read, 1));
+    }
+    g_assert_cmpint(status_of(&bed).st_blocks, ==, 16);
     bed_finish(&bed);
 }
 
@@ -273,6 +338,12 @@ static void *write_and_look(void *argument)
         if (!writer->cut) {
             g_assert_cmpint(pread(bed->fd, seen, iov.iov_len, (off_t)offset), ==, (ssize_t)iov.iov_len);
             g_assert_cmpint(memcmp(memory, seen, iov.iov_len), ==, 0);
+            struct iovec to = {seen, iov.iov_len};
+
+            memset(seen, ~(int)i, sizeof(seen));
+            if (file_map_read(&bed->map, offset, &to, 1, to.iov_len)) {
+                g_assert_cmpint(memcmp(memory, seen, iov.iov_len), ==, 0);
+            }
         }
     }
     return NULL;
@@ -321,6 +392,8 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/file-map/what-is-written-is-the-files", test_what_is_written_is_the_files);
     g_test_add_func("/file-map/holes-stay-holes-when-they-are-read", test_holes_stay_holes_when_they_are_read);
+    g_test_add_func("/file-map/what-is-forgotten", test_what_is_forgotten);
+    g_test_add_func("/file-map/what-was-cut-is-forgotten", test_what_was_cut_is_forgotten);
     g_test_add_func("/file-map/long-writes-go-to-pages-that-are-there", test_long_writes_go_to_pages_that_are_there);
     g_test_add_func("/file-map/the-time-of-modification", test_the_time_of_modification);
     g_test_add_func("/file-map/nothing-is-written-behind-the-end", test_nothing_is_written_behind_the_end);

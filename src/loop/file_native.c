@@ -3,9 +3,10 @@
  * Files of the real engines: a descriptor and what we know of the file system below it. Decides which
  * way a call goes:
  * - memory file systems (tmpfs, ramfs) never wait for a device: short transfers and small changes are made at once,
- *   long transfers on the worker pool. The kernel lets one writer at a time into such a file, and the others burn a
- *   processor meanwhile: long writes go there in a lane, and are made in steps, between which short ones get in.
- *   With mapped=on they are written, and read at length, through a mapping (loop/file_map.h), as far as that goes;
+ *   long transfers on the worker pool, in lanes: reads need nothing but a processor, so no more are made at a time than
+ *   there are processors. The kernel lets one writer at a time into such a file, and the others burn a processor
+ *   meanwhile: one long write is made at a time, in steps, between which short ones get in.
+ *   With mapped=on they are made through a mapping (loop/file_map.h), as far as that goes;
  * - from one memory file to another one worker reads and writes, step by step, while another one reads the next: so a
  *   step is in that processor's cache when it is written; into a new part of the target it reads at once, seen as
  *   memory (loop/huge_page.h). copy_file_range() takes as long as the first, and reads with the target locked;
@@ -63,14 +64,14 @@ struct native_file {
     bool direct;
     bool block_device;
     unsigned alignment, memory_alignment;
-    struct worker_lane *writes; /* of a memory file: its long writes */
-    struct worker_turn turn;    /* of a memory file: writing at length */
-    atomic_uint short_writes;   /* of a memory file: those in the kernel just now */
-    struct huge_pages huge;     /* of a memory file: made for copies */
-    struct file_map *map;       /* of a memory file, or NULL: it is written so */
-    atomic_bool nowait;         /* RWF_NOWAIT works */
-    atomic_bool durable;        /* RWF_DSYNC works */
-    atomic_bool locked;         /* it had a lock: nobody else writes when it is closed */
+    struct worker_lane *reads, *writes; /* of a memory file: its long ones */
+    struct worker_turn turn;            /* of a memory file: writing at length */
+    atomic_uint short_writes;           /* of a memory file: those in the kernel just now */
+    struct huge_pages huge;             /* of a memory file: made for copies */
+    struct file_map *map;               /* of a memory file, or NULL: it is written so */
+    atomic_bool nowait;                 /* RWF_NOWAIT works */
+    atomic_bool durable;                /* RWF_DSYNC works */
+    atomic_bool locked;                 /* it had a lock: nobody else writes when it is closed */
 };
 
 static struct native_file *native(struct file *file)
@@ -211,7 +212,8 @@ static int open_work(void *argument)
         g_free(file);
         return r;
     }
-    file->writes = file->memory ? worker_lane_create() : NULL;
+    file->reads = file->memory ? worker_lane_create(CLAMP(g_get_num_processors(), 1, WORKER_LANE_MAX)) : NULL;
+    file->writes = file->memory ? worker_lane_create(1) : NULL;
     worker_turn_init(&file->turn);
     huge_pages_init(&file->huge, file->fd);
     if (job->flags & FILE_MAPPED && job->flags & FILE_WRITABLE) {
@@ -257,6 +259,7 @@ static int close_work(void *argument)
 static void coroutine_fn native_close(struct file *file)
 {
     worker_run(close_work, native(file));
+    worker_lane_destroy(native(file)->reads);
     worker_lane_destroy(native(file)->writes);
     worker_turn_destroy(&native(file)->turn);
     huge_pages_destroy(&native(file)->huge);
@@ -488,16 +491,16 @@ static ssize_t coroutine_fn transfer_memory(struct native_file *file, bool write
 
         job.moved = -ENOTSUP;
         if (file->map && !file_map_is_over(file->map)) {
-            worker_run(map_work, &job);
+            worker_lane_run(write ? file->writes : file->reads, map_work, &job);
         }
         if (job.moved < 0 && write) {
             worker_lane_run(file->writes, lane_write_work, &job);
         } else if (job.moved < 0) {
-            worker_run(transfer_work, &job);
+            worker_lane_run(file->reads, transfer_work, &job);
         }
         return job.moved;
     }
-    if (write && file->map && file_map_write(file->map, offset, iov, count, bytes)) {
+    if (file->map && (write ? file_map_write : file_map_read)(file->map, offset, iov, count, bytes)) {
         moved = (ssize_t)bytes;
     } else if (write) {
         atomic_fetch_add_explicit(&file->short_writes, 1, memory_order_relaxed);
@@ -665,9 +668,8 @@ static int device_range(int fd, unsigned long request, uint64_t offset, uint64_t
     return 0;
 }
 
-static int allocate_work(void *argument)
+static int change_allocation(const struct range_job *job)
 {
-    struct range_job *job = argument;
     struct native_file *file = job->file;
     int r;
 
@@ -691,6 +693,22 @@ static int allocate_work(void *argument)
         return file->block_device ? -EOPNOTSUPP : allocate_now(file->fd, 0, job->offset, job->bytes);
     }
     return -EINVAL;
+}
+
+static int allocate_work(void *argument)
+{
+    struct range_job *job = argument;
+    struct file_map *map = job->mode == FILE_PREALLOCATE ? NULL : job->file->map;
+
+    if (map) {
+        file_map_forget(map, job->offset, job->bytes);
+    }
+    int r = change_allocation(job);
+
+    if (map) { /* who read in between knew it again */
+        file_map_forget(map, job->offset, job->bytes);
+    }
+    return r;
 }
 
 static int coroutine_fn native_allocate(struct file *base, enum file_allocate_mode mode, uint64_t offset,

@@ -103,6 +103,7 @@ static void loop_run_round(struct loop *loop, struct task_queue *queue)
         struct loop_task *next = task->next;
 
         loop->budget = LOOP_BUDGET;
+        loop->more_in_round = next != NULL;
         task->run(task);
         task = next;
         loop_step(loop);
@@ -115,6 +116,14 @@ void loop_at_turn_end(struct loop_task *task)
         task->queued = true;
         task_queue_append(&loop_current->turn_end, task);
     }
+}
+
+bool loop_has_others(const struct loop_task *task)
+{
+    const struct loop *loop = loop_current;
+    const struct loop_task *first = loop->turn_end.first;
+
+    return loop->more_in_round || loop->ready.first || (first && (first != task || first->next));
 }
 
 static void loop_run_turn_end(struct loop *loop)

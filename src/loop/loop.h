@@ -56,6 +56,8 @@ void loop_post(struct loop *loop, struct loop_task *task);
 void loop_spawn(struct loop *loop, void (*entry)(void *argument), void *argument);
 /* The loop's own thread: runs the task once at the end of this turn, before the engine is entered. Twice is once. */
 void loop_at_turn_end(struct loop_task *task);
+/* Does anything else run in this turn, before its end or at its end? `task` does not count. */
+bool loop_has_others(const struct loop_task *task);
 
 /* Monotonic time, read once per turn and fresh enough for limits; loop_clock_ns() asks the clock. */
 int64_t loop_now_ns(void);

@@ -40,6 +40,7 @@ struct loop {
     struct context root;
     struct task_queue ready;    /* this thread only */
     struct task_queue turn_end; /* this thread only */
+    bool more_in_round;         /* behind the task that runs */
     int64_t now_ns;
     unsigned budget;
     bool running_tasks; /* a turn is under way */

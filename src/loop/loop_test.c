@@ -395,8 +395,9 @@ static void test_workers(void)
 
 struct lane_state {
     struct worker_lane *lane;
-    unsigned started, done;      /* on the loop */
-    atomic_uint inside, in_turn; /* on workers */
+    unsigned width;
+    unsigned started, done;            /* on the loop */
+    atomic_uint inside, in_turn, most; /* on workers */
 };
 struct lane_job {
     struct lane_state *state;
@@ -406,11 +407,18 @@ static int lane_work_once(void *argument)
 {
     struct lane_job *job = argument;
 
-    g_assert_cmpuint(atomic_fetch_add(&job->state->inside, 1), ==, 0);
+    unsigned inside = atomic_fetch_add(&job->state->inside, 1) + 1;
+
+    g_assert_cmpuint(inside, <=, job->state->width);
+    if (inside > atomic_load(&job->state->most)) {
+        atomic_store(&job->state->most, inside);
+    }
     if (job->number % 8 == 0) {
         usleep(500);
     }
-    g_assert_cmpuint(atomic_fetch_add(&job->state->in_turn, 1), ==, job->number);
+    unsigned turn = atomic_fetch_add(&job->state->in_turn, 1);
+
+    g_assert_cmpuint(job->state->width == 1 ? job->number : turn, ==, turn);
     atomic_fetch_sub(&job->state->inside, 1);
     return (int)job->number;
 }
@@ -422,12 +430,14 @@ static void lane_entry(void *argument)
     g_assert_cmpint(worker_lane_run(state->lane, lane_work_once, &job), ==, (int)job.number);
     state->done++;
 }
-/* In order, one at a time; and it may go as soon as its last job is done. */
+/* So many at a time, in order if that is one; and it may go as soon as its last job is done. */
 static void lanes_entry(void *argument)
 {
-    for (unsigned round = 0; round < 200; round++) {
-        struct lane_state state = {.lane = worker_lane_create()};
-        unsigned jobs = 1 + round % 20;
+    unsigned most = 0;
+
+    for (unsigned round = 0; round < 400; round++) {
+        unsigned width = 1 + round % 2 * 2, jobs = 1 + round % 20;
+        struct lane_state state = {.lane = worker_lane_create(width), .width = width};
 
         for (unsigned i = 0; i < jobs; i++) {
             coroutine_enter(coroutine_create(lane_entry, &state));
@@ -436,7 +446,9 @@ static void lanes_entry(void *argument)
             coroutine_pause();
         }
         worker_lane_destroy(state.lane);
+        most = MAX(most, atomic_load(&state.most));
     }
+    g_assert_cmpuint(most, >, 1);
 }
 static void test_lanes(void)
 {

@@ -10,8 +10,9 @@
  * A turn is a lock whose holder announces its end: a worker that sleeps takes longer to wake up than a processor takes
  * to do what the turn is for. Between announcement and end the next one yields its processor, and does not sleep.
  *
- * A lane is a queue of its own whose jobs one worker at a time does in order. It stands in the pool's queue as one job
- * while it has any; its worker does not look at it again once its last job's coroutine may run, which may free it.
+ * A lane is a queue of its own. Each worker that it may have is a slot, which is a job of the pool's while the lane
+ * needs it; none starts while there is one that looks for a job. Its workers do not look at the lane again once the
+ * coroutine of its last job may run, which may free it.
  */
 #include "loop/worker.h"
 #include "base/list.h"
@@ -151,21 +152,28 @@ int coroutine_fn worker_pool_run(int (*work)(void *argument), void *argument)
 
 /* ---- lanes ---- */
 
-struct worker_lane {
-    pthread_mutex_t guard;
-    struct list jobs;      /* struct worker_job, those that nobody does yet */
+struct lane_slot {
+    struct worker_lane *lane;
+    struct worker_job job; /* in the pool */
     bool running;          /* a worker is in lane_work(), or will be */
-    struct worker_job job; /* the lane itself, in the pool */
 };
 
-/* The next job, or NULL when the lane has come to rest. */
-static struct worker_job *lane_next(struct worker_lane *lane)
+struct worker_lane {
+    pthread_mutex_t guard;
+    struct list jobs; /* struct worker_job, those that nobody does yet */
+    unsigned width;
+    struct lane_slot slots[WORKER_LANE_MAX];
+};
+
+/* The next job, or NULL when the slot has come to rest. */
+static struct worker_job *lane_next(struct lane_slot *slot)
 {
+    struct worker_lane *lane = slot->lane;
     struct worker_job *job = NULL;
 
     pthread_mutex_lock(&lane->guard);
     if (list_is_empty(&lane->jobs)) {
-        lane->running = false;
+        slot->running = false;
     } else {
         job = container_of(lane->jobs.next, struct worker_job, link);
         list_remove(&job->link);
@@ -176,35 +184,56 @@ static struct worker_job *lane_next(struct worker_lane *lane)
 
 static int lane_work(void *argument)
 {
-    struct worker_lane *lane = argument;
-    struct worker_job *job = lane_next(lane);
+    struct lane_slot *slot = argument;
+    struct worker_job *job = lane_next(slot);
 
     while (job) {
         job->result = job->work(job->argument);
-        struct worker_job *next = lane_next(lane); /* the last look at the lane if there is none */
+        struct worker_job *next = lane_next(slot); /* the last look at the lane if there is none */
         coroutine_wake(job->waiter);
         job = next;
     }
     return 0;
 }
 
-struct worker_lane *worker_lane_create(void)
+struct worker_lane *worker_lane_create(unsigned width)
 {
+    g_assert(width > 0 && width <= WORKER_LANE_MAX);
     struct worker_lane *lane = g_new0(struct worker_lane, 1);
 
     pthread_mutex_init(&lane->guard, NULL);
     list_init(&lane->jobs);
-    lane->job = (struct worker_job){.work = lane_work, .argument = lane};
+    lane->width = width;
+    for (unsigned i = 0; i < width; i++) {
+        struct lane_slot *slot = &lane->slots[i];
+
+        *slot = (struct lane_slot){.lane = lane, .job = {.work = lane_work, .argument = slot}};
+    }
     return lane;
 }
 
 void worker_lane_destroy(struct worker_lane *lane)
 {
     if (lane) {
-        g_assert(!lane->running && list_is_empty(&lane->jobs));
+        g_assert(list_is_empty(&lane->jobs));
+        for (unsigned i = 0; i < lane->width; i++) {
+            g_assert(!lane->slots[i].running);
+        }
         pthread_mutex_destroy(&lane->guard);
         g_free(lane);
     }
+}
+
+/* With the guard held: one that rests, and from now on runs; or NULL. */
+static struct lane_slot *lane_take_slot(struct worker_lane *lane)
+{
+    for (unsigned i = 0; i < lane->width; i++) {
+        if (!lane->slots[i].running) {
+            lane->slots[i].running = true;
+            return &lane->slots[i];
+        }
+    }
+    return NULL;
 }
 
 int coroutine_fn worker_lane_run(struct worker_lane *lane, int (*work)(void *argument), void *argument)
@@ -213,11 +242,10 @@ int coroutine_fn worker_lane_run(struct worker_lane *lane, int (*work)(void *arg
 
     pthread_mutex_lock(&lane->guard);
     list_append(&lane->jobs, &job.link);
-    bool start = !lane->running;
-    lane->running = true;
+    struct lane_slot *slot = lane_take_slot(lane);
     pthread_mutex_unlock(&lane->guard);
-    if (start && !pool_submit(&lane->job)) {
-        lane_work(lane); /* wakes this coroutine too */
+    if (slot && !pool_submit(&slot->job)) {
+        lane_work(slot); /* wakes this coroutine too */
     }
     coroutine_yield();
     return job.result;

@@ -12,11 +12,13 @@
 int coroutine_fn worker_run(int (*work)(void *argument), void *argument);
 
 /*
- * A lane on that pool: its jobs are done in order, one at a time. For calls that would only wait for each other in the
- * kernel: whoever is next waits without a processor. Made and destroyed (with no job in it) on any thread.
+ * A lane on that pool: its jobs are begun in order, and `width` of them at a time (WORKER_LANE_MAX at most) are done.
+ * For calls that would only wait for each other in the kernel, or for a processor: a worker goes on with the next one
+ * and need not be woken for it. Made and destroyed (with no job in it) on any thread.
  */
+#define WORKER_LANE_MAX 4
 struct worker_lane;
-struct worker_lane *worker_lane_create(void);
+struct worker_lane *worker_lane_create(unsigned width);
 void worker_lane_destroy(struct worker_lane *lane); /* accepts NULL */
 int coroutine_fn worker_lane_run(struct worker_lane *lane, int (*work)(void *argument), void *argument);
 

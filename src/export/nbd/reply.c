@@ -20,8 +20,10 @@
 #include <glib.h>
 #include <string.h>
 
-/* A batch of so many bytes does not wait for the turn's end. */
-#define BATCH_LARGE (128 * KiB)
+/* A batch of so many bytes does not wait for the turn's end: the client goes on meanwhile. */
+#define BATCH_LARGE (16 * KiB)
+/* The same where others want the processor in this turn: to wake them all at once costs less than one by one. */
+#define BATCH_LARGE_AMONG_OTHERS (128 * KiB)
 /* Zeroes are looked for in pieces of this size, in reads of at least two of them. */
 #define HOLE_GRANULE (32 * KiB)
 #define CHUNKS_MAX 16
@@ -177,7 +179,8 @@ static void batch_add(struct nbd_request *request)
     g_assert(batch->count < NBD_BATCH_REQUESTS);
     batch->requests[batch->count++] = request;
     loop_at_turn_end(&session->flush);
-    if (batch->bytes >= BATCH_LARGE) {
+    if (batch->bytes >= BATCH_LARGE_AMONG_OTHERS ||
+        (batch->bytes >= BATCH_LARGE && !loop_has_others(&session->flush))) {
         nbd_sender_flush(session);
     }
 }
