@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from run import MIB, Interlock, Peer, run
+from run import MIB, Interlock, MappedInterlock, Peer, run
 
 WORKLOADS = [
     ("4 KiB random read, depth 1", ["--rw=randread", "--bs=4k", "--iodepth=1"]),
@@ -81,7 +81,7 @@ def main():
     parser.add_argument("--mapped", action="store_true", help="Interlock writes files through mappings (mapped=on)")
     parser.add_argument("--format", nargs="+", choices=["raw", "qcow2"], default=["raw", "qcow2"])
     options = parser.parse_args()
-    Interlock.set_mapped(options.mapped)
+    Interlock.aio = MappedInterlock.aio if options.mapped else Interlock.aio
     if not shutil.which("qemu-storage-daemon"):
         sys.exit("bench: qemu-storage-daemon is not installed")
     directory, size = tempfile.mkdtemp(prefix="il-bench-", dir="/dev/shm"), options.size * MIB

@@ -64,13 +64,17 @@ class Interlock(Vhost, bench.Interlock):
     pass
 
 
+class MappedInterlock(Vhost, bench.MappedInterlock):
+    pass
+
+
 class Peer(Vhost, bench.Peer):
     packed = False  # it does not offer them
 
 
 def measure(options, directory, results):
     for image_format in options.format:
-        servers = [kind(directory, image_format) for kind in (Interlock, Peer) if kind.is_there()]
+        servers = [kind(directory, image_format) for kind in (Interlock, MappedInterlock, Peer) if kind.is_there()]
         try:
             for server in servers:
                 server.threads = options.threads
@@ -108,12 +112,10 @@ def parse_options():
     parser.add_argument("--seconds", type=float, help="length of one measurement (default 1)")
     parser.add_argument("--size", type=int, help="MiB of the image under load (default 256)")
     parser.add_argument("--threads", type=int, default=0, help="1: an iothread serves the export")
-    parser.add_argument("--mapped", action="store_true", help="Interlock writes files through mappings (mapped=on)")
     parser.add_argument("--format", nargs="+", choices=("raw", "qcow2"), default=("raw", "qcow2"))
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows with one of these in their title")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     options = parser.parse_args()
-    bench.Interlock.set_mapped(options.mapped)
     options.rounds = options.rounds or (2 if options.quick else 3)
     options.seconds = options.seconds or (0.3 if options.quick else 1)
     options.size = options.size or (64 if options.quick else 256)
