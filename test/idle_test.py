@@ -74,6 +74,34 @@ class Idle(harness.TestCase):
                     counts[path.split("/")[-2]] = int(fields["voluntary_ctxt_switches"])
         return counts
 
+    def test_looking_before_sleeping(self):
+        """poll-max-ns of an iothread: with 0 it sleeps before each request of a client that waits for its answers, with
+        much it does not."""
+        if len(os.sched_getaffinity(0)) == 1:
+            self.skipTest("with one processor nobody looks")
+        requests, names = 200, ("never", "long")
+        daemon = self.daemon("--object", "iothread,id=never,poll-max-ns=0", "--object",
+                             "iothread,id=long,poll-max-ns=50000000", "--object", "iothread,id=other", "--blockdev",
+                             "null-co,node-name=n,size=1M")
+        threads = {thread["id"]: thread for thread in daemon.qmp.execute("query-iothreads")}
+        self.assertEqual([threads[name]["poll-max-ns"] for name in (*names, "other")], [0, 50000000, 40000])
+        for value in (-1, 100000001):
+            with self.assertRaisesRegex(harness.QmpError, "must be from 0 to"):
+                daemon.qmp.execute("object-add", {"qom-type": "iothread", "id": "x", "poll-max-ns": value})
+        daemon.nbd_server()
+        slept = {}
+        for name in names:
+            daemon.export("n", name=name, export_id=name, iothread=name)
+            client = Extended(daemon.nbd_path).go(name)
+            before = self.switches(daemon)[str(threads[name]["thread-id"])]
+            for _ in range(requests):
+                client.pread(512, 0)
+                time.sleep(0.002)  # longer than who shares its processor with the client can be without it
+            slept[name] = self.switches(daemon)[str(threads[name]["thread-id"])] - before
+            client.close()
+        self.assertGreater(slept["never"], requests // 2)
+        self.assertLess(slept["long"], requests // 4)
+
     def test_nothing_is_done(self):
         daemon, stay = self.serve()
         deadline = time.monotonic() + QUIET_SECONDS * harness.SLOWNESS

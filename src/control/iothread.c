@@ -10,6 +10,9 @@
 #include <errno.h>
 #include <glib.h>
 
+/* Whoever looks for longer does not sleep. */
+#define BUSY_POLL_MOST_NS (100 * 1000 * 1000)
+
 struct iothread {
     char *id;
     struct loop *loop;
@@ -73,7 +76,7 @@ struct loop *iothreads_find(struct iothreads *iothreads, const char *id)
     return thread ? thread->loop : NULL;
 }
 
-int iothreads_add(struct iothreads *iothreads, const char *id, struct error **err)
+int iothreads_add(struct iothreads *iothreads, const char *id, int64_t busy_poll_ns, struct error **err)
 {
     struct iothread *thread;
     struct loop *loop;
@@ -82,10 +85,14 @@ int iothreads_add(struct iothreads *iothreads, const char *id, struct error **er
     if (find(iothreads, id)) {
         return error_set(err, -EEXIST, "There is an iothread '%s' already", id);
     }
+    if (busy_poll_ns < 0 || busy_poll_ns > BUSY_POLL_MOST_NS) {
+        return error_set(err, -EINVAL, "poll-max-ns of iothread '%s' must be from 0 to %d", id, BUSY_POLL_MOST_NS);
+    }
     code = loop_thread_start(id, iothreads->engine, &loop, err);
     if (code < 0) {
         return code;
     }
+    loop_set_busy_poll_ns(loop, busy_poll_ns);
     thread = g_new0(struct iothread, 1);
     thread->id = g_strdup(id);
     thread->loop = loop;
@@ -114,9 +121,10 @@ json_t *iothreads_query(struct iothreads *iothreads)
     for (unsigned i = 0; i < iothreads->threads->len; i++) {
         const struct iothread *thread = g_ptr_array_index(iothreads->threads, i);
 
-        json_array_append_new(array, json_pack("{s:s, s:I, s:i, s:i, s:i, s:i}", "id", thread->id, "thread-id",
-                                               (json_int_t)loop_thread_id(thread->loop), "poll-max-ns", BUSY_POLL_NS,
-                                               "poll-grow", 0, "poll-shrink", 0, "aio-max-batch", 0));
+        json_array_append_new(array, json_pack("{s:s, s:I, s:I, s:i, s:i, s:i}", "id", thread->id, "thread-id",
+                                               (json_int_t)loop_thread_id(thread->loop), "poll-max-ns",
+                                               (json_int_t)loop_busy_poll_ns(thread->loop), "poll-grow", 0,
+                                               "poll-shrink", 0, "aio-max-batch", 0));
     }
     return array;
 }

@@ -10,7 +10,7 @@ struct iothreads;
 struct iothreads *iothreads_create(enum engine_kind engine);
 /* Stops and joins all of them: what they served is gone. */
 void iothreads_destroy(struct iothreads *iothreads);
-int iothreads_add(struct iothreads *iothreads, const char *id, struct error **err);
+int iothreads_add(struct iothreads *iothreads, const char *id, int64_t busy_poll_ns, struct error **err);
 /* -EBUSY while something is served there. */
 int iothreads_remove(struct iothreads *iothreads, const char *id, struct error **err);
 /* NULL: none of that name. Whoever takes the loop says so: an I/O thread in use is not removed. */

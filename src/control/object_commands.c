@@ -145,7 +145,7 @@ int coroutine_fn command_object_add(struct control *control, struct object_optio
     }
     return secret_exists(args->id) || tls_credentials_exist(args->id) || authorization_exists(args->id)
                ? error_set(err, -EEXIST, "There is an object '%s' already", args->id)
-               : iothreads_add(control->iothreads, args->id, err);
+               : iothreads_add(control->iothreads, args->id, args->u.iothread.poll_max_ns, err);
 }
 
 int coroutine_fn command_object_del(struct control *control, struct object_del_args *args, struct error **err)

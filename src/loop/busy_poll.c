@@ -53,7 +53,7 @@ static void finish(struct busy_poll *poll, struct busy_receive *receive, int res
 
 ssize_t coroutine_fn busy_poll_receive(struct busy_poll *poll, struct native_stream *stream, void *to, size_t bytes)
 {
-    if (poll->count == RECEIVES_MAX) {
+    if (poll->count == RECEIVES_MAX || !loop_busy_poll_ns(loop_current)) {
         return -EAGAIN;
     }
     if (poll->rest) {
@@ -125,7 +125,8 @@ void busy_poll_stop(struct busy_poll *poll, const struct native_stream *stream, 
 static bool look_for_a_while(struct busy_poll *poll, int64_t timeout_ns, bool (*has_news)(struct engine *engine),
                              struct engine *engine)
 {
-    int64_t end_ns = native_clock_ns() + (timeout_ns > 0 ? MIN(timeout_ns, BUSY_POLL_NS) : BUSY_POLL_NS);
+    int64_t most_ns = loop_busy_poll_ns(loop_current);
+    int64_t end_ns = native_clock_ns() + (timeout_ns > 0 ? MIN(timeout_ns, most_ns) : most_ns);
 
     do {
         if (look(poll)) {

@@ -13,7 +13,7 @@
  * Looking for a while before sleeping: who has just been answered often comes again at once, and to wake a sleeping
  * processor takes longer than that. An engine has one of it; its loop's thread only.
  */
-#define BUSY_POLL_NS 40000 /* for so long at most: about what sleeping and being woken costs */
+#define BUSY_POLL_NS 40000 /* for so long, unless told otherwise: about what sleeping and being woken costs */
 struct engine;
 struct native_stream;
 struct busy_poll {

@@ -12,6 +12,7 @@
  * Called from the thread's main function (loop_run) or from a synchronous program (loop_run_coroutine).
  */
 #include "loop/loop.h"
+#include "loop/busy_poll.h"
 #include "loop/loop_private.h"
 #include <errno.h>
 #include <glib.h>
@@ -116,6 +117,16 @@ void loop_at_turn_end(struct loop_task *task)
         task->queued = true;
         task_queue_append(&loop_current->turn_end, task);
     }
+}
+
+void loop_set_busy_poll_ns(struct loop *loop, int64_t ns)
+{
+    atomic_store_explicit(&loop->busy_poll_ns, ns, memory_order_relaxed);
+}
+
+int64_t loop_busy_poll_ns(struct loop *loop)
+{
+    return atomic_load_explicit(&loop->busy_poll_ns, memory_order_relaxed);
 }
 
 bool loop_has_others(const struct loop_task *task)
@@ -245,6 +256,7 @@ int loop_create(enum engine_kind kind, struct loop **ret, struct error **err)
     }
     g_assert(posix_memalign((void **)&loop, 64, sizeof(*loop)) == 0);
     *loop = (struct loop){.engine = engine, .preemptible = engine->ops->step, .thread_id = gettid()};
+    atomic_init(&loop->busy_poll_ns, BUSY_POLL_NS);
     task_queue_init(&loop->ready);
     task_queue_init(&loop->turn_end);
     coroutine_loop_init(loop);

@@ -46,6 +46,10 @@ void loop_destroy(struct loop *loop);
 int loop_thread_start(const char *name, enum engine_kind kind, struct loop **ret, struct error **err);
 void loop_thread_join(struct loop *loop); /* stops, joins and destroys; not from that thread */
 
+/* For how long at most it looks for what comes before it sleeps (loop/busy_poll.h); 0: not at all. Any thread. */
+void loop_set_busy_poll_ns(struct loop *loop, int64_t ns);
+int64_t loop_busy_poll_ns(struct loop *loop);
+
 struct loop *loop_self(void); /* NULL on a thread without one */
 const char *loop_engine_name(struct loop *loop);
 pid_t loop_thread_id(struct loop *loop);

@@ -41,6 +41,7 @@ struct loop {
     struct task_queue ready;    /* this thread only */
     struct task_queue turn_end; /* this thread only */
     bool more_in_round;         /* behind the task that runs */
+    atomic_int_fast64_t busy_poll_ns;
     int64_t now_ns;
     unsigned budget;
     bool running_tasks; /* a turn is under way */
