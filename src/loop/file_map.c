@@ -12,8 +12,11 @@
  * 4. Long writes go to pages that are there: to make them, one by one, takes longer than a call does.
  * 5. Writing through a mapping does not change the file's time of modification: flushing and closing do.
  * 6. Only pages that the file has are read so: to look at a hole would fill it. What is known to be there (`present`)
- * was written here, or the kernel was asked. It stays known until we give it back ourselves; so if others punch holes,
- * or we do while somebody reads the same page, a hole may be filled, with zeroes: that takes memory, and nothing else.
+ *    was written here, or the kernel was asked. It stays known until we give it back ourselves; so if others punch
+ *    holes, or we do while somebody reads the same page, a hole may be filled, with zeroes: that takes memory, and
+ *    nothing else.
+ * 7. Who sets a page known looks afterwards whether anything was given back meanwhile (`given_back`), and forgets it
+ *    then.
  */
 #include "loop/file_map.h"
 #include "base/size.h"
@@ -30,6 +33,7 @@
 /* More is read by calls. */
 #define PAGES_MAX 1024u
 #define BITS_IN_WORD 64u
+#define REST_MAX 255u
 #define ROOM_LEAST (64 * MiB)
 #define ROOM_MOST ((uint64_t)1 << 44) /* of an address space of 2^47 */
 
@@ -166,26 +170,76 @@ static void page_set_known(struct file_view *view, uint64_t page)
     atomic_uint_least64_t *word = &view->present[page / BITS_IN_WORD];
 
     if (!(atomic_load_explicit(word, memory_order_relaxed) & page_bit(page))) {
-        atomic_fetch_or_explicit(word, page_bit(page), memory_order_relaxed);
+        atomic_fetch_or(word, page_bit(page));
     }
+}
+
+static void page_bits_clear(struct file_view *view, uint64_t page, uint64_t end)
+{
+    while (page < end) {
+        uint64_t next = min_u64(align_down(page + BITS_IN_WORD, BITS_IN_WORD), end);
+        uint64_t mask = (UINT64_MAX >> (BITS_IN_WORD - (next - page))) << (page % BITS_IN_WORD);
+        atomic_uint_least64_t *word = &view->present[page / BITS_IN_WORD];
+
+        if (atomic_load(word) & mask) {
+            atomic_fetch_and(word, ~mask);
+        }
+        page = next;
+    }
+}
+
+/* These were set; `before` is what given_back was when they were looked at. */
+static void pages_confirm(struct file_map *map, struct file_view *view, uint64_t page, uint64_t end, unsigned before)
+{
+    if (atomic_load(&map->given_back) != before) {
+        page_bits_clear(view, page, end);
+    }
+}
+
+/* mincore(2) says "there" of everything to who may not write the file (any more), also of what is behind its end. */
+static bool is_lied_to(const struct file_view *view)
+{
+    unsigned char there;
+
+    return mincore(view->memory->bytes + view->room - PAGE_BYTES, PAGE_BYTES, &there) < 0 || (there & 1);
 }
 
 /* Asks the kernel about these pages, PAGES_MAX at most. */
-static void pages_look(struct file_view *view, uint64_t page, uint64_t end)
+static void pages_look(struct file_map *map, struct file_view *view, uint64_t page, uint64_t end)
 {
     unsigned char there[PAGES_MAX];
+    unsigned before = atomic_load(&map->given_back), found = 0;
 
-    if (mincore(view->memory->bytes + page * PAGE_BYTES, (end - page) * PAGE_BYTES, there) == 0) {
-        for (uint64_t i = page; i < end; i++) {
-            if (there[i - page] & 1) {
-                page_set_known(view, i);
-            }
+    if (mincore(view->memory->bytes + page * PAGE_BYTES, (end - page) * PAGE_BYTES, there) < 0) {
+        return;
+    }
+    for (uint64_t i = page; i < end; i++) {
+        found += there[i - page] & 1;
+    }
+    if (found == end - page && is_lied_to(view)) {
+        return;
+    }
+    for (uint64_t i = page; found && i < end; i++) {
+        if (there[i - page] & 1) {
+            page_set_known(view, i);
         }
     }
+    pages_confirm(map, view, page, end, before);
+}
+
+/* Whether to ask: the more often that was in vain, the more seldom. */
+static bool may_look(struct file_map *map)
+{
+    unsigned rest = atomic_load_explicit(&map->rest, memory_order_relaxed);
+
+    if (rest) {
+        atomic_store_explicit(&map->rest, rest - 1, memory_order_relaxed);
+    }
+    return !rest;
 }
 
 /* Has the file a page everywhere there, as far as we can tell? */
-static bool pages_are_there(struct file_view *view, uint64_t offset, size_t bytes)
+static bool pages_are_there(struct file_map *map, struct file_view *view, uint64_t offset, size_t bytes)
 {
     uint64_t page = offset / PAGE_BYTES, end = div_up(offset + bytes, PAGE_BYTES);
     uint64_t from = align_down(page, WINDOW_PAGES), to = align_up(end, WINDOW_PAGES);
@@ -196,37 +250,25 @@ static bool pages_are_there(struct file_view *view, uint64_t offset, size_t byte
     if (pages_are_known(view, page, end)) {
         return true;
     }
-    pages_look(view, from, to);
-    return pages_are_known(view, page, end);
-}
-
-static void pages_set_known(struct file_view *view, uint64_t offset, size_t bytes)
-{
-    if (view->present) {
-        for (uint64_t page = offset / PAGE_BYTES; page < div_up(offset + bytes, PAGE_BYTES); page++) {
-            page_set_known(view, page);
-        }
+    if (!may_look(map)) {
+        return false;
     }
+    pages_look(map, view, from, to);
+    bool there = pages_are_known(view, page, end);
+    unsigned next = there ? 0 : MIN(2 * atomic_load_explicit(&map->next_rest, memory_order_relaxed) + 1, REST_MAX);
+
+    atomic_store_explicit(&map->next_rest, next, memory_order_relaxed);
+    atomic_store_explicit(&map->rest, next, memory_order_relaxed);
+    return there;
 }
 
 void file_map_forget(struct file_map *map, uint64_t offset, uint64_t bytes)
 {
     struct file_view *view = last_view(map);
 
-    if (!view || !view->present || offset >= view->room) {
-        return;
-    }
-    uint64_t end = div_up(offset + min_u64(bytes, view->room - offset), PAGE_BYTES);
-
-    for (uint64_t page = offset / PAGE_BYTES; page < end;) {
-        uint64_t next = min_u64(align_down(page + BITS_IN_WORD, BITS_IN_WORD), end);
-        uint64_t mask = (UINT64_MAX >> (BITS_IN_WORD - (next - page))) << (page % BITS_IN_WORD);
-        atomic_uint_least64_t *word = &view->present[page / BITS_IN_WORD];
-
-        if (atomic_load_explicit(word, memory_order_relaxed) & mask) {
-            atomic_fetch_and_explicit(word, ~mask, memory_order_relaxed);
-        }
-        page = next;
+    atomic_fetch_add(&map->given_back, 1);
+    if (view && view->present && bytes && offset < view->room) {
+        page_bits_clear(view, offset / PAGE_BYTES, div_up(offset + min_u64(bytes, view->room - offset), PAGE_BYTES));
     }
 }
 
@@ -234,19 +276,27 @@ bool file_map_write(struct file_map *map, uint64_t offset, const struct iovec *i
 {
     struct file_view *view = open_view(map, offset, bytes);
 
-    if (!view || (bytes >= LONG_WRITE && !pages_are_there(view, offset, bytes))) {
+    if (!view || (bytes >= LONG_WRITE && !pages_are_there(map, view, offset, bytes))) {
         return false;
     }
     if (!atomic_load_explicit(&map->written, memory_order_relaxed)) {
         atomic_store(&map->written, true);
     }
+    unsigned before = atomic_load(&map->given_back);
     uint8_t *at = view->memory->bytes + offset;
 
     for (unsigned i = 0; i < count; i++) {
         memcpy(at, iov[i].iov_base, iov[i].iov_len);
         at += iov[i].iov_len;
     }
-    pages_set_known(view, offset, bytes);
+    if (view->present) {
+        uint64_t page = offset / PAGE_BYTES, end = div_up(offset + bytes, PAGE_BYTES);
+
+        for (uint64_t i = page; i < end; i++) {
+            page_set_known(view, i);
+        }
+        pages_confirm(map, view, page, end, before);
+    }
     return close_view(map, view);
 }
 
@@ -254,7 +304,7 @@ bool file_map_read(struct file_map *map, uint64_t offset, const struct iovec *io
 {
     struct file_view *view = open_view(map, offset, bytes);
 
-    if (!view || !pages_are_there(view, offset, bytes)) {
+    if (!view || !pages_are_there(map, view, offset, bytes)) {
         return false;
     }
     const uint8_t *at = view->memory->bytes + offset;
@@ -280,9 +330,13 @@ void file_map_cut(struct file_map *map, uint64_t size)
 
     uint64_t end = view ? atomic_load(&view->end) : 0;
 
+    uint64_t known = align_up(end, WINDOW_PAGES * PAGE_BYTES); /* a window may go on behind what was the end */
+
     if (end > size) {
         atomic_store(&view->end, size);
-        file_map_forget(map, size, align_up(end, WINDOW_PAGES * PAGE_BYTES) - size);
+    }
+    if (known > size) {
+        file_map_forget(map, size, known - size);
     }
     pthread_mutex_unlock(&map->mutex);
 }

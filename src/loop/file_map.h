@@ -24,9 +24,11 @@ struct file_map {
         atomic_uint_fast64_t end;       /* so long was the file when we looked */
         atomic_uint_least64_t *present; /* a bit for each page that the file is known to have; NULL: no memory for it */
     } views[FILE_MAP_VIEWS];
-    atomic_uint count;   /* the last one is in use, in others somebody may be writing still */
-    atomic_bool over;    /* the file was cut off by others, or is full, or too large: never again */
-    atomic_bool written; /* and its time of modification does not say so yet */
+    atomic_uint count;           /* the last one is in use, in others somebody may be writing still */
+    atomic_bool over;            /* the file was cut off by others, or is full, or too large: never again */
+    atomic_bool written;         /* and its time of modification does not say so yet */
+    atomic_uint given_back;      /* counts file_map_forget() */
+    atomic_uint rest, next_rest; /* reads of what is not known that do not ask for it: it was in vain of late */
 };
 
 void file_map_init(struct file_map *map, int fd);

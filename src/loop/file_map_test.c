@@ -267,6 +267,73 @@ static void test_we_cut_it(void)
     bed_finish(&bed);
 }
 
+/* It grew by a call, so that the map knows of pages behind the end that it has seen. */
+static void test_we_cut_what_grew_by_a_call(void)
+{
+    struct bed bed;
+    uint8_t read[1];
+
+    bed_init(&bed, 5000);
+    g_assert_true(write_bytes(&bed, 0, 1, 5000));
+    g_autofree uint8_t *more = g_malloc0(64 * KiB);
+
+    g_assert_cmpint(pwrite(bed.fd, more, 64 * KiB - 5000, 5000), ==, 64 * KiB - 5000);
+    g_assert_true(read_bytes(&bed, 4096, read, 1));
+    file_map_cut(&bed.map, 8192);
+    g_assert_cmpint(ftruncate(bed.fd, 8192), ==, 0);
+    file_map_cut(&bed.map, 8192);
+    g_assert_cmpint(ftruncate(bed.fd, 64 * KiB), ==, 0);
+    for (uint64_t at = 8192; at < 64 * KiB; at += 4096) {
+        g_assert_false(read_bytes(&bed, at, read, 1));
+    }
+    g_assert_cmpint(status_of(&bed).st_blocks, ==, 16);
+    bed_finish(&bed);
+}
+
+/* What is given back is forgotten by the view that is in use. */
+static void test_forgetting_after_growth(void)
+{
+    struct bed bed;
+    uint8_t read[1];
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_true(fill(&bed, 0, 1, 1 * MiB));
+    g_assert_cmpint(ftruncate(bed.fd, 1 * GiB), ==, 0);
+    g_assert_true(write_bytes(&bed, 1 * GiB - 1, 1, 1));
+    g_assert_cmpuint(atomic_load(&bed.map.count), ==, 2);
+    g_assert_true(read_bytes(&bed, 0, read, 1));
+    g_assert_cmpint(fallocate(bed.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 1 * MiB), ==, 0);
+    file_map_forget(&bed.map, 0, 1 * MiB);
+    g_assert_false(read_bytes(&bed, 0, read, 1));
+    bed_finish(&bed);
+}
+
+static void test_long_reads(void)
+{
+    struct bed bed;
+    g_autofree uint8_t *read = g_malloc(8 * MiB);
+
+    bed_init(&bed, 8 * MiB);
+    g_assert_true(fill(&bed, 0, 1, 8 * MiB));
+    g_assert_true(read_bytes(&bed, 12345, read, 3 * MiB));
+    g_assert_cmpuint(read[3 * MiB - 1], ==, 1);
+    g_assert_false(read_bytes(&bed, 0, read, 8 * MiB)); /* more than is asked for at a time */
+    bed_finish(&bed);
+}
+
+static void test_who_reads_sees_first_that_it_was_cut(void)
+{
+    struct bed bed;
+    uint8_t read;
+
+    bed_init(&bed, 1 * MiB);
+    g_assert_true(fill(&bed, 0, 1, 1 * MiB));
+    g_assert_cmpint(ftruncate(bed.fd, 4096), ==, 0);
+    g_assert_false(read_bytes(&bed, 512 * KiB, &read, 1));
+    g_assert_true(file_map_is_over(&bed.map));
+    bed_finish(&bed);
+}
+
 static void test_others_cut_it(void)
 {
     struct bed bed;
@@ -313,7 +380,7 @@ struct writer {
     struct bed *bed;
     unsigned number;
     bool cut; /* others cut the file meanwhile */
-    unsigned by_map;
+    unsigned by_map, read_by_map;
 };
 
 /* As the file's user does: what the mapping does not take is written by a call. Every byte is in the file afterwards.
@@ -343,6 +410,7 @@ static void *write_and_look(void *argument)
             memset(seen, ~(int)i, sizeof(seen));
             if (file_map_read(&bed->map, offset, &to, 1, to.iov_len)) {
                 g_assert_cmpint(memcmp(memory, seen, iov.iov_len), ==, 0);
+                writer->read_by_map++;
             }
         }
     }
@@ -358,7 +426,7 @@ static void run_writers(bool cut)
 
     bed_init(&bed, 1);
     for (unsigned i = 0; i < WRITERS; i++) {
-        writers[i] = (struct writer){&bed, i, cut, 0};
+        writers[i] = (struct writer){.bed = &bed, .number = i, .cut = cut};
         threads[i] = g_thread_new(NULL, write_and_look, &writers[i]);
     }
     for (unsigned i = 0; i < 2000; i++) { /* beside them it grows into new views, and into the writers' areas */
@@ -371,7 +439,7 @@ static void run_writers(bool cut)
     }
     for (unsigned i = 0; i < WRITERS; i++) {
         g_thread_join(threads[i]);
-        g_assert_true(cut || writers[i].by_map > 0);
+        g_assert_true(cut || (writers[i].by_map > 0 && writers[i].read_by_map > 0));
     }
     bed_finish(&bed);
 }
@@ -399,6 +467,10 @@ int main(int argc, char **argv)
     g_test_add_func("/file-map/nothing-is-written-behind-the-end", test_nothing_is_written_behind_the_end);
     g_test_add_func("/file-map/it-grows-with-the-file", test_it_grows_with_the_file);
     g_test_add_func("/file-map/we-cut-it", test_we_cut_it);
+    g_test_add_func("/file-map/we-cut-what-grew-by-a-call", test_we_cut_what_grew_by_a_call);
+    g_test_add_func("/file-map/forgetting-after-growth", test_forgetting_after_growth);
+    g_test_add_func("/file-map/long-reads", test_long_reads);
+    g_test_add_func("/file-map/who-reads-sees-first-that-it-was-cut", test_who_reads_sees_first_that_it_was_cut);
     g_test_add_func("/file-map/others-cut-it", test_others_cut_it);
     g_test_add_func("/file-map/no-room", test_no_room);
     g_test_add_func("/file-map/many-write-while-it-grows", test_many_write_while_it_grows);

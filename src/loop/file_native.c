@@ -440,6 +440,14 @@ static bool begins_with_zeroes(const struct copy_job *job)
     return moved > 0 && has_zero_unit(job, &peek, (size_t)moved);
 }
 
+/* Before and after something of the file is given back: who reads in between may have known it again. */
+static void file_forget(struct native_file *file, uint64_t offset, uint64_t bytes)
+{
+    if (file->map) {
+        file_map_forget(file->map, offset, bytes);
+    }
+}
+
 static int copy_work(void *argument)
 {
     struct copy_job *job = argument;
@@ -454,7 +462,9 @@ static int copy_work(void *argument)
         r = page ? copy_to_page(job, bytes, page) : copy_in_steps(job, bytes, write_in_steps);
         shared_memory_unmap(page);
         if (r < 0 && is_new) { /* a part of it may stay a hole */
+            file_forget(job->to, offset, bytes);
             huge_page_undo(&job->to->huge, offset, bytes);
+            file_forget(job->to, offset, bytes);
         }
     }
     return r;
@@ -698,16 +708,11 @@ static int change_allocation(const struct range_job *job)
 static int allocate_work(void *argument)
 {
     struct range_job *job = argument;
-    struct file_map *map = job->mode == FILE_PREALLOCATE ? NULL : job->file->map;
 
-    if (map) {
-        file_map_forget(map, job->offset, job->bytes);
-    }
+    file_forget(job->file, job->offset, job->bytes);
     int r = change_allocation(job);
 
-    if (map) { /* who read in between knew it again */
-        file_map_forget(map, job->offset, job->bytes);
-    }
+    file_forget(job->file, job->offset, job->bytes);
     return r;
 }
 

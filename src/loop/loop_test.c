@@ -455,6 +455,105 @@ static void test_lanes(void)
     run(lanes_entry, NULL);
 }
 
+enum { NAPS = 15 }; /* all workers but one */
+struct crowd {
+    struct worker_lane *lane;
+    unsigned napping, done; /* on the loop */
+};
+static int nap_work(void *argument)
+{
+    usleep(200 * 1000);
+    return 0;
+}
+static int nothing_work(void *argument)
+{
+    return 0;
+}
+static void nap_entry(void *argument)
+{
+    worker_run(nap_work, NULL);
+    ((struct crowd *)argument)->napping--;
+}
+static void crowd_lane_entry(void *argument)
+{
+    struct crowd *crowd = argument;
+
+    worker_lane_run(crowd->lane, nothing_work, NULL);
+    crowd->done++;
+}
+/* One worker does the jobs of both, and the lane goes while its second slot stands behind somebody else. */
+static void lane_goes_early_entry(void *argument)
+{
+    struct crowd crowd = {.lane = worker_lane_create(2), .napping = NAPS + 1};
+
+    for (unsigned i = 0; i < NAPS; i++) {
+        coroutine_enter(coroutine_create(nap_entry, &crowd));
+    }
+    coroutine_enter(coroutine_create(crowd_lane_entry, &crowd));
+    coroutine_enter(coroutine_create(nap_entry, &crowd));
+    coroutine_enter(coroutine_create(crowd_lane_entry, &crowd));
+    while (crowd.done < 2) {
+        coroutine_pause();
+    }
+    worker_lane_destroy(crowd.lane);
+    while (crowd.napping) {
+        coroutine_pause();
+    }
+}
+static void test_lane_goes_early(void)
+{
+    run(lane_goes_early_entry, NULL);
+}
+
+struct flood {
+    struct worker_lane *lane;
+    bool over;
+    unsigned running;
+};
+static int short_nap_work(void *argument)
+{
+    usleep(1000);
+    return 0;
+}
+static void flood_entry(void *argument)
+{
+    struct flood *flood = argument;
+
+    while (!flood->over) {
+        worker_lane_run(flood->lane, short_nap_work, NULL);
+    }
+    flood->running--;
+}
+/* Lanes that never come to rest and could have all workers leave others their turn. */
+static void lanes_leave_room_entry(void *argument)
+{
+    struct flood floods[8];
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(floods); i++) {
+        floods[i] = (struct flood){.lane = worker_lane_create(WORKER_LANE_MAX), .running = 8};
+        for (unsigned k = 0; k < 8; k++) {
+            coroutine_enter(coroutine_create(flood_entry, &floods[i]));
+        }
+    }
+    loop_sleep_ns(NULL, 20 * 1000 * 1000);
+    for (unsigned i = 0; i < 10; i++) { /* nobody else would ever end these */
+        g_assert_cmpint(worker_run(nothing_work, NULL), ==, 0);
+    }
+    for (unsigned i = 0; i < G_N_ELEMENTS(floods); i++) {
+        floods[i].over = true;
+    }
+    for (unsigned i = 0; i < G_N_ELEMENTS(floods); i++) {
+        while (floods[i].running) {
+            coroutine_pause();
+        }
+        worker_lane_destroy(floods[i].lane);
+    }
+}
+static void test_lanes_leave_room(void)
+{
+    run(lanes_leave_room_entry, NULL);
+}
+
 /* ---- signals, idleness ---- */
 
 struct signal_state {
@@ -552,9 +651,19 @@ static void with_kind(gconstpointer data)
         const char *name;
         void (*test)(void);
     } tests[] = {
-        {"nesting", test_nesting}, {"pool", test_pool},     {"order", test_order},     {"stop", test_stop},
-        {"timers", test_timers},   {"sleep", test_sleep},   {"workers", test_workers}, {"lanes", test_lanes},
-        {"storm", test_storm},     {"signal", test_signal}, {"idle", test_idle},
+        {"nesting", test_nesting},
+        {"pool", test_pool},
+        {"order", test_order},
+        {"stop", test_stop},
+        {"timers", test_timers},
+        {"sleep", test_sleep},
+        {"workers", test_workers},
+        {"lanes", test_lanes},
+        {"lane-goes-early", test_lane_goes_early},
+        {"lanes-leave-room", test_lanes_leave_room},
+        {"storm", test_storm},
+        {"signal", test_signal},
+        {"idle", test_idle},
     };
 
     test_kind = (enum engine_kind)GPOINTER_TO_INT(data);

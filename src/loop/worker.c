@@ -10,9 +10,10 @@
  * A turn is a lock whose holder announces its end: a worker that sleeps takes longer to wake up than a processor takes
  * to do what the turn is for. Between announcement and end the next one yields its processor, and does not sleep.
  *
- * A lane is a queue of its own. Each worker that it may have is a slot, which is a job of the pool's while the lane
- * needs it; none starts while there is one that looks for a job. Its workers do not look at the lane again once the
- * coroutine of its last job may run, which may free it.
+ * A lane is a queue of its own. Each worker that it may have is a slot, which is a job of the pool's from when it is
+ * needed (`running`) until it finds no job more. Another slot may have done what it was started for: so a lane may have
+ * no job, and be destroyed, while a slot still stands in the pool's queue; the last one to come to rest frees it then.
+ * When others wait for a worker, a slot queues up behind them after each job.
  */
 #include "loop/worker.h"
 #include "base/list.h"
@@ -162,24 +163,54 @@ struct worker_lane {
     pthread_mutex_t guard;
     struct list jobs; /* struct worker_job, those that nobody does yet */
     unsigned width;
+    bool destroyed;
     struct lane_slot slots[WORKER_LANE_MAX];
 };
 
-/* The next job, or NULL when the slot has come to rest. */
+static bool lane_rests(const struct worker_lane *lane)
+{
+    for (unsigned i = 0; i < lane->width; i++) {
+        if (lane->slots[i].running) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void lane_free(struct worker_lane *lane)
+{
+    pthread_mutex_destroy(&lane->guard);
+    g_free(lane);
+}
+
+/* The next job, or NULL when the slot has come to rest: then the lane may be gone. */
 static struct worker_job *lane_next(struct lane_slot *slot)
 {
     struct worker_lane *lane = slot->lane;
     struct worker_job *job = NULL;
+    bool is_last = false;
 
     pthread_mutex_lock(&lane->guard);
     if (list_is_empty(&lane->jobs)) {
         slot->running = false;
+        is_last = lane->destroyed && lane_rests(lane);
     } else {
         job = container_of(lane->jobs.next, struct worker_job, link);
         list_remove(&job->link);
     }
     pthread_mutex_unlock(&lane->guard);
+    if (is_last) {
+        lane_free(lane);
+    }
     return job;
+}
+
+static bool pool_others_wait(void)
+{
+    pthread_mutex_lock(&pool.guard);
+    bool wait = pool.waiting > pool.idle;
+    pthread_mutex_unlock(&pool.guard);
+    return wait;
 }
 
 static int lane_work(void *argument)
@@ -188,10 +219,13 @@ static int lane_work(void *argument)
     struct worker_job *job = lane_next(slot);
 
     while (job) {
+        struct coroutine *waiter = job->waiter;
+
         job->result = job->work(job->argument);
-        struct worker_job *next = lane_next(slot); /* the last look at the lane if there is none */
-        coroutine_wake(job->waiter);
-        job = next;
+        bool queued = pool_others_wait() && pool_submit(&slot->job);
+
+        job = queued ? NULL : lane_next(slot);
+        coroutine_wake(waiter);
     }
     return 0;
 }
@@ -215,12 +249,14 @@ struct worker_lane *worker_lane_create(unsigned width)
 void worker_lane_destroy(struct worker_lane *lane)
 {
     if (lane) {
+        pthread_mutex_lock(&lane->guard);
         g_assert(list_is_empty(&lane->jobs));
-        for (unsigned i = 0; i < lane->width; i++) {
-            g_assert(!lane->slots[i].running);
+        lane->destroyed = true;
+        bool rests = lane_rests(lane);
+        pthread_mutex_unlock(&lane->guard);
+        if (rests) {
+            lane_free(lane);
         }
-        pthread_mutex_destroy(&lane->guard);
-        g_free(lane);
     }
 }
 
