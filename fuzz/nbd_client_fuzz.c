@@ -51,6 +51,7 @@ struct server {
     bool honest;
     unsigned clients;
     struct co_group serving;
+    uint8_t facts[22]; /* of an odd export: what was said of it first */
 };
 
 struct reply {
@@ -126,7 +127,7 @@ static bool coroutine_fn say_option(struct connection *connection, uint32_t opti
 
 static bool coroutine_fn say_export(struct connection *connection)
 {
-    bool odd = server->mode & MODE_ODD_EXPORT && !server->honest;
+    bool odd = server->mode & MODE_ODD_EXPORT;
     struct {
         uint16_t type;
         uint64_t size;
@@ -137,8 +138,11 @@ static bool coroutine_fn say_export(struct connection *connection)
         uint32_t minimum, preferred, maximum;
     } NBD_WIRE blocks = {htobe16(NBD_INFO_BLOCK_SIZE), htobe32(1), htobe32(4096), htobe32(32 << 20)};
     if (odd) {
-        input_bytes(&info.size, sizeof(info.size) + sizeof(info.flags));
-        input_bytes(&blocks.minimum, 3 * sizeof(blocks.minimum));
+        if (!server->honest) {
+            input_bytes(server->facts, sizeof(server->facts));
+        }
+        memcpy(&info.size, server->facts, sizeof(info.size) + sizeof(info.flags));
+        memcpy(&blocks.minimum, server->facts + 10, 3 * sizeof(blocks.minimum));
     }
     return say_option(connection, NBD_OPT_GO, NBD_REP_INFO, &info, sizeof(info)) &&
            (!odd || say_option(connection, NBD_OPT_GO, NBD_REP_INFO, &blocks, sizeof(blocks))) &&
@@ -209,16 +213,19 @@ static bool coroutine_fn answer_honestly(struct connection *connection, const st
     uint64_t offset = be64toh(request->offset);
     uint32_t bytes = be32toh(request->bytes);
     bool inside = offset <= DISK && bytes <= DISK - offset;
+    if (be16toh(request->type) == NBD_CMD_READ && !inside) {
+        return say_simple(connection, request->cookie, NBD_EINVAL);
+    }
     switch (be16toh(request->type)) {
     case NBD_CMD_READ:
         if (server->mode & MODE_STRUCTURED) {
             uint64_t wire = request->offset;
             struct reply chunk = {htobe32(NBD_CHUNK_MAGIC), htobe16(NBD_CHUNK_DONE), htobe16(NBD_CHUNK_OFFSET_DATA),
                                   request->cookie, htobe32(8 + bytes)};
-            return inside && say(connection, &chunk, sizeof(chunk)) && say(connection, &wire, sizeof(wire)) &&
+            return say(connection, &chunk, sizeof(chunk)) && say(connection, &wire, sizeof(wire)) &&
                    say(connection, disk + offset, bytes);
         }
-        return inside && say_simple(connection, request->cookie, 0) && say(connection, disk + offset, bytes);
+        return say_simple(connection, request->cookie, 0) && say(connection, disk + offset, bytes);
     case NBD_CMD_BLOCK_STATUS: {
         uint32_t body[3] = {htobe32(CONTEXT), htobe32(bytes), 0};
         return say_chunk(connection, request->cookie, NBD_CHUNK_BLOCK_STATUS, NBD_CHUNK_DONE, body, sizeof(body));
