@@ -214,7 +214,13 @@ static bool coroutine_fn answer_honestly(struct connection *connection, const st
     uint32_t bytes = be32toh(request->bytes);
     bool inside = offset <= DISK && bytes <= DISK - offset;
     if (be16toh(request->type) == NBD_CMD_READ && !inside) {
-        return say_simple(connection, request->cookie, NBD_EINVAL);
+        struct {
+            uint32_t error;
+            uint16_t bytes;
+        } NBD_WIRE body = {htobe32(NBD_EINVAL), 0};
+        return server->mode & MODE_STRUCTURED
+                   ? say_chunk(connection, request->cookie, NBD_CHUNK_ERROR, NBD_CHUNK_DONE, &body, sizeof(body))
+                   : say_simple(connection, request->cookie, NBD_EINVAL);
     }
     switch (be16toh(request->type)) {
     case NBD_CMD_READ:

@@ -251,6 +251,24 @@ class Lies(harness.TestCase):
             self.remove()
         self.assertTrue(self.under_test.is_alive())
 
+    def test_what_the_server_cannot_bear(self):
+        """A server that ends at the same request each time, and comes back: that request fails, whatever the reconnect
+        delay; others are served."""
+
+        def dies(liar, kind, cookie, offset, length):
+            if (kind, offset) == (READ, MIB):
+                raise Cut
+            return None
+
+        self.add(self.liar(answer=dies), **{"reconnect-delay": 60})
+        handle = self.handle()
+        start = time.monotonic()
+        with self.assertRaises(nbd.Error):
+            handle.pread(512, MIB)
+        self.assertLess(time.monotonic() - start, 20 * harness.SLOWNESS)
+        self.assertLess(self.liars[-1].clients, 20)
+        self.assertEqual(bytes(handle.pread(4096, 4096)), bytes(self.liars[-1].content[4096:8192]))
+
     def test_ends_anywhere(self):
         """The connection ends after each number of bytes in turn: an error, or the next one serves."""
         whole = 18 + 20 + 20 + 20 + 4 + 15 + 20 + 12 + 20 + 14 + 20  # about the length of the handshake

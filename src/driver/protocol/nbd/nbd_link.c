@@ -17,6 +17,7 @@
  *    that was killed may have kept as much of it in its memory as it likes. Writes that the old server still holds in
  *    its hands (it was not killed, the network was) may be done after later ones; the protocol has no way to forbid
  *    that. A power cut of the server's host is the server's to promise about, by flushes.
+ *    A command that one connection after the other is lost with is answered by -EIO: the server cannot bear it.
  * 5. Only the main link is waited for. Others (one per further loop, if the server offers multi-conn and there is no
  *    reconnect delay) are made in the
  *    background, and requests go over the main one while they are not up.
@@ -35,6 +36,7 @@
 #define FIRST_PAUSE_NS (SECOND_NS / 20) /* between attempts; doubled after each */
 #define SETTLE_NS (5 * SECOND_NS)       /* for the last flush; the graph waits for it */
 #define LAST_PAUSE_NS (4 * SECOND_NS)
+#define LOSSES_MAX 8 /* connections that a command may be lost with, one after the other: perhaps it is why */
 #define RETRY_EXTRA_NS (10 * SECOND_NS)    /* until another link than the main one is tried again */
 #define IDLE_NS SECOND_NS                  /* after which it is worth a look whether the connection is there still */
 #define SHUTDOWN_PAUSE_NS (SECOND_NS / 10) /* between attempts at a server that is about to end */
@@ -313,13 +315,19 @@ static struct nbd_link *coroutine_fn client_link(struct nbd_client *client)
 static int coroutine_fn client_run(struct nbd_client *client, struct nbd_command *command)
 {
     int64_t patience_ns = 0;
+    unsigned losses = 0;
     for (;;) {
         struct nbd_link *link = client_link(client);
         co_mutex_lock(&link->guard);
         int r = link_run(link, command);
         co_mutex_unlock(&link->guard);
-        if (r == -ENOTCONN && link->main && !client->reconnect_delay_ns) {
-            return -EIO;
+        if (r == -ENOTCONN && link->main) {
+            if (!client->reconnect_delay_ns || ++losses == LOSSES_MAX) {
+                return -EIO;
+            }
+            if (losses > 1) { /* let others through that the server can bear */
+                loop_sleep_ns(NULL, FIRST_PAUSE_NS << (losses - 2));
+            }
         }
         if (r == -ESHUTDOWN && patience_ns < client->reconnect_delay_ns) {
             loop_sleep_ns(NULL, SHUTDOWN_PAUSE_NS);
