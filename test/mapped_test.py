@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Files in tmpfs that are read and written through mappings (mapped=on): every byte arrives, whatever else happens to the file."""
+import contextlib
 import os
 import random
 import tempfile
+import time
 
 from harness import IS_PEER, KIB, MIB, TestCase, image_check, nbd_handle
 
@@ -138,6 +140,91 @@ class Mapped(TestCase):
         daemon.stop()
         with open(path, "rb") as file:
             self.assertEqual(file.read(2 * MIB), b"b" * 4096 + bytes(2 * MIB - 4096))
+
+    def read_late(self, daemon, content, requests, **how):
+        """Asks for all of it, and begins to receive when the server can send no more for a while: so replies go in parts."""
+        import nbd  # pylint: disable=import-outside-toplevel
+
+        with nbd_handle(daemon.uri("disk"), **how) as handle:
+            buffers, errors = [], []
+            for offset, length in requests:
+                buffers.append((nbd.Buffer(length), offset, length))
+                handle.aio_pread(buffers[-1][0], offset, completion=lambda error: errors.append(error.value) or 1)
+            time.sleep(0.1)
+            while handle.aio_in_flight():
+                handle.poll(-1)
+            self.assertEqual(errors, [0] * len(requests))
+            for buffer, offset, length in buffers:
+                self.assertEqual(bytes(buffer.to_bytearray()), content[offset : offset + length], (offset, length))
+
+    def test_replies_that_go_in_parts(self):
+        for image_format in ("raw", "qcow2"):
+            chance = random.Random(self.seed)
+            path = self.make("parts." + image_format, image_format)
+            daemon = self.serve(path, image_format)
+            content = bytearray(chance.randbytes(SIZE))
+            content[5 * MIB + 70 * KIB : 6 * MIB + 10 * KIB] = bytes(964 * KIB)  # a hole that short reads go over
+            content[9 * MIB : 9 * MIB + 100 * KIB] = bytes(100 * KIB)  # zeroes that are data
+            with nbd_handle(daemon.uri("disk")) as handle:
+                for offset in range(0, SIZE, 64 * KIB):
+                    handle.pwrite(content[offset : offset + 64 * KIB], offset)
+                handle.zero(960 * KIB, 5 * MIB + 72 * KIB)
+            for structured in (True, False):
+                for round_number in range(6):
+                    with self.subTest(format=image_format, structured=structured, round=round_number):
+                        requests = []
+                        while sum(length for _, length in requests) < 40 * MIB:
+                            length = chance.choice([512, 4 * KIB, 64 * KIB, 100 * KIB, 256 * KIB, MIB, MIB + 4 * KIB])
+                            requests.append((chance.randrange((SIZE - length) // 512 + 1) * 512, length))
+                        self.read_late(daemon, content, requests, set_request_structured_replies=structured)
+            daemon.stop()
+
+    def test_a_client_goes_while_a_reply_is_being_sent(self):
+        import nbd  # pylint: disable=import-outside-toplevel
+
+        daemon = self.serve(self.make("gone.raw", "raw"), "raw")
+        with nbd_handle(daemon.uri("disk")) as handle:
+            for offset in range(0, SIZE, MIB):
+                handle.pwrite(b"a" * MIB, offset)
+        for asked in (1, 5, 24):
+            handle = nbd.NBD()
+            handle.connect_uri(daemon.uri("disk"))
+            buffers = [nbd.Buffer(MIB) for _ in range(asked)]
+            for number, buffer in enumerate(buffers):
+                handle.aio_pread(buffer, number * MIB)
+            handle.poll(0)
+            del handle
+        self.read_late(daemon, b"a" * SIZE, [(0, MIB)] * 20)
+        daemon.stop()
+
+    def test_the_file_is_cut_while_replies_are_being_sent(self):
+        """Every byte that arrives is the file's, as it was or as it is; or the connection ends."""
+        import nbd  # pylint: disable=import-outside-toplevel
+
+        for round_number in range(5):
+            path = self.make(f"cut{round_number}.raw", "raw")
+            daemon = self.serve(path, "raw")
+            with nbd_handle(daemon.uri("disk")) as handle:
+                for offset in range(0, SIZE, MIB):
+                    handle.pwrite(b"a" * MIB, offset)
+            handle = nbd.NBD()
+            handle.connect_uri(daemon.uri("disk"))
+            buffers = [nbd.Buffer(MIB) for _ in range(SIZE // MIB)]
+            done = []
+            for number, buffer in enumerate(buffers):
+                handle.aio_pread(buffer, number * MIB, completion=lambda error, n=number: done.append(n) or 1)
+            time.sleep(0.01 * round_number)
+            os.truncate(path, 0)
+            with contextlib.suppress(nbd.Error):
+                while handle.aio_in_flight():
+                    handle.poll(-1)
+            for number in done:
+                data = bytes(buffers[number].to_bytearray())
+                self.assertFalse(data.strip(b"a").strip(b"\0"), number)
+            del handle
+            with nbd_handle(daemon.uri("disk")) as handle:
+                self.assertEqual(bytes(handle.pread(MIB, 0)), bytes(MIB))
+            daemon.stop()
 
     def test_a_file_on_disk_is_refused(self):
         with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="il-") as directory:

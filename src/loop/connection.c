@@ -128,6 +128,16 @@ int coroutine_fn connection_send(struct connection *connection, struct buffers f
     return 0;
 }
 
+ssize_t coroutine_fn connection_send_now(struct connection *connection, struct buffers from, size_t bytes)
+{
+    struct iovec iov[SEND_PIECES];
+
+    if (!connection->ops->send_now) {
+        return -ENOTSUP;
+    }
+    return connection->ops->send_now(connection, iov, send_iov(from, bytes, iov));
+}
+
 int coroutine_fn connection_receive_with_fds(struct connection *connection, void *to, size_t bytes, int *fds,
                                              unsigned max, unsigned *ret_count)
 {

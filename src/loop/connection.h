@@ -59,6 +59,9 @@ ssize_t coroutine_fn connection_receive(struct connection *connection, void *to,
 int coroutine_fn connection_receive_all(struct connection *connection, void *to, size_t bytes);
 /* Sends everything; 0 or negative errno. */
 int coroutine_fn connection_send(struct connection *connection, struct buffers from, size_t bytes);
+/* Sends what goes without waiting: how much, at least 1, or a negative errno (-EAGAIN: nothing). Nobody else is
+ * sending. -ENOTSUP where what is sent is changed on its way (TLS). */
+ssize_t coroutine_fn connection_send_now(struct connection *connection, struct buffers from, size_t bytes);
 /*
  * The same over unix sockets with descriptors. What is received has `bytes` (at least 1) and at most `max` descriptors,
  * which came with the first of them and are the caller's to close; -EPROTO when there are more. One descriptor is sent

@@ -35,6 +35,9 @@ struct file_ops {
      * not all of it. NULL: the same. */
     int (*copy)(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset, uint64_t bytes,
                 const struct copy_aid *aid);
+    /* Both NULL: nothing can be seen so. */
+    const void *(*peek)(struct file *file, uint64_t offset, size_t bytes);
+    bool (*peek_end)(struct file *file);
     int (*sync)(struct file *file);
     int (*allocate)(struct file *file, enum file_allocate_mode mode, uint64_t offset, uint64_t bytes);
     int (*truncate)(struct file *file, uint64_t size);

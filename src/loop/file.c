@@ -132,6 +132,16 @@ int coroutine_fn file_write(struct file *file, uint64_t offset, uint64_t bytes, 
     return file_move(file, true, offset, bytes, from, fua);
 }
 
+const void *file_peek(struct file *file, uint64_t offset, size_t bytes)
+{
+    return file->ops->peek ? file->ops->peek(file, offset, bytes) : NULL;
+}
+
+bool file_peek_end(struct file *file)
+{
+    return file->ops->peek_end(file);
+}
+
 int coroutine_fn file_open(const char *path, unsigned flags, struct file **ret, struct error **err)
 {
     g_assert(coroutine_running());

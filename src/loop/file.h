@@ -43,6 +43,11 @@ int coroutine_fn file_read(struct file *file, uint64_t offset, uint64_t bytes, s
  * or none have been written when it fails: -ENOTSUP where that gains nothing over reading and writing them. */
 int coroutine_fn file_write(struct file *file, uint64_t offset, uint64_t bytes, struct buffers from, bool fua);
 int coroutine_fn file_sync(struct file *file); /* fdatasync */
+/* The bytes there as the file has them in memory (FILE_MAPPED), for who hands them on by a system call, which may fail
+ * with EFAULT; NULL: they are to be read. They change as the file does. Then file_peek_end() says whether they were the
+ * file's all the time: else zeroes may have been seen in their place. Any thread. */
+const void *file_peek(struct file *file, uint64_t offset, size_t bytes);
+bool file_peek_end(struct file *file);
 
 enum file_allocate_mode {
     FILE_ZERO,       /* allocated zeroes: FALLOC_FL_ZERO_RANGE, or punch + allocate */

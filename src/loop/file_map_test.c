@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -334,6 +335,44 @@ static void test_who_reads_sees_first_that_it_was_cut(void)
     bed_finish(&bed);
 }
 
+static void test_who_peeks(void)
+{
+    struct bed bed;
+    const uint8_t *seen;
+    int pair[2];
+
+    g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), ==, 0);
+    bed_init(&bed, 1 * MiB);
+    g_assert_null(file_map_peek(&bed.map, 0, 4096)); /* a hole */
+    g_assert_true(fill(&bed, 0, 7, 128 * KiB));
+    g_assert_null(file_map_peek(&bed.map, 64 * KiB, 128 * KiB));
+    g_assert_null(file_map_peek(&bed.map, 1 * MiB, 4096)); /* behind the end */
+    seen = file_map_peek(&bed.map, 512, 64 * KiB);
+    g_assert_nonnull(seen);
+    g_assert_cmpuint(seen[0], ==, 7);
+    g_assert_cmpuint(seen[64 * KiB - 1], ==, 7);
+    g_assert_true(write_bytes(&bed, 512, 8, 4096));
+    g_assert_cmpuint(seen[0], ==, 8);
+    g_assert_true(file_map_peek_end(&bed.map));
+    g_assert_cmpuint(status_of(&bed).st_blocks, ==, 128 * KiB / 512);
+
+    file_map_forget(&bed.map, 0, 4096);
+    g_assert_cmpint(fallocate(bed.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096), ==, 0);
+    g_assert_null(file_map_peek(&bed.map, 0, 4096));
+
+    seen = file_map_peek(&bed.map, 8192, 4096);
+    g_assert_cmpint(ftruncate(bed.fd, 0), ==, 0);
+    g_assert_cmpint(send(pair[0], seen, 4096, MSG_DONTWAIT), ==, -1);
+    g_assert_cmpint(errno, ==, EFAULT);
+    g_assert_true(file_map_peek_end(&bed.map)); /* a call that fails harms nobody */
+    g_assert_cmpuint(*(volatile const uint8_t *)seen, ==, 0);
+    g_assert_false(file_map_peek_end(&bed.map));
+    g_assert_null(file_map_peek(&bed.map, 0, 4096));
+    bed_finish(&bed);
+    close(pair[0]);
+    close(pair[1]);
+}
+
 static void test_others_cut_it(void)
 {
     struct bed bed;
@@ -471,6 +510,7 @@ int main(int argc, char **argv)
     g_test_add_func("/file-map/forgetting-after-growth", test_forgetting_after_growth);
     g_test_add_func("/file-map/long-reads", test_long_reads);
     g_test_add_func("/file-map/who-reads-sees-first-that-it-was-cut", test_who_reads_sees_first_that_it_was_cut);
+    g_test_add_func("/file-map/who-peeks", test_who_peeks);
     g_test_add_func("/file-map/others-cut-it", test_others_cut_it);
     g_test_add_func("/file-map/no-room", test_no_room);
     g_test_add_func("/file-map/many-write-while-it-grows", test_many_write_while_it_grows);

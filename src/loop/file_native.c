@@ -2,14 +2,7 @@
 /*
  * Files of the real engines: a descriptor and what we know of the file system below it. Decides which
  * way a call goes:
- * - memory file systems (tmpfs, ramfs) never wait for a device: short transfers and small changes are made at once,
- *   long transfers on the worker pool, in lanes: reads need nothing but a processor, so no more are made at a time than
- *   there are processors. The kernel lets one writer at a time into such a file, and the others burn a processor
- *   meanwhile: one long write is made at a time, in steps, between which short ones get in.
- *   With mapped=on they are made through a mapping (loop/file_map.h), as far as that goes;
- * - from one memory file to another one worker reads and writes, step by step, while another one reads the next: so a
- *   step is in that processor's cache when it is written; into a new part of the target it reads at once, seen as
- *   memory (loop/huge_page.h). copy_file_range() takes as long as the first, and reads with the target locked;
+ * - memory file systems (tmpfs, ramfs) never wait for a device: file_memory.c;
  * - cached files: a read first takes what the page cache has (RWF_NOWAIT); the rest, and all writes, wait
  *   through the loop's engine;
  * - direct files (O_DIRECT) and block devices: through the engine;
@@ -17,18 +10,14 @@
  * Invariants: the fields of a file do not change after open, but for `nowait` and `durable`, which only ever go from
  * true to false, and what has a lock of its own or counts; the descriptor's own position is never used.
  */
+#include "loop/file_native.h"
 #include "base/size.h"
-#include "loop/engine.h"
-#include "loop/file_map.h"
-#include "loop/huge_page.h"
-#include "loop/worker.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <glib.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,45 +28,6 @@
 
 /* Larger changes of a memory file's allocation go to the worker pool. */
 #define INLINE_ALLOCATE_MAX (1 * MiB)
-/* Longer transfers of a memory file are made by the worker pool: several at once use more than one processor, and the
- * loop serves others meanwhile. */
-#define INLINE_TRANSFER_MAX (128 * KiB)
-/* Long writes go on in steps of so many bytes: about what a short one waits that comes in between. */
-#define LANE_STEP (128 * KiB)
-/* A copy reads so much at a time, which stays in a processor's cache until it is written. */
-#define COPY_STEP (512 * KiB)
-/* So much of it is looked at first. */
-#define COPY_PEEK (4 * KiB)
-/* A file grows if so much is written behind its end. */
-#define GROWTH_LEAST (1 * MiB)
-/* For how many yields of its processor a long write lets a short one go first. */
-#define LANE_YIELDS 64
-/* Copies up to this long are made at once. */
-#define INLINE_COPY_MAX (128 * KiB)
-/* Budget that an inline transfer takes: one unit, and one for so many bytes. */
-#define BYTES_PER_UNIT (32 * KiB)
-
-struct native_file {
-    struct file file;
-    int fd;
-    bool memory; /* tmpfs, ramfs: no call ever waits for a device */
-    bool direct;
-    bool block_device;
-    unsigned alignment, memory_alignment;
-    struct worker_lane *reads, *writes; /* of a memory file: its long ones */
-    struct worker_turn turn;            /* of a memory file: writing at length */
-    atomic_uint short_writes;           /* of a memory file: those in the kernel just now */
-    struct huge_pages huge;             /* of a memory file: made for copies */
-    struct file_map *map;               /* of a memory file, or NULL: it is written so */
-    atomic_bool nowait;                 /* RWF_NOWAIT works */
-    atomic_bool durable;                /* RWF_DSYNC works */
-    atomic_bool locked;                 /* it had a lock: nobody else writes when it is closed */
-};
-
-static struct native_file *native(struct file *file)
-{
-    return container_of(file, struct native_file, file);
-}
 
 /* Runs work at once on a memory file, else on the worker pool. */
 static int coroutine_fn native_work(struct native_file *file, int (*work)(void *argument), void *argument)
@@ -268,17 +218,7 @@ static void coroutine_fn native_close(struct file *file)
 
 /* ---- transfers ---- */
 
-static size_t iov_bytes(const struct iovec *iov, unsigned count)
-{
-    size_t bytes = 0;
-
-    for (unsigned i = 0; i < count; i++) {
-        bytes += iov[i].iov_len;
-    }
-    return bytes;
-}
-
-static ssize_t transfer_now(int fd, bool write, const struct iovec *iov, unsigned count, uint64_t offset, int flags)
+ssize_t native_transfer_now(int fd, bool write, const struct iovec *iov, unsigned count, uint64_t offset, int flags)
 {
     ssize_t moved;
 
@@ -295,234 +235,6 @@ static ssize_t transfer_now(int fd, bool write, const struct iovec *iov, unsigne
     return moved < 0 ? -errno : moved;
 }
 
-struct transfer_job {
-    struct native_file *file;
-    bool write;
-    const struct iovec *iov;
-    unsigned count;
-    uint64_t offset;
-    ssize_t moved;
-};
-
-static int transfer_work(void *argument)
-{
-    struct transfer_job *job = argument;
-
-    job->moved = transfer_now(job->file->fd, job->write, job->iov, job->count, job->offset, 0);
-    return 0;
-}
-
-/* Between two steps of a long write: the kernel would let whoever writes already go on before who waits. */
-static void lane_give_way(struct native_file *file)
-{
-    for (unsigned i = 0; i < LANE_YIELDS && atomic_load_explicit(&file->short_writes, memory_order_relaxed); i++) {
-        sched_yield();
-    }
-}
-
-static ssize_t write_at_once(struct native_file *file, const char *memory, size_t bytes, uint64_t offset)
-{
-    struct iovec step = {(char *)memory, bytes};
-
-    return transfer_now(file->fd, true, &step, 1, offset, 0);
-}
-
-/* A long write. Returns how much of it was written, or a negative errno. */
-static ssize_t write_in_steps(struct native_file *file, const char *memory, size_t bytes, uint64_t offset)
-{
-    size_t done = 0;
-    ssize_t moved = 0;
-
-    worker_turn_begin(&file->turn);
-    while (done < bytes) {
-        struct iovec step = {(char *)memory + done, MIN(bytes - done, LANE_STEP)};
-
-        if (done + step.iov_len == bytes) {
-            worker_turn_end_soon(&file->turn);
-        }
-        moved = transfer_now(file->fd, true, &step, 1, offset + done, 0);
-        if (moved <= 0) {
-            break;
-        }
-        done += (size_t)moved;
-        lane_give_way(file);
-    }
-    worker_turn_end(&file->turn);
-    return done ? (ssize_t)done : moved;
-}
-
-static int map_work(void *argument)
-{
-    struct transfer_job *job = argument;
-    size_t bytes = iov_bytes(job->iov, job->count);
-    bool done = (job->write ? file_map_write : file_map_read)(job->file->map, job->offset, job->iov, job->count, bytes);
-
-    job->moved = done ? (ssize_t)bytes : -ENOTSUP;
-    return 0;
-}
-
-static int lane_write_work(void *argument)
-{
-    struct transfer_job *job = argument;
-
-    if (job->count > 1) {
-        return transfer_work(job);
-    }
-    job->moved = write_in_steps(job->file, job->iov->iov_base, job->iov->iov_len, job->offset);
-    return 0;
-}
-
-struct copy_job {
-    struct native_file *from, *to;
-    uint64_t from_offset, to_offset, bytes;
-    const struct copy_aid *aid;
-};
-
-/* Has what was read from where the job stands something that is left to others? */
-static bool has_zero_unit(const struct copy_job *job, const struct iovec *step, size_t moved)
-{
-    return job->aid->zero_unit && memory_has_zero_unit(step->iov_base, moved, job->from_offset, job->aid->zero_unit);
-}
-
-static void copy_advance(struct copy_job *job, size_t moved)
-{
-    job->bytes -= moved;
-    job->from_offset += moved;
-    job->to_offset += moved;
-}
-
-/* Copies so much. What is wrong, also the end of the file, reading and writing finds out. */
-static int copy_in_steps(struct copy_job *job, uint64_t bytes,
-                         ssize_t (*write)(struct native_file *file, const char *memory, size_t bytes, uint64_t offset))
-{
-    const struct copy_aid *aid = job->aid;
-
-    for (uint64_t end = job->to_offset + bytes; job->to_offset < end;) {
-        struct iovec step = {aid->memory.iov_base, min_u64(end - job->to_offset, MIN(aid->memory.iov_len, COPY_STEP))};
-        ssize_t moved = transfer_now(job->from->fd, false, &step, 1, job->from_offset, 0);
-
-        if (moved > 0 && has_zero_unit(job, &step, (size_t)moved)) {
-            return -ENOTSUP;
-        }
-        if (moved > 0) {
-            moved = write(job->to, step.iov_base, (size_t)moved, job->to_offset);
-        }
-        if (moved <= 0) {
-            return -ENOTSUP;
-        }
-        copy_advance(job, (size_t)moved);
-    }
-    return 0;
-}
-
-/* The same, into an extent of the target that is seen as memory. */
-static int copy_to_page(struct copy_job *job, uint64_t bytes, const struct shared_memory *page)
-{
-    for (uint64_t end = job->to_offset + bytes; job->to_offset < end;) {
-        struct iovec step = {page->bytes + job->to_offset % HUGE_PAGE_BYTES, min_u64(end - job->to_offset, COPY_STEP)};
-        ssize_t moved = transfer_now(job->from->fd, false, &step, 1, job->from_offset, 0);
-
-        if (moved <= 0 || has_zero_unit(job, &step, (size_t)moved)) {
-            return -ENOTSUP;
-        }
-        copy_advance(job, (size_t)moved);
-    }
-    return shared_memory_is_lost(page) ? -ENOTSUP : 0;
-}
-
-/* Before anything is allocated for it: what is zero as a whole begins so. */
-static bool begins_with_zeroes(const struct copy_job *job)
-{
-    uint64_t bytes = max_u64(COPY_PEEK, job->aid->zero_unit);
-    struct iovec peek = {job->aid->memory.iov_base, min_u64(job->bytes, MIN(job->aid->memory.iov_len, bytes))};
-    ssize_t moved = transfer_now(job->from->fd, false, &peek, 1, job->from_offset, 0);
-
-    return moved > 0 && has_zero_unit(job, &peek, (size_t)moved);
-}
-
-/* Before and after something of the file is given back: who reads in between may have known it again. */
-static void file_forget(struct native_file *file, uint64_t offset, uint64_t bytes)
-{
-    if (file->map) {
-        file_map_forget(file->map, offset, bytes);
-    }
-}
-
-static int copy_work(void *argument)
-{
-    struct copy_job *job = argument;
-    bool grows = job->bytes >= GROWTH_LEAST;
-    int r = begins_with_zeroes(job) ? -ENOTSUP : 0;
-
-    while (r == 0 && job->bytes) {
-        uint64_t offset = job->to_offset, bytes = min_u64(job->bytes, huge_page_room(offset));
-        bool is_new;
-        struct shared_memory *page = huge_page_open(&job->to->huge, offset, job->bytes, grows, &is_new);
-
-        r = page ? copy_to_page(job, bytes, page) : copy_in_steps(job, bytes, write_in_steps);
-        shared_memory_unmap(page);
-        if (r < 0 && is_new) { /* a part of it may stay a hole */
-            file_forget(job->to, offset, bytes);
-            huge_page_undo(&job->to->huge, offset, bytes);
-            file_forget(job->to, offset, bytes);
-        }
-    }
-    return r;
-}
-
-static int coroutine_fn native_copy(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset,
-                                    uint64_t bytes, const struct copy_aid *aid)
-{
-    struct copy_job job = {native(from), native(to), offset, to_offset, bytes, aid};
-
-    if (!job.from->memory || !job.to->memory) {
-        return -ENOTSUP;
-    }
-    if (bytes > INLINE_COPY_MAX) {
-        return worker_run(copy_work, &job);
-    }
-    atomic_fetch_add_explicit(&job.to->short_writes, 1, memory_order_relaxed);
-    int r = copy_in_steps(&job, bytes, write_at_once);
-
-    atomic_fetch_sub_explicit(&job.to->short_writes, 1, memory_order_relaxed);
-    loop_spend(1 + 2 * (unsigned)(bytes / BYTES_PER_UNIT));
-    return r;
-}
-
-/* A transfer of a memory file. */
-static ssize_t coroutine_fn transfer_memory(struct native_file *file, bool write, uint64_t offset,
-                                            const struct iovec *iov, unsigned count)
-{
-    size_t bytes = iov_bytes(iov, count);
-    ssize_t moved;
-
-    if (bytes > INLINE_TRANSFER_MAX) {
-        struct transfer_job job = {.file = file, .write = write, .iov = iov, .count = count, .offset = offset};
-
-        job.moved = -ENOTSUP;
-        if (file->map && !file_map_is_over(file->map)) {
-            worker_lane_run(write ? file->writes : file->reads, map_work, &job);
-        }
-        if (job.moved < 0 && write) {
-            worker_lane_run(file->writes, lane_write_work, &job);
-        } else if (job.moved < 0) {
-            worker_lane_run(file->reads, transfer_work, &job);
-        }
-        return job.moved;
-    }
-    if (file->map && (write ? file_map_write : file_map_read)(file->map, offset, iov, count, bytes)) {
-        moved = (ssize_t)bytes;
-    } else if (write) {
-        atomic_fetch_add_explicit(&file->short_writes, 1, memory_order_relaxed);
-        moved = transfer_now(file->fd, true, iov, count, offset, 0);
-        atomic_fetch_sub_explicit(&file->short_writes, 1, memory_order_relaxed);
-    } else {
-        moved = transfer_now(file->fd, false, iov, count, offset, 0);
-    }
-    loop_spend(1 + (moved > 0 ? (unsigned)((uint64_t)moved / BYTES_PER_UNIT) : 0));
-    return moved;
-}
-
 static ssize_t coroutine_fn transfer_queued(struct native_file *file, bool write, uint64_t offset,
                                             const struct iovec *iov, unsigned count, int flags)
 {
@@ -537,10 +249,10 @@ static ssize_t coroutine_fn native_read(struct file *base, uint64_t offset, cons
     ssize_t moved;
 
     if (file->memory) {
-        return transfer_memory(file, false, offset, iov, count);
+        return file_memory_transfer(file, false, offset, iov, count);
     }
     if (!file->direct && atomic_load_explicit(&file->nowait, memory_order_relaxed)) {
-        moved = transfer_now(file->fd, false, iov, count, offset, RWF_NOWAIT);
+        moved = native_transfer_now(file->fd, false, iov, count, offset, RWF_NOWAIT);
         if (moved > 0) {
             loop_spend(1 + (unsigned)((uint64_t)moved / BYTES_PER_UNIT));
             return moved;
@@ -587,7 +299,7 @@ static ssize_t coroutine_fn native_write(struct file *base, uint64_t offset, con
     ssize_t moved;
 
     if (file->memory) {
-        return transfer_memory(file, true, offset, iov, count);
+        return file_memory_transfer(file, true, offset, iov, count);
     }
     if (!fua) {
         return transfer_queued(file, true, offset, iov, count, 0);
@@ -709,10 +421,10 @@ static int allocate_work(void *argument)
 {
     struct range_job *job = argument;
 
-    file_forget(job->file, job->offset, job->bytes);
+    file_memory_forget(job->file, job->offset, job->bytes);
     int r = change_allocation(job);
 
-    file_forget(job->file, job->offset, job->bytes);
+    file_memory_forget(job->file, job->offset, job->bytes);
     return r;
 }
 
@@ -986,7 +698,9 @@ const struct file_ops file_native_ops = {
     .info = native_info,
     .read = native_read,
     .write = native_write,
-    .copy = native_copy,
+    .copy = file_memory_copy,
+    .peek = file_memory_peek,
+    .peek_end = file_memory_peek_end,
     .sync = native_sync,
     .allocate = native_allocate,
     .truncate = native_truncate,

@@ -323,6 +323,21 @@ static ssize_t coroutine_fn native_send(struct connection *base, const struct io
     return message_send(native(base), &message);
 }
 
+static ssize_t coroutine_fn native_send_now(struct connection *base, const struct iovec *iov, unsigned count)
+{
+    struct native_connection *connection = native(base);
+    struct msghdr message = {.msg_iov = (struct iovec *)iov, .msg_iovlen = count};
+    ssize_t r;
+
+    if (!connection->socket || native_end_is_shut(&connection->end)) {
+        return -EAGAIN;
+    }
+    do {
+        r = sendmsg(native_output(connection)->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    } while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : r ? inline_result(r) : -EAGAIN;
+}
+
 /* ---- descriptors ---- */
 
 /* What a message may carry at most, as far as its receiver's room goes. */
@@ -473,6 +488,7 @@ const struct stream_ops stream_native_ops = {
     .adopt = native_adopt,
     .receive = native_receive,
     .send = native_send,
+    .send_now = native_send_now,
     .receive_fds = native_receive_fds,
     .send_fd = native_send_fd,
     .shutdown = native_shutdown,

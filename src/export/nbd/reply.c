@@ -6,7 +6,8 @@
  *    a batch always has room for every request's ordinary reply;
  * 2. replies are headers in the batch and payloads in the requests' memory: nothing is copied, and a request lives
  *    until the batch with it was sent;
- * 3. the sender is either idle (nbd_sender_flush() enters it) or inside connection_send();
+ * 3. the sender is idle (nbd_sender_flush() enters it), inside connection_send(), or taken by a request that sends its
+ *    reply itself, from memory that is lent for a moment only (nbd_reply_straight());
  * 4. a connection that broke is shut down once, and from then on replies are dropped as if they had been sent.
  * When a batch goes: at the end of the loop's turn; at once when it is large, or when the receiver has nothing else to
  * do. It does not know what requests do (request.c).
@@ -28,26 +29,43 @@
 #define HOLE_GRANULE (32 * KiB)
 #define CHUNKS_MAX 16
 
-static void sender_send_batch(struct nbd_session *session)
+static struct nbd_batch *sender_take_batch(struct nbd_sender *sender)
 {
-    struct nbd_sender *sender = &session->sender;
     struct nbd_batch *batch = sender->filling;
 
     sender->filling = sender->sending;
     sender->sending = batch;
-    if (!sender->broken) {
-        struct buffers view = {batch->iov, batch->iov_count, 0};
+    return batch;
+}
 
-        if (connection_send(session->config.connection, view, batch->bytes) < 0) {
-            sender->broken = true;
-            connection_shutdown(session->config.connection);
+static void sender_break(struct nbd_session *session)
+{
+    if (!session->sender.broken) {
+        session->sender.broken = true;
+        connection_shutdown(session->config.connection);
+    }
+}
+
+static void batch_clear(struct nbd_batch *batch)
+{
+    batch->count = batch->iov_count = batch->header_bytes = 0;
+    batch->bytes = 0;
+}
+
+/* Sends the batch from its byte `sent` on, and lets its requests go. */
+static void batch_send(struct nbd_session *session, struct nbd_batch *batch, size_t sent)
+{
+    if (!session->sender.broken && sent < batch->bytes) {
+        struct buffers view = buffers_advance((struct buffers){batch->iov, batch->iov_count, 0}, sent);
+
+        if (connection_send(session->config.connection, view, batch->bytes - sent) < 0) {
+            sender_break(session);
         }
     }
     for (unsigned i = 0; i < batch->count; i++) {
         nbd_request_release(batch->requests[i]);
     }
-    batch->count = batch->iov_count = batch->header_bytes = 0;
-    batch->bytes = 0;
+    batch_clear(batch);
 }
 
 static void sender_run(void *argument)
@@ -57,7 +75,7 @@ static void sender_run(void *argument)
 
     while (!sender->closing) {
         if (sender->filling->count) {
-            sender_send_batch(session);
+            batch_send(session, sender_take_batch(sender), 0);
         }
         if (sender->filling->count) {
             loop_at_turn_end(&session->flush);
@@ -170,14 +188,19 @@ static void *batch_chunk(struct nbd_batch *batch, const struct nbd_request *requ
                        body_bytes + payload_bytes);
 }
 
+static void batch_append(struct nbd_batch *batch, struct nbd_request *request)
+{
+    g_assert(batch->count < NBD_BATCH_REQUESTS);
+    batch->requests[batch->count++] = request;
+}
+
 /* The request's reply is complete. */
 static void batch_add(struct nbd_request *request)
 {
     struct nbd_session *session = request->session;
     struct nbd_batch *batch = session->sender.filling;
 
-    g_assert(batch->count < NBD_BATCH_REQUESTS);
-    batch->requests[batch->count++] = request;
+    batch_append(batch, request);
     loop_at_turn_end(&session->flush);
     if (batch->bytes >= BATCH_LARGE_AMONG_OTHERS ||
         (batch->bytes >= BATCH_LARGE && !loop_has_others(&session->flush))) {
@@ -185,9 +208,9 @@ static void batch_add(struct nbd_request *request)
     }
 }
 
-void nbd_reply_simple(struct nbd_request *request, int error, const void *payload, size_t bytes)
+static void batch_simple(struct nbd_batch *batch, const struct nbd_request *request, int error, const void *payload,
+                         size_t bytes)
 {
-    struct nbd_batch *batch = request->session->sender.filling;
     struct nbd_simple_reply *reply = batch_header(batch, sizeof(*reply));
 
     reply->magic = htobe32(NBD_SIMPLE_REPLY_MAGIC);
@@ -196,6 +219,11 @@ void nbd_reply_simple(struct nbd_request *request, int error, const void *payloa
     if (bytes) {
         batch_payload(batch, payload, bytes);
     }
+}
+
+void nbd_reply_simple(struct nbd_request *request, int error, const void *payload, size_t bytes)
+{
+    batch_simple(request->session->sender.filling, request, error, payload, bytes);
     batch_add(request);
 }
 
@@ -230,7 +258,7 @@ void nbd_reply_done(struct nbd_request *request)
     }
 }
 
-static void batch_data(struct nbd_batch *batch, struct nbd_request *request, const uint8_t *data, uint32_t from,
+static void batch_data(struct nbd_batch *batch, const struct nbd_request *request, const uint8_t *data, uint32_t from,
                        uint32_t bytes, bool done)
 {
     struct nbd_body_data *body = batch_chunk(batch, request, NBD_CHUNK_OFFSET_DATA, done, sizeof(*body), bytes);
@@ -306,6 +334,66 @@ void nbd_reply_data(struct nbd_request *request, const void *data, bool may_spli
         }
     }
     batch_add(request);
+}
+
+/* ---- replies from memory that is lent ---- */
+
+static bool has_hole(const struct nbd_request *request, const uint8_t *data)
+{
+    struct run runs[CHUNKS_MAX];
+
+    if (request->session->config.style < NBD_STRUCTURED || (request->flags & NBD_CMD_FLAG_DF) ||
+        request->bytes < 2 * HOLE_GRANULE) {
+        return false;
+    }
+    return data_divide(request, data, runs) != 1 || runs[0].hole;
+}
+
+ssize_t coroutine_fn nbd_reply_straight(struct nbd_request *request, const void *data)
+{
+    struct nbd_session *session = request->session;
+    struct nbd_sender *sender = &session->sender;
+
+    nbd_sender_flush(session); /* what came before goes before */
+    if (!sender->idle || sender->filling->count || sender->broken || has_hole(request, data)) {
+        return -EAGAIN;
+    }
+    struct nbd_batch *batch = sender_take_batch(sender);
+
+    sender->idle = false;
+    if (session->config.style < NBD_STRUCTURED) {
+        batch_simple(batch, request, 0, data, request->bytes);
+    } else {
+        batch_data(batch, request, data, 0, (uint32_t)request->bytes, true);
+    }
+    batch_append(batch, request);
+    ssize_t sent = connection_send_now(session->config.connection, (struct buffers){batch->iov, batch->iov_count, 0},
+                                       batch->bytes);
+
+    if (sent <= 0) {
+        batch_clear(batch);
+        sender->idle = true;
+        return -EAGAIN;
+    }
+    sender->sent = (size_t)sent;
+    return sender->sent > batch->header_bytes ? sent - (ssize_t)batch->header_bytes : 0;
+}
+
+void nbd_reply_straight_fail(struct nbd_request *request)
+{
+    sender_break(request->session);
+}
+
+void coroutine_fn nbd_reply_straight_end(struct nbd_request *request, const void *data)
+{
+    struct nbd_session *session = request->session;
+    struct nbd_sender *sender = &session->sender;
+    struct nbd_batch *batch = sender->sending;
+
+    batch->iov[batch->iov_count - 1].iov_base = (void *)data;
+    batch_send(session, batch, sender->sent);
+    sender->idle = true;
+    nbd_sender_flush(session);
 }
 
 void nbd_reply_status_chunk(const struct nbd_request *request, void *to, uint32_t context, unsigned count, bool last)

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 #include <sys/uio.h>
 
 /*
@@ -36,6 +37,7 @@ struct nbd_sender {
     bool idle;    /* it waits to be entered by nbd_sender_flush() */
     bool closing; /* it ends when entered next */
     bool broken;  /* the connection is of no use any more */
+    size_t sent;  /* of the batch that is being sent by the request in it (nbd_reply_straight()) */
     struct nbd_batch *filling, *sending;
 };
 
@@ -51,6 +53,17 @@ void nbd_reply_simple(struct nbd_request *request, int error, const void *payloa
 void nbd_reply_error(struct nbd_request *request, int error, const char *message);
 /* NBD_CMD_READ with structured or extended replies: `data` may be split into data and holes. */
 void nbd_reply_data(struct nbd_request *request, const void *data, bool may_split);
+/*
+ * The reply to a read whose data are lent for a moment only: what goes now is sent from there. Returns how many bytes
+ * of `data` have gone, which may be 0; or a negative errno: nothing has gone, and an ordinary reply is to be made
+ * (others are being sent, there is no room, or parts are zeroes that go as holes). After 0 or more no other reply is
+ * sent until nbd_reply_straight_end(), which sends the rest, of `data` as they were at the beginning (their first
+ * bytes, which have gone, need not be there).
+ */
+ssize_t coroutine_fn nbd_reply_straight(struct nbd_request *request, const void *data);
+void coroutine_fn nbd_reply_straight_end(struct nbd_request *request, const void *data);
+/* What has gone is wrong, or its rest cannot be had: the connection ends. */
+void nbd_reply_straight_fail(struct nbd_request *request);
 /* Block status: `chunks` were made one behind the other by nbd_reply_status_chunk(), `bytes` in all. */
 void nbd_reply_status(struct nbd_request *request, const void *chunks, size_t bytes);
 /* Writes the head of a chunk with `count` extents of a context to `to`; they follow, big-endian. `last`: no chunk

@@ -13,6 +13,7 @@
 #include "export/nbd/nbd_format.h"
 #include "export/nbd/session.h"
 #include "export/range.h"
+#include "loop/file.h"
 #include <errno.h>
 #include <glib.h>
 #include <string.h>
@@ -23,6 +24,10 @@
 /* NBD_CMD_CACHE is a hint: what it reads ahead at most, and in which pieces. */
 #define CACHE_MAX (64 * MiB)
 #define CACHE_PIECE (1 * MiB)
+/* Reads of so many bytes may be sent straight from where the image has them: of fewer, several go with one call. */
+#define STRAIGHT_LEAST (64 * KiB)
+#define STRAIGHT_MOST (1 * MiB)
+#define STRAIGHT_PAUSE_MAX 255
 
 struct command {
     const char *name;
@@ -96,19 +101,95 @@ static void request_drop_memory(struct nbd_request *request)
     request->arena = nbd_arena_unref(request->arena);
 }
 
+/* A read that learns where the image has the data. */
+struct straight_read {
+    struct buffers_elsewhere view;
+    struct nbd_request *request;
+    bool sent; /* some of the reply, or all of it */
+};
+
+/* Sends what can be sent without waiting, as the data are only lent to us; the rest is read. */
+static int coroutine_fn straight_send(struct straight_read *read, struct file *file, uint64_t offset)
+{
+    struct nbd_request *request = read->request;
+    const void *data = file_peek(file, offset, request->bytes);
+    ssize_t sent = data ? nbd_reply_straight(request, data) : -ENOTSUP;
+
+    if (sent < 0) {
+        return (int)sent;
+    }
+    read->sent = true;
+    struct iovec rest = {(char *)request->memory + sent, request->bytes - (size_t)sent};
+    int r = rest.iov_len ? file_read(file, offset + (size_t)sent, rest.iov_len, buffers_one(&rest)) : 0;
+
+    if (!file_peek_end(file) || r < 0) {
+        nbd_reply_straight_fail(request);
+    }
+    return 0;
+}
+
+static int coroutine_fn straight_found(struct buffers_elsewhere *view, struct file *file, uint64_t offset, size_t at,
+                                       uint64_t bytes)
+{
+    struct straight_read *read = container_of(view, struct straight_read, view);
+    struct iovec piece = {(char *)read->request->memory + at, bytes};
+
+    if (bytes == read->request->bytes && straight_send(read, file, offset) == 0) {
+        return 0;
+    }
+    return file_read(file, offset, bytes, buffers_one(&piece));
+}
+
+static bool straight_may(const struct nbd_request *request)
+{
+    struct nbd_session *session = request->session;
+
+    if (request->bytes < STRAIGHT_LEAST || request->bytes > STRAIGHT_MOST) {
+        return false;
+    }
+    if (session->straight_rest) {
+        session->straight_rest--;
+        return false;
+    }
+    return true;
+}
+
+/* As backend_read(), or true in *ret_sent. What is not in one piece, or not in a file, is read a second time. */
+static int coroutine_fn read_straight(struct nbd_request *request, bool *ret_sent)
+{
+    struct nbd_session *session = request->session;
+    struct straight_read read = {.view = {.found = straight_found}, .request = request};
+    int r = backend_read(session->config.backend, request->offset, request->bytes, buffers_of_elsewhere(&read.view), 0);
+
+    *ret_sent = read.sent;
+    if (!read.sent && (r == -ENOTSUP || (r == 0 && read.view.missed))) {
+        session->straight_pause = MIN(2 * session->straight_pause + 1, STRAIGHT_PAUSE_MAX);
+        session->straight_rest = session->straight_pause;
+        return -ENOTSUP;
+    }
+    session->straight_pause = 0;
+    return r;
+}
+
 static void coroutine_fn run_read(struct nbd_request *request)
 {
     const struct nbd_session_config *config = &request->session->config;
+    bool sent = false;
     int r = request_take_memory(request, request->bytes);
 
     if (r == 0) {
         request->payload = (struct iovec){request->memory, request->bytes};
-        r = backend_read(config->backend, request->offset, request->bytes, buffers_one(&request->payload), 0);
+        r = straight_may(request) ? read_straight(request, &sent) : -ENOTSUP;
+        if (r == -ENOTSUP) {
+            r = backend_read(config->backend, request->offset, request->bytes, buffers_one(&request->payload), 0);
+        }
     }
     if (r == 0) {
         nbd_count(&config->counters->read_bytes, request->bytes);
     }
-    if (r < 0) {
+    if (sent) {
+        nbd_reply_straight_end(request, request->memory);
+    } else if (r < 0) {
         nbd_reply_error(request, r, NULL);
     } else if (config->style >= NBD_STRUCTURED) {
         nbd_reply_data(request, request->memory, !(request->flags & NBD_CMD_FLAG_DF));

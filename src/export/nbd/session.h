@@ -71,7 +71,8 @@ struct nbd_session {
     size_t at, end; /* what is in the arena and not yet parsed */
     bool bulk;      /* big writes are coming: receive headers alone, and payloads where they belong */
 
-    unsigned in_flight; /* requests whose reply was not sent yet */
+    unsigned straight_rest, straight_pause; /* long reads that are not tried so; it was in vain of late (request.c) */
+    unsigned in_flight;                     /* requests whose reply was not sent yet */
     size_t in_flight_bytes;
     bool abandoned; /* the client went without a word */
     struct nbd_request *free_requests;
