@@ -44,9 +44,9 @@
 #define ROOM_LEAST (64 * MiB)
 #define ROOM_MOST ((uint64_t)1 << 44) /* of an address space of 2^47 */
 
-void file_map_init(struct file_map *map, int fd)
+void file_map_init(struct file_map *map, int fd, const char *name)
 {
-    *map = (struct file_map){.fd = fd};
+    *map = (struct file_map){.fd = fd, .name = g_strdup(name)};
     pthread_mutex_init(&map->mutex, NULL);
 }
 
@@ -57,6 +57,7 @@ void file_map_destroy(struct file_map *map)
         g_free(map->views[i].present);
     }
     pthread_mutex_destroy(&map->mutex);
+    g_free(map->name);
 }
 
 /* The newest view, or NULL. */
@@ -100,9 +101,9 @@ static struct file_view *add_view(struct file_map *map, uint64_t size)
 static void file_map_end(struct file_map *map)
 {
     if (!atomic_exchange(&map->over, true)) {
-        g_message(
-            "a file with mapped=on is used without its mapping from now on: it was cut off by others, its file system "
-            "is full, or it cannot be mapped");
+        g_message("'%s' is used without its mapping (mapped=on) from now on: it was cut off by others, its file system "
+                  "is full, or it cannot be mapped",
+                  map->name);
     }
 }
 

@@ -16,7 +16,8 @@
  */
 #define FILE_MAP_VIEWS 32
 struct file_map {
-    int fd; /* open for reading and writing */
+    int fd;     /* open for reading and writing */
+    char *name; /* for messages */
     pthread_mutex_t mutex;
     struct file_view {
         struct shared_memory *memory;
@@ -31,7 +32,7 @@ struct file_map {
     atomic_uint rest, next_rest; /* reads of what is not known that do not ask for it: it was in vain of late */
 };
 
-void file_map_init(struct file_map *map, int fd);
+void file_map_init(struct file_map *map, int fd, const char *name);
 void file_map_destroy(struct file_map *map); /* nobody writes */
 
 /* Writes all of it; false: it is to be written by a call, which also says what is wrong. Some of it may have been

@@ -29,7 +29,7 @@ static void bed_init_in(struct bed *bed, const char *directory, uint64_t size)
     g_assert_cmpint(bed->fd, >=, 0);
     unlink(path);
     g_assert_cmpint(ftruncate(bed->fd, (off_t)size), ==, 0);
-    file_map_init(&bed->map, bed->fd);
+    file_map_init(&bed->map, bed->fd, path);
 }
 
 static void bed_init(struct bed *bed, uint64_t size)

@@ -168,7 +168,7 @@ static int open_work(void *argument)
     huge_pages_init(&file->huge, file->fd);
     if (job->flags & FILE_MAPPED && job->flags & FILE_WRITABLE) {
         file->map = g_new(struct file_map, 1);
-        file_map_init(file->map, file->fd);
+        file_map_init(file->map, file->fd, job->path);
     }
     job->file = file;
     return 0;
