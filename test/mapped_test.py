@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import tempfile
+import threading
 import time
 
 from harness import IS_PEER, KIB, MIB, TestCase, image_check, nbd_handle
@@ -26,14 +27,14 @@ class Mapped(TestCase):
             file.truncate(SIZE)
         return self.path(name)
 
-    def serve(self, path, image_format):
-        daemon = self.daemon()
+    def serve(self, path, image_format, *options):
+        daemon = self.daemon(*options)
         daemon.add_file("file", path, mapped=True, discard="unmap")
         daemon.qmp.execute(
             "blockdev-add", {"driver": image_format, "node-name": "disk", "file": "file", "discard": "unmap"}
         )
         daemon.nbd_server()
-        daemon.export("disk")
+        daemon.export("disk", **({"iothread": ["t0", "t1"]} if options else {}))
         return daemon
 
     def request(self, chance, handle, content):
@@ -178,6 +179,43 @@ class Mapped(TestCase):
                             requests.append((chance.randrange((SIZE - length) // 512 + 1) * 512, length))
                         self.read_late(daemon, content, requests, set_request_structured_replies=structured)
             daemon.stop()
+
+    def test_reading_beside_somebody_who_punches(self):
+        """On another thread: each byte is as it was written, or zero."""
+        for image_format in ("raw", "qcow2"):
+            with self.subTest(format=image_format):
+                path = self.make("punched." + image_format, image_format)
+                daemon = self.serve(path, image_format, "--object", "iothread,id=t0", "--object", "iothread,id=t1")
+                chance, until = random.Random(self.seed), time.monotonic() + 1
+                pages = [bytes([number % 255 + 1]) * (4 * KIB) for number in range(MIB // (4 * KIB))]
+                faults = []
+
+                def punch(uri, chance, until):
+                    with nbd_handle(uri) as handle:
+                        while time.monotonic() < until:
+                            page = chance.randrange(len(pages) - 64)
+                            handle.pwrite(b"".join(pages[page : page + 64]), page * 4 * KIB)
+                            handle.trim(chance.randrange(1, 64) * 4 * KIB, page * 4 * KIB)
+
+                puncher = threading.Thread(target=punch, args=(daemon.uri("disk"), random.Random(self.seed), until))
+                puncher.start()
+                with nbd_handle(daemon.uri("disk")) as handle:
+                    while time.monotonic() < until:
+                        count = chance.choice([1, 16, 64, 128])
+                        first = chance.randrange(len(pages) - count + 1)
+                        data = bytes(handle.pread(count * 4 * KIB, first * 4 * KIB))
+                        for number in range(count):
+                            seen = set(data[number * 4 * KIB : (number + 1) * 4 * KIB])
+                            if not seen <= {0, pages[first + number][0]}:
+                                faults.append((first + number, seen))
+                puncher.join()
+                self.assertEqual(faults, [])
+                with nbd_handle(daemon.uri("disk")) as handle:
+                    handle.trim(SIZE, 0)
+                    self.assertEqual(bytes(handle.pread(MIB, 0)), bytes(MIB))
+                if image_format == "raw":
+                    self.assertEqual(os.stat(path).st_blocks, 0)
+                daemon.stop()
 
     def test_a_client_goes_while_a_reply_is_being_sent(self):
         import nbd  # pylint: disable=import-outside-toplevel
