@@ -217,6 +217,29 @@ class Mapped(TestCase):
                     self.assertEqual(os.stat(path).st_blocks, 0)
                 daemon.stop()
 
+    def test_a_long_read_is_one_event(self):
+        """Although the server asks first where the data are."""
+        import nbd  # pylint: disable=import-outside-toplevel
+
+        for length in (4 * KIB, 64 * KIB, MIB):
+            daemon = self.daemon()
+            daemon.add_file("file", self.make("events.raw", "raw"))
+            rules = {
+                "set-state": [{"event": "read_aio", "state": n, "new_state": n + 1} for n in (1, 2)],
+                "inject-error": [{"event": "read_aio", "state": 2, "once": False}],
+            }
+            daemon.qmp.execute(
+                "blockdev-add",
+                {"driver": "raw", "node-name": "disk", "file": {"driver": "blkdebug", "image": "file", **rules}},
+            )
+            daemon.nbd_server()
+            daemon.export("disk")
+            with nbd_handle(daemon.uri("disk")) as handle:
+                handle.pread(length, 0)
+                for _ in range(2):
+                    self.assertRaises(nbd.Error, handle.pread, length, 0)
+            daemon.stop()
+
     def test_a_client_goes_while_a_reply_is_being_sent(self):
         import nbd  # pylint: disable=import-outside-toplevel
 

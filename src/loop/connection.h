@@ -60,7 +60,7 @@ int coroutine_fn connection_receive_all(struct connection *connection, void *to,
 /* Sends everything; 0 or negative errno. */
 int coroutine_fn connection_send(struct connection *connection, struct buffers from, size_t bytes);
 /* Sends what goes without waiting: how much, at least 1, or a negative errno (-EAGAIN: nothing). Nobody else is
- * sending. -ENOTSUP where what is sent is changed on its way (TLS). */
+ * sending. -ENOTSUP where that cannot be done at all (TLS, pipes). */
 ssize_t coroutine_fn connection_send_now(struct connection *connection, struct buffers from, size_t bytes);
 /*
  * The same over unix sockets with descriptors. What is received has `bytes` (at least 1) and at most `max` descriptors,

@@ -37,7 +37,7 @@ struct file_ops {
                 const struct copy_aid *aid);
     /* Both NULL: nothing can be seen so. */
     const void *(*peek)(struct file *file, uint64_t offset, size_t bytes);
-    bool (*peek_end)(struct file *file);
+    bool (*is_sound)(struct file *file, const void *at, size_t bytes);
     int (*sync)(struct file *file);
     int (*allocate)(struct file *file, enum file_allocate_mode mode, uint64_t offset, uint64_t bytes);
     int (*truncate)(struct file *file, uint64_t size);

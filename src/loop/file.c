@@ -137,9 +137,9 @@ const void *file_peek(struct file *file, uint64_t offset, size_t bytes)
     return file->ops->peek ? file->ops->peek(file, offset, bytes) : NULL;
 }
 
-bool file_peek_end(struct file *file)
+bool file_is_sound(struct file *file, const void *at, size_t bytes)
 {
-    return file->ops->peek_end(file);
+    return file->ops->is_sound(file, at, bytes);
 }
 
 int coroutine_fn file_open(const char *path, unsigned flags, struct file **ret, struct error **err)

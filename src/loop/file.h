@@ -43,11 +43,12 @@ int coroutine_fn file_read(struct file *file, uint64_t offset, uint64_t bytes, s
  * or none have been written when it fails: -ENOTSUP where that gains nothing over reading and writing them. */
 int coroutine_fn file_write(struct file *file, uint64_t offset, uint64_t bytes, struct buffers from, bool fua);
 int coroutine_fn file_sync(struct file *file); /* fdatasync */
-/* The bytes there as the file has them in memory (FILE_MAPPED), for who hands them on by a system call, which may fail
- * with EFAULT; NULL: they are to be read. They change as the file does. Then file_peek_end() says whether they were the
- * file's all the time: else zeroes may have been seen in their place. Any thread. */
+/* The bytes there as the file has them in memory (FILE_MAPPED); NULL: they are to be read. They change as the file
+ * does, and can be taken away: a system call on them fails with EFAULT then. Who has looked at them or handed them on
+ * asks file_is_sound() before anything comes of it: false means that zeroes may have been seen in their place. Any
+ * thread. */
 const void *file_peek(struct file *file, uint64_t offset, size_t bytes);
-bool file_peek_end(struct file *file);
+bool file_is_sound(struct file *file, const void *at, size_t bytes);
 
 enum file_allocate_mode {
     FILE_ZERO,       /* allocated zeroes: FALLOC_FL_ZERO_RANGE, or punch + allocate */

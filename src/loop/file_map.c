@@ -15,8 +15,8 @@
  *    was written here, or the kernel was asked. It stays known until we give it back ourselves; so if others punch
  *    holes, or we do while somebody reads the same page, a hole may be filled, with zeroes: that takes memory, and
  *    nothing else.
- * 7. What is written goes past the processor's caches (non-temporal stores), which need not fetch what it replaces:
- *    half the time of memcpy(), and what the caches hold stays there.
+ * 7. What is written in pieces of 4 KiB or more goes past the processor's caches (non-temporal stores), which need not
+ * fetch what it replaces: half the time of memcpy(), and what the caches hold stays there.
  * 8. Who sets a page known looks afterwards whether anything was given back meanwhile (`given_back`), and forgets it
  *    then.
  */
@@ -357,17 +357,27 @@ const void *file_map_peek(struct file_map *map, uint64_t offset, size_t bytes)
 {
     struct file_view *view = open_view(map, offset, bytes);
 
-    return view && pages_are_there(map, view, offset, bytes) ? view->memory->bytes + offset : NULL;
+    if (!view || !pages_are_there(map, view, offset, bytes)) {
+        return NULL;
+    }
+    const uint8_t *at = view->memory->bytes + offset;
+
+    return shared_memory_has_lost(view->memory, at, bytes) ? NULL : at;
 }
 
-bool file_map_peek_end(struct file_map *map)
+bool file_map_is_sound(struct file_map *map, const void *at, size_t bytes)
 {
-    bool good = true;
-
     for (unsigned i = 0; i < atomic_load_explicit(&map->count, memory_order_acquire); i++) {
-        good &= close_view(map, &map->views[i]);
+        const struct shared_memory *memory = map->views[i].memory;
+
+        if (shared_memory_is_lost(memory)) {
+            file_map_end(map);
+        }
+        if (shared_memory_has_lost(memory, at, bytes)) {
+            return false;
+        }
     }
-    return good;
+    return true;
 }
 
 void file_map_touch(struct file_map *map)

@@ -40,10 +40,10 @@ void file_map_destroy(struct file_map *map); /* nobody writes */
 bool file_map_write(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes);
 /* Reads all of it, if the file has a page everywhere there; false: it is to be read by a call. Any thread. */
 bool file_map_read(struct file_map *map, uint64_t offset, const struct iovec *iov, unsigned count, size_t bytes);
-/* The same for who hands the bytes on by a system call: where they are, or NULL. Then that nothing of it was taken away
- * meanwhile: false means that some of what was seen were zeroes in their place. Any thread. */
+/* The same for who uses the bytes where they are: a pointer to them, or NULL. Who has used them asks whether they were
+ * sound: else zeroes may have been seen in their place. Any thread. */
 const void *file_map_peek(struct file_map *map, uint64_t offset, size_t bytes);
-bool file_map_peek_end(struct file_map *map);
+bool file_map_is_sound(struct file_map *map, const void *at, size_t bytes);
 static inline bool file_map_is_over(struct file_map *map)
 {
     return atomic_load_explicit(&map->over, memory_order_relaxed);

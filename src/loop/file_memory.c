@@ -161,9 +161,9 @@ const void *file_memory_peek(struct file *file, uint64_t offset, size_t bytes)
     return map ? file_map_peek(map, offset, bytes) : NULL;
 }
 
-bool file_memory_peek_end(struct file *file)
+bool file_memory_is_sound(struct file *file, const void *at, size_t bytes)
 {
-    return file_map_peek_end(native(file)->map);
+    return file_map_is_sound(native(file)->map, at, bytes);
 }
 
 void file_memory_forget(struct native_file *file, uint64_t offset, uint64_t bytes)

@@ -58,7 +58,7 @@ ssize_t coroutine_fn file_memory_transfer(struct native_file *file, bool write, 
 int coroutine_fn file_memory_copy(struct file *from, uint64_t offset, struct file *to, uint64_t to_offset,
                                   uint64_t bytes, const struct copy_aid *aid);
 const void *file_memory_peek(struct file *file, uint64_t offset, size_t bytes);
-bool file_memory_peek_end(struct file *file);
+bool file_memory_is_sound(struct file *file, const void *at, size_t bytes);
 /* Before and after something of the file is given back: who reads in between may have known it again. */
 void file_memory_forget(struct native_file *file, uint64_t offset, uint64_t bytes);
 

@@ -31,9 +31,22 @@ static struct map {
     atomic_size_t size;
     atomic_size_t page; /* what is replaced; 0: all */
     atomic_bool lost;
+    atomic_uintptr_t lost_begin, lost_end; /* of what is lost; if parts are, of all of them */
 } maps[MAPS_MAX];
 static atomic_uint maps_end; /* behind the last slot that was ever used */
 static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
+
+static void map_lose(struct map *map, uintptr_t begin, uintptr_t end)
+{
+    uintptr_t old = atomic_load(&map->lost_begin);
+
+    while (begin < old && !atomic_compare_exchange_weak(&map->lost_begin, &old, begin)) {
+    }
+    old = atomic_load(&map->lost_end);
+    while (end > old && !atomic_compare_exchange_weak(&map->lost_end, &old, end)) {
+    }
+    atomic_store(&map->lost, true);
+}
 
 static void bus_error(int number, siginfo_t *info, void *context)
 {
@@ -45,8 +58,11 @@ static void bus_error(int number, siginfo_t *info, void *context)
         size_t size = atomic_load(&maps[i].size), page = atomic_load(&maps[i].page);
 
         if (begin && at - begin < size && begin == atomic_load(&maps[i].begin)) {
-            atomic_store(&maps[i].lost, true);
-            if (mmap((void *)(page ? at - at % page : begin), page ? page : size, PROT_READ | PROT_WRITE,
+            uintptr_t from = page ? at - at % page : begin;
+            size_t bytes = page ? page : size;
+
+            map_lose(&maps[i], from, from + bytes); /* before anybody can see the zeroes */
+            if (mmap((void *)from, bytes, PROT_READ | PROT_WRITE,
                      MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED) {
                 errno = saved_errno;
                 return;
@@ -81,6 +97,8 @@ static int maps_add(struct shared_memory *memory, size_t page)
             atomic_store(&maps[i].size, memory->mapped_size);
             atomic_store(&maps[i].page, page);
             atomic_store(&maps[i].lost, false);
+            atomic_store(&maps[i].lost_begin, UINTPTR_MAX);
+            atomic_store(&maps[i].lost_end, 0);
             atomic_store(&maps[i].begin, (uintptr_t)memory->mapped);
             atomic_store(&maps_end, MAX(atomic_load(&maps_end), i + 1));
             r = 0;
@@ -189,6 +207,14 @@ void shared_memory_unmap(struct shared_memory *memory)
     atomic_store(&maps[memory->slot].begin, 0);
     munmap(memory->mapped, memory->mapped_size);
     g_free(memory);
+}
+
+bool shared_memory_has_lost(const struct shared_memory *memory, const void *at, size_t bytes)
+{
+    struct map *map = &maps[memory->slot];
+
+    return shared_memory_is_lost(memory) && (uintptr_t)at < atomic_load(&map->lost_end) &&
+           (uintptr_t)at + bytes > atomic_load(&map->lost_begin);
 }
 
 bool shared_memory_is_lost(const struct shared_memory *memory)

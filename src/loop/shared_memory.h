@@ -31,6 +31,8 @@ int shared_memory_create(const char *name, size_t size, struct shared_memory **r
 struct shared_memory *shared_memory_map_extent(int fd, uint64_t offset, size_t size);
 /* It was taken away, and we have noticed. */
 bool shared_memory_is_lost(const struct shared_memory *memory);
+/* The same of these bytes of it: false if they never were taken away, though others may have been. */
+bool shared_memory_has_lost(const struct shared_memory *memory, const void *at, size_t bytes);
 void shared_memory_unmap(struct shared_memory *memory); /* nobody uses it any more; accepts NULL */
 
 #endif

@@ -22,7 +22,7 @@ struct stream_ops {
     ssize_t (*receive)(struct connection *connection, void *to, size_t minimum, size_t maximum);
     /* Sends at least one byte of the vector; returns how many. */
     ssize_t (*send)(struct connection *connection, const struct iovec *iov, unsigned count);
-    /* The same without waiting: -EAGAIN when nothing can be sent now. NULL: never. */
+    /* The same without waiting: -EAGAIN when nothing can be sent now. NULL: -ENOTSUP. */
     ssize_t (*send_now)(struct connection *connection, const struct iovec *iov, unsigned count);
     /* Both may be NULL: no descriptors. At least one byte, with what came with the first one; 0 at the end. */
     ssize_t (*receive_fds)(struct connection *connection, void *to, size_t bytes, int *fds, unsigned max,

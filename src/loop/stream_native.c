@@ -329,8 +329,11 @@ static ssize_t coroutine_fn native_send_now(struct connection *base, const struc
     struct msghdr message = {.msg_iov = (struct iovec *)iov, .msg_iovlen = count};
     ssize_t r;
 
-    if (!connection->socket || native_end_is_shut(&connection->end)) {
-        return -EAGAIN;
+    if (!connection->socket) {
+        return -ENOTSUP;
+    }
+    if (native_end_is_shut(&connection->end)) {
+        return -ECANCELED;
     }
     do {
         r = sendmsg(native_output(connection)->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);

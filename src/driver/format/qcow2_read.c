@@ -69,7 +69,7 @@ int coroutine_fn qcow2_read(struct node *node, uint64_t offset, uint64_t bytes, 
         if (code == 0 && run.kind == QCOW2_COMPRESSED_DATA && buffers_elsewhere(to)) {
             code = -ENOTSUP;
         }
-        if (code == 0) {
+        if (code == 0 && !buffers_elsewhere(to)) { /* those are refused by who is to be told, and come again */
             tell_read(image, &run);
         }
         if (code == 0 && run.kind == QCOW2_COMPRESSED_DATA && (several || run.bytes < bytes)) {

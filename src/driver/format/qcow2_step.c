@@ -172,7 +172,9 @@ static int coroutine_fn write_step(struct step *step)
 {
     uint64_t head = step->clean && step->head_zero ? 0 : step->head;
     uint64_t tail = step->clean && step->tail_zero ? 0 : step->tail;
-    edge_event(step->image->node->file, head + tail ? BLKDEBUG_EVENT_COW_WRITE : BLKDEBUG_EVENT_WRITE_AIO);
+    if (!buffers_elsewhere(step->from)) {
+        edge_event(step->image->node->file, head + tail ? BLKDEBUG_EVENT_COW_WRITE : BLKDEBUG_EVENT_WRITE_AIO);
+    }
     if (head + tail == 0) {
         return write_at(step, step->offset, step->bytes, step->from);
     }

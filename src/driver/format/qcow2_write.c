@@ -68,7 +68,9 @@ static int coroutine_fn write_some(struct qcow2 *image, uint64_t offset, uint64_
         }
         unsigned parity = qcow2_epoch_enter(image);
         co_mutex_unlock(&image->lock);
-        edge_event(image->node->file, BLKDEBUG_EVENT_WRITE_AIO);
+        if (!buffers_elsewhere(from)) {
+            edge_event(image->node->file, BLKDEBUG_EVENT_WRITE_AIO);
+        }
         code = qcow2_data_write(image, run.host_offset, offset, run.bytes, from);
         qcow2_epoch_leave(image, parity);
         return code;

@@ -4,8 +4,8 @@
  * the whole batch and sends it with one call, while the next one fills. Invariants:
  * 1. a request is in at most one batch; there are never more of them than the session lets in (NBD_IN_FLIGHT_MAX), so
  *    a batch always has room for every request's ordinary reply;
- * 2. replies are headers in the batch and payloads in the requests' memory: nothing is copied, and a request lives
- *    until the batch with it was sent;
+ * 2. replies are headers in the batch and payloads in the requests' memory (or lent, see 3): nothing is copied, and a
+ *    request lives until the batch with it was sent;
  * 3. the sender is idle (nbd_sender_flush() enters it), inside connection_send(), or taken by a request that sends its
  *    reply itself, from memory that is lent for a moment only (nbd_reply_straight());
  * 4. a connection that broke is shut down once, and from then on replies are dropped as if they had been sent.
@@ -338,7 +338,7 @@ void nbd_reply_data(struct nbd_request *request, const void *data, bool may_spli
 
 /* ---- replies from memory that is lent ---- */
 
-static bool has_hole(const struct nbd_request *request, const uint8_t *data)
+bool nbd_reply_has_hole(const struct nbd_request *request, const void *data)
 {
     struct run runs[CHUNKS_MAX];
 
@@ -355,7 +355,7 @@ ssize_t coroutine_fn nbd_reply_straight(struct nbd_request *request, const void 
     struct nbd_sender *sender = &session->sender;
 
     nbd_sender_flush(session); /* what came before goes before */
-    if (!sender->idle || sender->filling->count || sender->broken || has_hole(request, data)) {
+    if (!sender->idle || sender->filling->count || sender->broken) {
         return -EAGAIN;
     }
     struct nbd_batch *batch = sender_take_batch(sender);
@@ -367,29 +367,27 @@ ssize_t coroutine_fn nbd_reply_straight(struct nbd_request *request, const void 
         batch_data(batch, request, data, 0, (uint32_t)request->bytes, true);
     }
     batch_append(batch, request);
-    ssize_t sent = connection_send_now(session->config.connection, (struct buffers){batch->iov, batch->iov_count, 0},
-                                       batch->bytes);
+    struct buffers view = {batch->iov, batch->iov_count, 0};
+    ssize_t sent = connection_send_now(session->config.connection, view, batch->bytes - 1);
 
     if (sent <= 0) {
         batch_clear(batch);
         sender->idle = true;
-        return -EAGAIN;
+        return sent == -ENOTSUP ? -ENOTSUP : -EAGAIN;
     }
     sender->sent = (size_t)sent;
     return sender->sent > batch->header_bytes ? sent - (ssize_t)batch->header_bytes : 0;
 }
 
-void nbd_reply_straight_fail(struct nbd_request *request)
-{
-    sender_break(request->session);
-}
-
-void coroutine_fn nbd_reply_straight_end(struct nbd_request *request, const void *data)
+void coroutine_fn nbd_reply_straight_end(struct nbd_request *request, const void *data, int error)
 {
     struct nbd_session *session = request->session;
     struct nbd_sender *sender = &session->sender;
     struct nbd_batch *batch = sender->sending;
 
+    if (error < 0) {
+        sender_break(session);
+    }
     batch->iov[batch->iov_count - 1].iov_base = (void *)data;
     batch_send(session, batch, sender->sent);
     sender->idle = true;

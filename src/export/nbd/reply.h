@@ -53,17 +53,18 @@ void nbd_reply_simple(struct nbd_request *request, int error, const void *payloa
 void nbd_reply_error(struct nbd_request *request, int error, const char *message);
 /* NBD_CMD_READ with structured or extended replies: `data` may be split into data and holes. */
 void nbd_reply_data(struct nbd_request *request, const void *data, bool may_split);
+/* Would the reply to a read leave out zeroes among its data? */
+bool nbd_reply_has_hole(const struct nbd_request *request, const void *data);
 /*
- * The reply to a read whose data are lent for a moment only: what goes now is sent from there. Returns how many bytes
- * of `data` have gone, which may be 0; or a negative errno: nothing has gone, and an ordinary reply is to be made
- * (others are being sent, there is no room, or parts are zeroes that go as holes). After 0 or more no other reply is
- * sent until nbd_reply_straight_end(), which sends the rest, of `data` as they were at the beginning (their first
- * bytes, which have gone, need not be there).
+ * The reply to a read whose data are lent for a moment only, and have no hole: what goes without waiting is sent from
+ * there, but for the last byte, so that the client has no whole reply before its sender knows that it is right. Returns
+ * how many bytes of `data` have gone, which may be 0; or a negative errno: nothing has gone, and an ordinary reply is
+ * to be made (-EAGAIN: this time; -ENOTSUP: always). After 0 or more no other reply is sent until
+ * nbd_reply_straight_end(): it sends the rest, which lies in `data` where it would with all of them; or, after an
+ * `error`, ends the connection.
  */
 ssize_t coroutine_fn nbd_reply_straight(struct nbd_request *request, const void *data);
-void coroutine_fn nbd_reply_straight_end(struct nbd_request *request, const void *data);
-/* What has gone is wrong, or its rest cannot be had: the connection ends. */
-void nbd_reply_straight_fail(struct nbd_request *request);
+void coroutine_fn nbd_reply_straight_end(struct nbd_request *request, const void *data, int error);
 /* Block status: `chunks` were made one behind the other by nbd_reply_status_chunk(), `bytes` in all. */
 void nbd_reply_status(struct nbd_request *request, const void *chunks, size_t bytes);
 /* Writes the head of a chunk with `count` extents of a context to `to`; they follow, big-endian. `last`: no chunk

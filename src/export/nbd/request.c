@@ -101,46 +101,50 @@ static void request_drop_memory(struct nbd_request *request)
     request->arena = nbd_arena_unref(request->arena);
 }
 
-/* A read that learns where the image has the data. */
-struct straight_read {
+/* A read that learns where the image has the data, and is lent them for a moment. */
+struct lent_read {
     struct buffers_elsewhere view;
     struct nbd_request *request;
-    bool sent; /* some of the reply, or all of it */
+    bool in_vain; /* such reads gain nothing here */
+    bool sent;    /* of the reply, all but its end */
 };
 
-/* Sends what can be sent without waiting, as the data are only lent to us; the rest is read. */
-static int coroutine_fn straight_send(struct straight_read *read, struct file *file, uint64_t offset)
+/* Sends what can be sent without waiting; the rest is read. Negative with lent->sent: what has gone is not right. */
+static int coroutine_fn lent_send(struct lent_read *lent, struct file *file, uint64_t offset)
 {
-    struct nbd_request *request = read->request;
+    struct nbd_request *request = lent->request;
     const void *data = file_peek(file, offset, request->bytes);
-    ssize_t sent = data ? nbd_reply_straight(request, data) : -ENOTSUP;
 
+    if (!data || nbd_reply_has_hole(request, data) || !file_is_sound(file, data, request->bytes)) {
+        return -ENOTSUP;
+    }
+    ssize_t sent = nbd_reply_straight(request, data);
     if (sent < 0) {
         return (int)sent;
     }
-    read->sent = true;
+    lent->sent = true;
     struct iovec rest = {(char *)request->memory + sent, request->bytes - (size_t)sent};
-    int r = rest.iov_len ? file_read(file, offset + (size_t)sent, rest.iov_len, buffers_one(&rest)) : 0;
+    int r = file_read(file, offset + (size_t)sent, rest.iov_len, buffers_one(&rest));
 
-    if (!file_peek_end(file) || r < 0) {
-        nbd_reply_straight_fail(request);
-    }
-    return 0;
+    return r < 0 ? r : file_is_sound(file, data, request->bytes) ? 0 : -EIO;
 }
 
-static int coroutine_fn straight_found(struct buffers_elsewhere *view, struct file *file, uint64_t offset, size_t at,
-                                       uint64_t bytes)
+static int coroutine_fn lent_found(struct buffers_elsewhere *view, struct file *file, uint64_t offset, size_t at,
+                                   uint64_t bytes)
 {
-    struct straight_read *read = container_of(view, struct straight_read, view);
-    struct iovec piece = {(char *)read->request->memory + at, bytes};
+    struct lent_read *lent = container_of(view, struct lent_read, view);
+    struct iovec piece = {(char *)lent->request->memory + at, bytes};
+    int r = bytes == lent->request->bytes ? lent_send(lent, file, offset) : -ENOTSUP;
 
-    if (bytes == read->request->bytes && straight_send(read, file, offset) == 0) {
-        return 0;
+    if (r == 0 || lent->sent) {
+        return r;
     }
+    lent->in_vain |= r == -ENOTSUP;
     return file_read(file, offset, bytes, buffers_one(&piece));
 }
 
-static bool straight_may(const struct nbd_request *request)
+/* The more often it was in vain, the more seldom. */
+static bool lent_may(const struct nbd_request *request)
 {
     struct nbd_session *session = request->session;
 
@@ -154,20 +158,25 @@ static bool straight_may(const struct nbd_request *request)
     return true;
 }
 
-/* As backend_read(), or true in *ret_sent. What is not in one piece, or not in a file, is read a second time. */
-static int coroutine_fn read_straight(struct nbd_request *request, bool *ret_sent)
+/* As backend_read(), or true in *ret_sent. What is not in a file is read a second time: -ENOTSUP. */
+static int coroutine_fn read_lent(struct nbd_request *request, bool *ret_sent)
 {
     struct nbd_session *session = request->session;
-    struct straight_read read = {.view = {.found = straight_found}, .request = request};
-    int r = backend_read(session->config.backend, request->offset, request->bytes, buffers_of_elsewhere(&read.view), 0);
+    struct lent_read lent = {.view = {.found = lent_found}, .request = request};
+    int r = backend_read(session->config.backend, request->offset, request->bytes, buffers_of_elsewhere(&lent.view), 0);
 
-    *ret_sent = read.sent;
-    if (!read.sent && (r == -ENOTSUP || (r == 0 && read.view.missed))) {
+    *ret_sent = lent.sent;
+    if (lent.sent) {
+        session->straight_pause = 0;
+        return r;
+    }
+    if (r == 0 && lent.view.missed) {
+        r = -ENOTSUP;
+    }
+    if (lent.in_vain || r == -ENOTSUP) {
         session->straight_pause = MIN(2 * session->straight_pause + 1, STRAIGHT_PAUSE_MAX);
         session->straight_rest = session->straight_pause;
-        return -ENOTSUP;
     }
-    session->straight_pause = 0;
     return r;
 }
 
@@ -179,8 +188,8 @@ static void coroutine_fn run_read(struct nbd_request *request)
 
     if (r == 0) {
         request->payload = (struct iovec){request->memory, request->bytes};
-        r = straight_may(request) ? read_straight(request, &sent) : -ENOTSUP;
-        if (r == -ENOTSUP) {
+        r = lent_may(request) ? read_lent(request, &sent) : -ENOTSUP;
+        if (r == -ENOTSUP && !sent) {
             r = backend_read(config->backend, request->offset, request->bytes, buffers_one(&request->payload), 0);
         }
     }
@@ -188,7 +197,7 @@ static void coroutine_fn run_read(struct nbd_request *request)
         nbd_count(&config->counters->read_bytes, request->bytes);
     }
     if (sent) {
-        nbd_reply_straight_end(request, request->memory);
+        nbd_reply_straight_end(request, request->memory, r);
     } else if (r < 0) {
         nbd_reply_error(request, r, NULL);
     } else if (config->style >= NBD_STRUCTURED) {
