@@ -7,13 +7,16 @@
  * 2. An idle loop does not look: a receive is looked for once, and then waits.
  * 3. Where nothing came in time, more and more receives are not looked for at all; the first that comes in time again
  *    ends that. So who never comes in time costs a fraction of a microsecond each time.
- * 4. With one processor whoever is looked for could not run.
+ * 4. Who is to send something may wait for the processor that looks for it: so after a few looks it is offered to
+ * others. Where somebody else takes it for long, it is kept for a while.
+ * 5. With one processor whoever is looked for could not run.
  */
 #include "loop/busy_poll.h"
 #include "loop/engine.h"
 #include "loop/loop_private.h"
 #include <errno.h>
 #include <glib.h>
+#include <limits.h>
 #include <poll.h>
 #include <sched.h>
 #include <sys/socket.h>
@@ -21,6 +24,11 @@
 /* So many are asked in turn. */
 #define RECEIVES_MAX 8
 #define REST_MAX 255
+/* After so many looks in vain the processor is offered. Who takes it for so long is not whom we wait for; then it is
+ * not offered for so many times of looking. */
+#define OFFER_AFTER 3
+#define OFFER_LONG_NS (150 * 1000)
+#define OFFER_REST 1000
 
 struct busy_receive {
     struct list link;
@@ -121,14 +129,30 @@ void busy_poll_stop(struct busy_poll *poll, const struct native_stream *stream, 
     }
 }
 
+/* Returns the time. */
+static int64_t offer_processor(struct busy_poll *poll)
+{
+    int64_t before_ns = native_clock_ns();
+
+    sched_yield();
+    int64_t now_ns = native_clock_ns();
+
+    if (now_ns - before_ns > OFFER_LONG_NS) {
+        poll->offer_rest = OFFER_REST;
+    }
+    return now_ns;
+}
+
 /* False: in vain. */
 static bool look_for_a_while(struct busy_poll *poll, int64_t timeout_ns, bool (*has_news)(struct engine *engine),
                              struct engine *engine)
 {
     int64_t most_ns = loop_busy_poll_ns(loop_current);
-    int64_t end_ns = native_clock_ns() + (timeout_ns > 0 ? MIN(timeout_ns, most_ns) : most_ns);
+    unsigned offer_after = poll->offer_rest ? UINT_MAX : OFFER_AFTER;
+    int64_t now_ns = native_clock_ns(), end_ns = now_ns + (timeout_ns > 0 ? MIN(timeout_ns, most_ns) : most_ns);
 
-    do {
+    poll->offer_rest -= poll->offer_rest > 0;
+    for (unsigned looks = 0; now_ns < end_ns; looks++) {
         if (look(poll)) {
             poll->next_rest = 0;
             return true;
@@ -136,7 +160,8 @@ static bool look_for_a_while(struct busy_poll *poll, int64_t timeout_ns, bool (*
         if (has_news(engine) || !atomic_load_explicit(&loop_current->sleeping, memory_order_relaxed)) {
             return false;
         }
-    } while (native_clock_ns() < end_ns);
+        now_ns = looks < offer_after ? native_clock_ns() : offer_processor(poll);
+    }
     poll->next_rest = MIN(2 * poll->next_rest + 1, REST_MAX);
     poll->rest = poll->next_rest;
     return false;

@@ -20,7 +20,8 @@ struct busy_poll {
     struct list receives;
     unsigned count;
     unsigned rest,
-        next_rest; /* receives that are not looked for: it did not pay; and how many that will be next time */
+        next_rest;       /* receives that are not looked for: it did not pay; and how many that will be next time */
+    unsigned offer_rest; /* times of looking without offering the processor to others: they took it for long */
 };
 
 void busy_poll_init(struct busy_poll *poll);
