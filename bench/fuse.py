@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from run import MIB, Interlock, MappedInterlock, Peer, run
+from run import MIB, Interlock, MappedInterlock, Peer, memory_kept, run
 
 WORKLOADS = [
     ("4 KiB random read, depth 1", ["--rw=randread", "--bs=4k", "--iodepth=1"]),
@@ -79,6 +79,7 @@ def main():
     parser.add_argument("--seconds", type=int, default=1)
     parser.add_argument("--size", type=int, default=256, help="MiB of the image")
     parser.add_argument("--mapped", action="store_true", help="Interlock writes files through mappings (mapped=on)")
+    parser.add_argument("--cold", action="store_true", help="take free memory as it is (run.py, memory_kept())")
     parser.add_argument("--format", nargs="+", choices=["raw", "qcow2"], default=["raw", "qcow2"])
     options = parser.parse_args()
     Interlock.aio = MappedInterlock.aio if options.mapped else Interlock.aio
@@ -87,21 +88,22 @@ def main():
     directory, size = tempfile.mkdtemp(prefix="il-bench-", dir="/dev/shm"), options.size * MIB
     print(f"{'requests a second':<42} {'Interlock':>24} {'qemu-storage-daemon':>24} {'ratio':>6}  CPU of a request, us")
     try:
-        for image_format in options.format:
-            servers = [MountedInterlock(directory, image_format), MountedPeer(directory, image_format)]
-            try:
-                for server in servers:
-                    server.serve(size)
-                    server.fio(size, 0, "--rw=write", "--bs=1m")
-                for title, words in WORKLOADS:
-                    measured = {server.name: [] for server in servers}
-                    for _ in range(options.rounds):
-                        for server in servers:
-                            measured[server.name].append(server.fio(size, options.seconds, *words))
-                    show(f"{image_format}: {title}", measured)
-            finally:
-                for server in servers:
-                    server.stop()
+        with memory_kept(options.cold):
+            for image_format in options.format:
+                servers = [MountedInterlock(directory, image_format), MountedPeer(directory, image_format)]
+                try:
+                    for server in servers:
+                        server.serve(size)
+                        server.fio(size, 0, "--rw=write", "--bs=1m")
+                    for title, words in WORKLOADS:
+                        measured = {server.name: [] for server in servers}
+                        for _ in range(options.rounds):
+                            for server in servers:
+                                measured[server.name].append(server.fio(size, options.seconds, *words))
+                        show(f"{image_format}: {title}", measured)
+                finally:
+                    for server in servers:
+                        server.stop()
     finally:
         for name in os.listdir(directory):
             subprocess.run(["umount", "-q", os.path.join(directory, name, "mounted")], check=False)

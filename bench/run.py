@@ -29,6 +29,8 @@ LIMIT = os.path.join(BUILD, "bench", "nbd_limit")
 FLOOR = os.path.join(BUILD, "bench", "floor")
 MIB = 1024 * 1024
 MADV_POPULATE_WRITE = 23  # of Linux 5.14
+# The least order of free blocks that the host is told of; there are none of this one.
+PAGE_REPORTING, NO_PAGE_REPORTING = "/sys/module/page_reporting/parameters/page_reporting_order", "11"
 
 # What a load generator does: title and what it is told.
 PATTERNS = (
@@ -59,6 +61,43 @@ def warm_memory(mebibytes):
         memory.madvise(MADV_POPULATE_WRITE)
     for memory in memories:
         memory.close()
+
+
+def touch_free_memory():
+    """All but 2 GiB of it, and lets it go again."""
+    with open("/proc/meminfo") as info:
+        free = next(int(line.split()[1]) for line in info if line.startswith("MemFree:")) // 1024
+    memories = []
+    for _ in range(free // 1024 - 2):
+        memories.append(mmap.mmap(-1, 1024 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        memories[-1].madvise(MADV_POPULATE_WRITE)
+    for memory in memories:
+        memory.close()
+
+
+@contextlib.contextmanager
+def memory_kept(cold=False):
+    """Meanwhile the host is not told of free memory (a setting of this kernel, which is restored), and what is free has
+    been touched. Else what sockets are sent through may be memory that the host has to give back first, 10 us for a page:
+    for seconds, and whoever's turn it is, a call takes 40 us instead of 2. Nothing of it where there is no such setting or
+    it may not be changed."""
+    old = None
+    with contextlib.suppress(OSError):
+        with open(PAGE_REPORTING) as setting:
+            value = setting.read().strip()
+        if not cold:
+            with open(PAGE_REPORTING, "w") as setting:
+                setting.write(NO_PAGE_REPORTING)
+            old = value
+    try:
+        if old is not None:
+            print("bench: free memory is touched and kept (--cold: as it is)", file=sys.stderr)
+            touch_free_memory()
+        yield
+    finally:
+        if old is not None:
+            with open(PAGE_REPORTING, "w") as setting:
+                setting.write(old)
 
 
 def copying_floor(directory, mebibytes, rounds):
@@ -476,6 +515,7 @@ def parse_options():
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows with one of these in their title")
     parser.add_argument("--iothreads", type=int, default=2,
                         help="I/O threads of Interlock's export (default 2; 0: the main thread serves it)")
+    parser.add_argument("--cold", action="store_true", help="take free memory as it is (memory_kept())")
     parser.add_argument("--without", nargs="+", default=(), metavar="SERVER")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     options = parser.parse_args()
@@ -497,11 +537,12 @@ def main():
     results = Results()
     print_head()
     try:
-        measure_loads(options, directory, results)
-        if wanted(options, "start"):
-            measure_start(options, directory, results)
-        if any(wanted(options, job[0]) for job in JOBS):
-            measure_jobs(options, directory, results)
+        with memory_kept(options.cold or options.quick):
+            measure_loads(options, directory, results)
+            if wanted(options, "start"):
+                measure_start(options, directory, results)
+            if any(wanted(options, job[0]) for job in JOBS):
+                measure_jobs(options, directory, results)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if options.json:

@@ -114,6 +114,7 @@ def parse_options():
     parser.add_argument("--threads", type=int, default=0, help="1: an iothread serves the export")
     parser.add_argument("--format", nargs="+", choices=("raw", "qcow2"), default=("raw", "qcow2"))
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows with one of these in their title")
+    parser.add_argument("--cold", action="store_true", help="take free memory as it is (run.py, memory_kept())")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 3)
@@ -131,7 +132,8 @@ def main():
     results = Results()
     bench.print_head()
     try:
-        measure(options, directory, results)
+        with bench.memory_kept(options.cold or options.quick):
+            measure(options, directory, results)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if options.json:
