@@ -11,7 +11,7 @@ import threading
 import time
 import unittest
 
-from harness import MIB, TestCase, run, scale
+from harness import IS_PEER, MIB, TestCase, run, scale
 
 try:
     import nbd
@@ -134,13 +134,13 @@ class Tls(TestCase):
 
     # --- both sides ---
 
-    def serve(self, *objects, authorization=None):
+    def serve(self, *objects, authorization=None, file_options=""):
         image = self.create_image(f"disk{self.daemon_count}.qcow2", SIZE)
         options = []
         for item in objects:
             options += ["--object", item]
         daemon = self.daemon(*options, "--blockdev",
-                             f"qcow2,node-name=disk,file.driver=file,file.filename={image}")
+                             f"qcow2,node-name=disk,file.driver=file,file.filename={image}{file_options}")
         more = {"tls-authz": authorization} if authorization else {}
         daemon.qmp.execute("nbd-server-start", {
             "addr": {"type": "unix", "data": {"path": daemon.nbd_path}}, "tls-creds": "tls", **more})
@@ -215,6 +215,17 @@ class Tls(TestCase):
         options = ["--object", f"tls-creds-psk,id=t,endpoint=client,username=bob,dir={folder}", "--image-opts",
                    f"driver=nbd,server.type=unix,server.path={daemon.nbd_path},export=disk,tls-creds=t"]
         self.assertIn("virtual size: 8 MiB", run("qemu-img", "info", *options).stdout)
+
+    def test_a_mapped_file(self):
+        """What is sent straight from the mapping elsewhere is encrypted first."""
+        if IS_PEER or not self.path("x").startswith("/dev/shm"):
+            self.skipTest("only in tmpfs, and not of the peer")
+        folder = self.keys()
+        daemon = self.serve(f"tls-creds-psk,id=tls,endpoint=server,dir={folder}", file_options=",file.mapped=on")
+        handle = self.client(daemon, folder, "alice")
+        for _ in range(3):
+            self.work(handle)
+        handle.shutdown()
 
     def test_whom_an_authorization_lets_in(self):
         folder = self.keys()

@@ -8,7 +8,7 @@
  * 3. Where nothing came in time, more and more receives are not looked for at all; the first that comes in time again
  *    ends that. So who never comes in time costs a fraction of a microsecond each time.
  * 4. Who is to send something may wait for the processor that looks for it: so after a few looks it is offered to
- * others. Where somebody else takes it for long, it is kept for a while.
+ *    others. Where somebody else takes it for long, it is kept for a while.
  * 5. With one processor whoever is looked for could not run.
  */
 #include "loop/busy_poll.h"

@@ -15,8 +15,8 @@
  *    was written here, or the kernel was asked. It stays known until we give it back ourselves; so if others punch
  *    holes, or we do while somebody reads the same page, a hole may be filled, with zeroes: that takes memory, and
  *    nothing else.
- * 7. What is written in pieces of 4 KiB or more goes past the processor's caches (non-temporal stores), which need not
- * fetch what it replaces: half the time of memcpy(), and what the caches hold stays there.
+ * 7. What is written in pieces of 4 KiB or more goes past the processor's caches (non-temporal stores), which need
+ *    not fetch what it replaces: half the time of memcpy(), and what the caches hold stays there.
  * 8. Who sets a page known looks afterwards whether anything was given back meanwhile (`given_back`), and forgets it
  *    then.
  */
